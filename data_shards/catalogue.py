@@ -1,0 +1,67 @@
+"""The classes of all data sets under one numbering, and what a label leaves open."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_CLASSES = 255
+"""Labels are stored as uint8."""
+MAX_CANDIDATES = 60
+"""Candidate sets are int64 bit masks: one bit for each class, two for everything else, none for the sign."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Class names in label order: label k > 0 is `classes[k - 1]`, 0 is everything else."""
+
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"class names must differ: {', '.join(self.classes)}")
+        if len(self.classes) > MAX_CLASSES:
+            raise ValueError(f"{len(self.classes)} classes; at most {MAX_CLASSES} fit: leave some sources out")
+
+    def index(self, name: str) -> int:
+        """The label of class `name`, counted from 1; raises `KeyError` that names the nearest class."""
+        try:
+            return self.classes.index(name) + 1
+        except ValueError:
+            raise KeyError(unknown_name("class", name, self.classes)) from None
+
+    def candidate_bits(self, annotated: Sequence[str] | None) -> np.ndarray:
+        """Which classes a voxel of each label may belong to, as a (C + 1,) int64 bit mask.
+
+        Class k has bit k - 1; bits C and C + 1 stand for "none of the catalogue". They are two because two
+        voxels that are both none of the catalogue need not be the same tissue. An annotated label is that
+        class alone; the background is anything but the annotated classes; without annotation every voxel may
+        be anything.
+        """
+        everything = (1 << (len(self.classes) + 2)) - 1
+        if not annotated:
+            return np.full(len(self.classes) + 1, -1 if everything >= 1 << 63 else everything, dtype=np.int64)
+        if len(self.classes) > MAX_CANDIDATES:
+            raise ValueError(
+                f"{len(self.classes)} classes; labels can guide pre-training for at most {MAX_CANDIDATES}: "
+                "build shards from fewer classes, or stream without labels"
+            )
+        bits = np.full(len(self.classes) + 1, everything, dtype=np.int64)
+        for label in map(self.index, annotated):
+            bits[label] = 1 << (label - 1)
+            bits[0] &= ~bits[label]
+        return bits
+
+
+def merged(classes_of_sources: Iterable[Sequence[str]]) -> Catalogue:
+    """One catalogue over sources: a class that several have is the same class; first met, first numbered."""
+    return Catalogue(tuple(dict.fromkeys(name for classes in classes_of_sources for name in classes)))
+
+
+def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
+    """One line that refuses `name` and offers the nearest of `names`."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"{kind} {name!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else "")

@@ -1,0 +1,142 @@
+"""JSON that lists cases: `dataset.json` of the Medical Segmentation Decathlon and MONAI, and plain case
+lists.
+
+`dataset.json` names the classes once and lists cases under `training` and `validation`, each with `image`,
+`label` and optionally `annotated` (the classes that were looked for in it; all of them without it) and
+`doubtful` (those of them whose contour is wrong). Cases without a label, and those under `unlabelled`, are
+unlabelled. `test` is withheld.
+
+A case list is a JSON list of such entries, each with its own `labels`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixcl_dist.data_shards.catalogue import unknown_name
+from mixcl_dist.data_shards.sources.case import (
+    NIFTI_ENDINGS,
+    Case,
+    ClassValues,
+    Source,
+    Split,
+    collect,
+    nifti_stem,
+)
+from mixcl_dist.data_shards.volume import CaseError
+
+SPLITS: dict[str, Split] = {
+    "training": "training",
+    "validation": "validation",
+    "unlabelled": "unlabelled",
+    "unlabeled": "unlabelled",
+}
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; raises `CaseError`."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CaseError(f"cannot be read: {error.strerror}", where=file, cure="check path and permission") from None
+    except ValueError as error:
+        raise CaseError(f"not valid JSON: {error}", where=file, cure="correct it at that place") from None
+
+
+def open_dataset(file: Path, content: Mapping[str, Any]) -> Source:
+    """The cases of a Decathlon `dataset.json`; raises `CaseError` when it lists none or is not about CT."""
+    refuse_other_modalities(file, content.get("modality"))
+    values = class_values(content.get("labels", {}), file)
+    entries = [(split, entry) for key, split in SPLITS.items() for entry in content.get(key) or ()]
+    if not entries:
+        cure = "list cases under 'training', 'validation' or 'unlabelled'"
+        raise CaseError("lists no cases", where=file, cure=cure)
+    name = file.parent.name if file.name == "dataset.json" else file.stem
+    return _listed(file, name, entries, values)
+
+
+def open_case_list(file: Path, entries: list[Any]) -> Source:
+    """The cases of a JSON list; all of them are for training. Raises `CaseError` when there are none."""
+    if not entries:
+        raise CaseError("lists no cases", where=file, cure="add entries with 'image', 'label' and 'labels'")
+    name = file.parent.name if file.name == "cases.json" else file.stem
+    return _listed(file, name, [("training", entry) for entry in entries], None)
+
+
+def class_values(labels: Any, where: Path) -> ClassValues:
+    """Value in the label file → class, from {"1": "liver"} or nnU-Net's {"liver": 1}, background left out."""
+    pairs = []
+    for key, value in labels.items() if isinstance(labels, Mapping) else ():
+        number, name = (value, key) if isinstance(value, int | list) else (key, value)
+        if isinstance(number, list):
+            cure = "give each class one value, without nnU-Net's regions"
+            raise CaseError(f"class {name!r} is a region of several values", where=where, cure=cure)
+        if not isinstance(name, str) or not str(number).isdecimal():
+            cure = 'write {"1": "liver"} or {"liver": 1}'
+            raise CaseError(f"labels hold {key!r}: {value!r}", where=where, cure=cure)
+        if name == "ignore":
+            cure = "list the classes that are known in each case under 'annotated' instead"
+            raise CaseError("label 'ignore' is not supported", where=where, cure=cure)
+        if int(number) > 0:
+            pairs.append((int(number), name))
+    return tuple(sorted(pairs))
+
+
+def refuse_other_modalities(file: Path, modality: Any) -> None:
+    """Raise `CaseError` unless a data set's `modality` or `channel_names` is one CT, or says nothing."""
+    names = list(modality.values()) if isinstance(modality, Mapping) else [modality or "CT"]
+    if len(names) > 1 or not all("CT" in str(name).upper() for name in names):
+        shown = ", ".join(map(str, names))
+        raise CaseError(f"modality is {shown}, not one CT", where=file, cure="give CT alone, called so")
+
+
+def _listed(file: Path, name: str, entries: list[tuple[Split, Any]], values: ClassValues | None) -> Source:
+    cases, problems = [], []
+    for split, entry in entries:
+        try:
+            cases.append(_case(file, name, split, entry, values))
+        except CaseError as problem:
+            problems.append(problem)
+    classes = [class_name for case in cases for _, class_name in case.label_values]
+    return collect(name, file.parent, cases, problems, [c for _, c in values or ()] + classes)
+
+
+def _case(file: Path, dataset: str, split: Split, entry: Any, values: ClassValues | None) -> Case:
+    """One entry as a case; `values` are the data set's classes, or None where the entry has its own."""
+    entry = {"image": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
+        cure = "name one NIfTI file as its 'image'"
+        raise CaseError(f"{split} entry {json.dumps(entry)[:80]} has no single image", where=file, cure=cure)
+    image = _existing(file, entry, "image")
+    if split == "unlabelled" or not entry.get("label"):
+        if split == "validation":
+            cure = "give it a label, or move it to 'unlabelled'"
+            raise CaseError(f"validation case {entry['image']} has no label", where=file, cure=cure)
+        return Case(nifti_stem(image), dataset, "unlabelled", "nifti", (image,))
+    values = class_values(entry.get("labels"), file) if values is None else values
+    if not values:
+        cure = 'name its classes under \'labels\', as in {"1": "liver"}'
+        raise CaseError(f"label of case {entry['image']} has no class names", where=file, cure=cure)
+    classes = tuple(dict.fromkeys(name for _, name in values))
+    annotated = tuple(entry.get("annotated", classes))
+    doubtful = tuple(entry.get("doubtful", ()))
+    for name in annotated + doubtful:
+        if name not in classes:
+            cure = "name it under 'labels' or correct it"
+            raise CaseError(f"{entry['image']}: {unknown_name('class', name, classes)}", where=file, cure=cure)
+    label = _existing(file, entry, "label")
+    return Case(nifti_stem(image), dataset, split, "nifti", (image,), label, values, annotated, doubtful)
+
+
+def _existing(file: Path, entry: Mapping[str, Any], key: str) -> Path:
+    path = file.parent / str(entry[key])
+    if not path.is_file():
+        cure = "restore the file or remove the entry"
+        raise CaseError(f"{key} of case {entry['image']} is missing: {path}", where=file, cure=cure)
+    if not path.name.endswith(NIFTI_ENDINGS):
+        cure = "convert it to .nii.gz"
+        raise CaseError(f"{key} of case {entry['image']} is not NIfTI: {path}", where=file, cure=cure)
+    return path

@@ -1,0 +1,247 @@
+"""DICOM CT series → cases under a pseudonym, and their slices → HU with an affine.
+
+Slices are told apart and ordered by their headers alone. Where a slice lies comes from ImagePositionPatient
+and ImageOrientationPatient: SliceThickness is not the distance between slices, and InstanceNumber is no
+order. Nothing that a header holds, except geometry and modality, leaves this module, in names or in messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.misc import is_dicom
+
+from mixcl_dist.data_shards.sources.case import Case
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine
+
+logger = logging.getLogger(__name__)
+logging.getLogger("pydicom").propagate = False  # its warnings quote header values
+
+DATASET = "dicom"
+"""A folder may be named after a patient, so its name is not kept either."""
+KEY_VARIABLE = "MIXCL_PSEUDONYM_KEY"
+COMPANIONS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "REG", "SR", "PR", "KO", "OT", "DOC"})
+"""Modalities that describe or derive from a scan; they are passed over."""
+MAX_OFFSET = 0.05
+"""How far a slice may lie from its place on an even grid, as a share of the slice distance. Coordinates
+rounded to 0.01 mm stay within it down to 0.2 mm slices; one missing or doubled slice exceeds it tenfold."""
+HEADER_TAGS = [
+    "Modality",
+    "SeriesInstanceUID",
+    "ImageType",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "NumberOfFrames",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "FrameOfReferenceUID",
+]
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What a header says of one slice; positions in mm, towards Left, Posterior, Superior."""
+
+    file: Path
+    modality: str
+    series: tuple
+    localizer: bool
+    planar: bool
+    """One grey image with a place in the patient."""
+    size: tuple[int, int]
+    """Columns, rows."""
+    orientation: tuple[float, ...]
+    position: tuple[float, ...]
+    pixel_spacing: tuple[float, ...]
+
+
+def find_series(files: Sequence[Path]) -> tuple[list[Case], list[CaseError]]:
+    """Every CT series among `files` as an unlabelled case, and one problem for each that cannot be used.
+
+    Files that are not DICOM, and objects that are no scan (RTSTRUCT, SEG, reports), are passed over.
+    """
+    groups: dict[tuple, list[_Slice]] = defaultdict(list)
+    cases, problems = [], []
+    for file in files:
+        try:
+            header = _read_header(file)
+        except CaseError as problem:
+            problems.append(problem)
+        else:
+            if header is not None:
+                groups[header.series].append(header)
+    for slices in groups.values():
+        try:
+            ordered = _in_order(slices)
+            paths = tuple(one.file for one in ordered)
+            cases.append(Case(_pseudonym(ordered[0]), DATASET, "unlabelled", "dicom", paths))
+        except CaseError as problem:
+            problems.append(problem)
+    return cases, problems
+
+
+def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The (X, Y, Z) int16 HU of the slices in `files` and their (4, 4) affine → RAS+ mm.
+
+    Voxels that the scanner marked as padding are air. Raises `CaseError`.
+    """
+    headers, images = [], {}
+    for file in files:
+        with _guarded(file):
+            dataset = pydicom.dcmread(file, force=True)
+            headers.append(_header(file, dataset))
+            images[file] = _hu(dataset)
+    ordered = _in_order(headers)
+    return np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered)
+
+
+@contextmanager
+def _guarded(file: Path) -> Iterator[None]:
+    """Turn whatever a broken file raises in parser or decoder into a `CaseError`; header values stay here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        what = f"cannot be read as DICOM ({reason})"
+        raise CaseError(what, where=file, cure="copy it again, or remove it") from None
+
+
+def _read_header(file: Path) -> _Slice | None:
+    """What is needed of a header; None for what is no DICOM or no scan."""
+    with _guarded(file):
+        if file.suffix.lower() not in (".dcm", ".ima") and not is_dicom(file):
+            return None
+        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
+        if "Modality" not in dataset and "MediaStorageSOPClassUID" not in dataset.file_meta:
+            raise ValueError("no DICOM elements")
+        is_scan = "Rows" in dataset and dataset.get("Modality") not in COMPANIONS
+        return _header(file, dataset) if is_scan else None
+
+
+def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
+    def numbers(keyword: str, count: int) -> tuple[float, ...]:
+        try:
+            values = tuple(float(value) for value in dataset[keyword].value)
+        except (KeyError, TypeError, ValueError):
+            return ()
+        return values if len(values) == count else ()
+
+    size = (int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
+    orientation, position = numbers("ImageOrientationPatient", 6), numbers("ImagePositionPatient", 3)
+    pixel_spacing = numbers("PixelSpacing", 2)
+    single = dataset.get("SamplesPerPixel", 1) == 1 and (dataset.get("NumberOfFrames") or 1) == 1
+    modality, uid = str(dataset.get("Modality") or "unknown"), dataset.get("SeriesInstanceUID")
+    frame = dataset.get("FrameOfReferenceUID")
+    return _Slice(
+        file=file,
+        modality=modality,
+        series=(uid,) if uid else (file.parent, modality, frame, size, orientation, pixel_spacing),
+        localizer="LOCALIZER" in (dataset.get("ImageType") or ()),
+        planar=bool(single and orientation and position and pixel_spacing),
+        size=size,
+        orientation=orientation,
+        position=position,
+        pixel_spacing=pixel_spacing,
+    )
+
+
+def _in_order(slices: Sequence[_Slice]) -> list[_Slice]:
+    """The slices of one series from bottom to top; raises `CaseError` unless they stack to a CT volume."""
+
+    def refuse(what: str, cure: str) -> CaseError:
+        return CaseError(f"series of {len(slices)} file(s) {what}", where=slices[0].file, cure=cure)
+
+    modalities = sorted({one.modality for one in slices} - {"CT"})
+    if modalities:
+        raise refuse(f"is {', '.join(modalities)}, not CT", "leave it out")
+    if any(one.localizer for one in slices):
+        raise refuse("holds a localizer", "leave the localizer out")
+    if not all(one.planar for one in slices):
+        raise refuse("has multi-frame or colour images or no positions", "convert it to NIfTI if it is a scan")
+    if len(slices) == 1:
+        raise refuse("has a single slice", "add the other slices or leave it out")
+    if len({one.size for one in slices}) > 1 or not all(
+        np.allclose(one.orientation + one.pixel_spacing, slices[0].orientation + slices[0].pixel_spacing, atol=1e-4)
+        for one in slices
+    ):
+        raise refuse("mixes image sizes, orientations or pixel spacings", "split it into one folder for each")
+    normal = np.cross(slices[0].orientation[:3], slices[0].orientation[3:])
+    ordered = sorted(slices, key=lambda one: float(np.dot(one.position, normal)))
+    positions = np.array([one.position for one in ordered])
+    gaps = np.diff(positions @ normal)
+    if gaps.min() < 1e-3:
+        twice = int(np.sum(gaps < 1e-3))
+        raise refuse(f"has {twice} slices where another one lies", "remove copies, or split phases into series")
+    check_affine(_affine(ordered), slices[0].file)
+    even = np.linspace(positions[0], positions[-1], len(positions))
+    if np.linalg.norm(positions - even, axis=1).max() > MAX_OFFSET * gaps.mean():
+        shown = f"from {gaps.min():.2f} to {gaps.max():.2f} mm"
+        raise refuse(f"has uneven gaps between slices, {shown}", "restore missing slices, or resample it")
+    return ordered
+
+
+def _affine(ordered: Sequence[_Slice]) -> np.ndarray:
+    """(4, 4) voxel index (column, row, slice) → RAS+ mm, from positions alone."""
+    one, positions = ordered[0], np.array([one.position for one in ordered])
+    row_spacing, column_spacing = one.pixel_spacing  # between rows first, as DICOM has it
+    lps = np.eye(4)
+    lps[:3, 0] = np.multiply(one.orientation[:3], column_spacing)
+    lps[:3, 1] = np.multiply(one.orientation[3:], row_spacing)
+    lps[:3, 2] = (positions[-1] - positions[0]) / (len(positions) - 1)
+    lps[:3, 3] = positions[0]
+    return LPS_TO_RAS @ lps
+
+
+def _hu(dataset: pydicom.Dataset) -> np.ndarray:
+    """The (columns, rows) int16 HU of one slice; padding is air."""
+    stored = dataset.pixel_array
+    hu = np.rint(stored * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0)))
+    padding = dataset.get("PixelPaddingValue")
+    if padding is not None:
+        limit = dataset.get("PixelPaddingRangeLimit", padding)
+        hu[(stored >= min(padding, limit)) & (stored <= max(padding, limit))] = AIR_HU
+    return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16).T
+
+
+def _pseudonym(first: _Slice) -> str:
+    """The series' name outside this module: a keyed digest that nobody without the key can trace back.
+
+    A series without a UID is known by the content of its first slice.
+    """
+    uid = str(first.series[0]) if len(first.series) == 1 else hashlib.sha256(first.file.read_bytes()).hexdigest()
+    return "ct-" + hmac.new(_key(), uid.encode(), "sha256").hexdigest()[:12]
+
+
+def _key() -> bytes:
+    """The secret of pseudonyms: the environment's, else this user's own, made at first need."""
+    if os.environ.get(KEY_VARIABLE):
+        return os.environ[KEY_VARIABLE].encode()
+    file = Path.home() / ".config" / "mixcl" / "pseudonym.key"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent) as draft:  # readable by its owner alone
+            draft.write(secrets.token_hex(32).encode())
+            draft.flush()
+            os.fsync(draft.fileno())
+            with suppress(FileExistsError):  # another process was first
+                os.link(draft.name, file)
+                logger.warning("made the key of DICOM pseudonyms: %s (keep it, and keep it secret)", file)
+    return file.read_bytes()

@@ -1,0 +1,56 @@
+"""nnU-Net's raw data folders: `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, and `imagesUn` without
+labels.
+
+`imagesTs` is withheld. Files of nnU-Net's first version, whose `dataset.json` lists cases without the `_0000`
+that their images carry, are read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixcl_dist.data_shards.sources.case import NIFTI_ENDINGS, Case, Source, collect
+from mixcl_dist.data_shards.sources.decathlon import class_values, refuse_other_modalities
+from mixcl_dist.data_shards.volume import CaseError
+
+CHANNEL = "_0000"
+
+
+def is_nnunet(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Whether `dataset.json`, a name that nnU-Net shares with Decathlon, is nnU-Net's."""
+    if "channel_names" in content:
+        return True
+    listed = [entry.get("image") for entry in content.get("training") or () if isinstance(entry, Mapping)]
+    image = next((folder / image for image in listed if isinstance(image, str)), None)
+    return image is not None and not image.exists() and any(folder.glob(f"imagesTr/*{CHANNEL}.nii*"))
+
+
+def open_nnunet(folder: Path, content: Mapping[str, Any]) -> Source:
+    """The cases of an nnU-Net folder; raises `CaseError` when it is not of one CT channel or has no cases."""
+    where = folder / "dataset.json"
+    refuse_other_modalities(where, content.get("channel_names", content.get("modality")))
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in NIFTI_ENDINGS:
+        raise CaseError(f"file ending {ending} cannot be read", where=where, cure="convert the files to .nii.gz")
+    values = class_values(content.get("labels"), where)
+    classes = tuple(dict.fromkeys(name for _, name in values))
+    cases, problems = [], []
+    for image in sorted(file for part in ("imagesTr", "imagesUn") for file in folder.glob(f"{part}/*{ending}")):
+        stem = image.name.removesuffix(ending)
+        label = folder / "labelsTr" / f"{stem.removesuffix(CHANNEL)}{ending}"
+        if not stem.endswith(CHANNEL):
+            cure = f"name the one CT of each case CASE{CHANNEL}{ending} and remove other channels"
+            problems.append(CaseError(f"is not channel {CHANNEL}", where=image, cure=cure))
+        elif image.parent.name == "imagesUn":
+            cases.append(Case(stem.removesuffix(CHANNEL), folder.name, "unlabelled", "nifti", (image,)))
+        elif label.is_file():
+            name = stem.removesuffix(CHANNEL)
+            cases.append(Case(name, folder.name, "training", "nifti", (image,), label, values, classes))
+        else:
+            cure = "restore it, or move the image to imagesUn"
+            problems.append(CaseError(f"label {label} is missing", where=image, cure=cure))
+    if not cases and not problems:
+        raise CaseError(f"no files *{CHANNEL}{ending} in imagesTr or imagesUn", where=folder, cure="check the folder")
+    return collect(folder.name, folder, cases, problems, classes)

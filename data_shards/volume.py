@@ -1,0 +1,140 @@
+"""One CT volume: HU and label on a grid that says where each voxel lies in the patient.
+
+Arrays are (X, Y, Z) and, once `to_ras` has been applied, index grows towards the patient's Right, Anterior
+and Superior. Affines map a voxel's index to RAS+ millimetres, as NIfTI and nibabel have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+AIR_HU = -1024
+BODY_HU = -500
+"""Above this a voxel is tissue rather than air; lung lies below and is enclosed by what lies above."""
+MIN_SPACING_MM, MAX_SPACING_MM = 0.05, 50.0
+"""Beyond these a header is wrong, for instance in metres."""
+MAX_SHEAR_DEG = 0.5
+"""Over a 300 mm field half a degree shifts a voxel by 2.6 mm, about one slice."""
+
+
+class CaseError(ValueError):
+    """A case that cannot be used; `str()` is one line: where, what is wrong, what to do about it."""
+
+    def __init__(self, what: str, *, where: Path, cure: str) -> None:
+        self.what, self.where, self.cure = what, Path(where), cure
+        super().__init__(" ".join(f"{where}: {what}; {cure}".split()))
+
+    def __reduce__(self):  # the keyword arguments do not survive default pickling between processes
+        return _case_error, (self.what, self.where, self.cure)
+
+
+def _case_error(what: str, where: Path, cure: str) -> CaseError:
+    return CaseError(what, where=where, cure=cure)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A CT of one patient in HU, with the organs that are known of it."""
+
+    hu: np.ndarray
+    """(X, Y, Z) int16 HU."""
+    affine: np.ndarray
+    """(4, 4) float64, voxel index → RAS+ mm."""
+    label: np.ndarray | None = None
+    """(X, Y, Z) uint8; value k > 0 is the k-th class of the catalogue."""
+
+    def __post_init__(self) -> None:
+        assert self.hu.dtype == np.int16 and self.hu.ndim == 3 and self.affine.shape == (4, 4)
+        assert self.label is None or (self.label.dtype == np.uint8 and self.label.shape == self.hu.shape)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance in mm between neighbouring voxels along each axis."""
+        return spacing_of(self.affine)
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
+    x, y, z = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return x, y, z
+
+
+def check_affine(affine: np.ndarray, where: Path) -> None:
+    """Raise `CaseError` unless `affine` is a grid of right angles with a spacing that a CT can have."""
+    spacing = spacing_of(affine)
+    if not np.isfinite(affine).all() or not all(MIN_SPACING_MM <= s <= MAX_SPACING_MM for s in spacing):
+        shown = " x ".join(f"{s:g}" for s in spacing)
+        raise CaseError(
+            f"spacing of {shown} mm is impossible",
+            where=where,
+            cure="correct the header or convert the scan again",
+        )
+    directions = affine[:3, :3] / spacing
+    cosines = directions.T @ directions - np.eye(3)
+    shear = math.degrees(math.asin(min(1.0, float(np.abs(cosines).max()))))
+    if shear > MAX_SHEAR_DEG:
+        raise CaseError(
+            f"slices are sheared by {shear:.1f} degrees (gantry tilt)",
+            where=where,
+            cure="resample the scan to a grid with right angles, or leave it out",
+        )
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and swap axes so that they run Right, Anterior, Superior as nearly as possible.
+
+    Only the order of voxels changes: an oblique rotation stays in the affine.
+    """
+    orientation = nib.io_orientation(affine)
+    turned = nib.apply_orientation(array, orientation)
+    return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
+
+
+def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
+    """The same field at another spacing (mm).
+
+    HU are interpolated linearly; an axis that loses resolution is first blurred so that a point spread as
+    wide as the old voxel (full width at half maximum) becomes as wide as the new one. Labels take the nearest
+    voxel. The new grid begins at the old one's edge, so the first voxel's centre moves by half the difference
+    of the two spacings.
+    """
+    shape = np.array(volume.hu.shape)
+    step = np.asarray(spacing_mm, dtype=float) / volume.spacing  # new voxel in old voxels
+    if np.allclose(step, 1, atol=1e-4):
+        return volume
+    size = tuple(int(n) for n in np.maximum(1, np.rint(shape / step)))
+    offset = (step - 1) / 2
+    sigma = np.sqrt(np.maximum(step**2 - 1, 0)) / math.sqrt(8 * math.log(2))
+    hu = ndimage.gaussian_filter(volume.hu.astype(np.float32), sigma, mode="nearest")
+    hu = ndimage.affine_transform(hu, step, offset, output_shape=size, order=1, mode="nearest")
+    label = volume.label
+    if label is not None:
+        label = ndimage.affine_transform(label, step, offset, output_shape=size, order=0, mode="nearest")
+    to_old = np.diag([*step, 1.0])
+    to_old[:3, 3] = offset
+    return Volume(np.rint(hu).astype(np.int16), volume.affine @ to_old, label)
+
+
+def crop_to_body(volume: Volume, margin_mm: float) -> Volume:
+    """The smallest box around everything but air, widened by `margin_mm` within the volume.
+
+    A volume of nothing but air is returned whole.
+    """
+    (box,) = ndimage.find_objects((volume.hu > BODY_HU).astype(np.uint8)) or (None,)
+    if box is None:
+        return volume
+    margin = np.ceil(margin_mm / np.array(volume.spacing)).astype(int)
+    box = tuple(slice(max(0, s.start - m), s.stop + m) for s, m in zip(box, margin, strict=True))
+    shift = np.eye(4)
+    shift[:3, 3] = [s.start for s in box]
+    label = None if volume.label is None else np.ascontiguousarray(volume.label[box])
+    return dataclasses.replace(
+        volume, hu=np.ascontiguousarray(volume.hu[box]), affine=volume.affine @ shift, label=label
+    )
