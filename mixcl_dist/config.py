@@ -1,0 +1,302 @@
+"""The whole run's configuration: one typed tree, read from a YAML file and `--section.key value` overrides.
+
+Every section is a frozen dataclass. The foundations own theirs (`BuildConfig`, `EngineConfig`, `TrialsConfig`);
+this module holds the application's and composes them all. It imports no torch, so that `mixcl --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mixcl_dist.cluster.checkpoint import CheckpointConfig
+from mixcl_dist.cluster.engine import EngineConfig
+from mixcl_dist.cluster.trials import TrialsConfig
+from mixcl_dist.data_shards.build import BuildConfig
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Size3 = tuple[Count, Count, Count]
+
+
+class ConfigError(ValueError):
+    """A configuration file, key or value that cannot be used; the message is one line with the cure."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How patches are streamed from shards."""
+
+    workers: Annotated[int, Field(ge=0)] = 1
+    shuffle_buffer: Count = 256
+    """Samples held to be drawn from at random; shards are already shuffled across volumes when written."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The encoder-decoder that is pre-trained and fine-tuned."""
+
+    architecture: Literal["dynunet", "residual_dynunet"] = "dynunet"
+    filters: Annotated[tuple[Count, ...], Field(min_length=3)] = (16, 32, 64, 128)
+    """Channels of each resolution level; each level halves the resolution of the one before."""
+    voxel_dim: Count = 64
+    """Width D of a voxel row's embedding."""
+    crop_dim: Count = 64
+    """Width of a crop row's embedding."""
+    window_hu: tuple[float, float] = (-1000.0, 1000.0)
+    """HU that the network's input range [-1, 1] stands for; values outside are clipped."""
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """Two overlapping degraded views of every patch, made on the device."""
+
+    size: Size3 = (32, 32, 32)
+    """Voxels of a view; a patch on disk is at least as large."""
+    min_overlap: Fraction = 0.4
+    """Smallest share of a view's voxels that also lie in its partner (before rotation and scaling)."""
+    rotation_deg: NonNegative = 10.0
+    scale: tuple[Positive, Positive] = (0.9, 1.1)
+    mask_fraction: Fraction = 0.3
+    mask_block: Count = 8
+    """Edge of a masked cube in voxels."""
+    noise_hu: NonNegative = 30.0
+    blur_sigma: NonNegative = 1.0
+    """Largest blur in voxels."""
+    low_resolution: Annotated[float, Field(ge=1)] = 2.0
+    """Largest factor by which resolution is lowered."""
+    shift_hu: NonNegative = 50.0
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Which voxels become rows of the contrastive loss."""
+
+    per_view_pair: Count = 256
+    border_fraction: Fraction = 0.5
+    """Share of points drawn near organ borders, where labels exist."""
+    min_spacing: Count = 2
+    """Smallest distance between two points of a patch along some axis, in voxels; at most one voxel in
+    (2 · min_spacing − 1)³ can then be a point."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and temperatures of the three consistencies; 0 switches a term off."""
+
+    voxel_identity: NonNegative = 1.0
+    voxel_label: NonNegative = 1.0
+    crop_identity: NonNegative = 0.25
+    reconstruction: NonNegative = 1.0
+    voxel_temperature: Positive = 0.1
+    crop_temperature: Positive = 0.2
+    masked_weight: NonNegative = 4.0
+    """Weight of a masked voxel in the reconstruction, where an unmasked one has 1."""
+
+    def __post_init__(self) -> None:
+        if not (self.voxel_identity or self.voxel_label or self.crop_identity or self.reconstruction):
+            raise ValueError("every weight is 0, so nothing would be learned; give one term a weight")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    warmup_fraction: Fraction = 0.05
+    final_fraction: Fraction = 0.01
+    """Learning rate at the end, as a share of the highest."""
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """Which training cases' pixel labels may be used: the first `fraction` of an order drawn from `seed`."""
+
+    fraction: Fraction = 0.0
+    seed: int = 0
+    full_datasets: tuple[str, ...] = ()
+    """Data sets all of whose training labels may be used, because another one is to be fine-tuned on."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    steps: Count = 1000
+    batch_size: Count = 8
+    """Patches in a global batch, over all ranks and accumulation steps."""
+    seed: int = 0
+    log_every: Count = 10
+    sample_every: Count = 200
+    """Steps between the pictures kept for the report."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    steps: Count = 300
+    batch_size: Count = 2
+    patch_size: Size3 = (48, 48, 48)
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
+    """Spacing to resample to; None takes the spacing of the pre-trained network's shards, or keeps the case's own."""
+    learning_rate: Positive = 2e-3
+    weight_decay: NonNegative = 1e-4
+    warmup_fraction: Fraction = 0.1
+    sliding_overlap: Fraction = 0.25
+    log_every: Count = 10
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The table of trials: starts × label fractions × subset seeds × searched values."""
+
+    fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.05, 0.15)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    search: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Searched values by configuration key, e.g. {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}."""
+    samples: Count = 1
+    """Draws from the search space for each trial of the table."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved configuration of one run."""
+
+    build: BuildConfig = field(default_factory=BuildConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
+    trials: TrialsConfig = field(default_factory=TrialsConfig)
+
+
+def load(*files: Path, recipe: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Resolve defaults, then the recipe, then each file, then the overrides; the later wins.
+
+    Raises `ConfigError` for an unknown recipe, key or a value of the wrong type.
+    """
+    tree: dict[str, Any] = {}
+    if recipe is not None:
+        _merge(tree, _read_yaml(recipe_path(recipe)))
+    for file in files:
+        _merge(tree, _read_yaml(file))
+    for key, value in overrides:
+        _merge(tree, _nested(key, _parse_value(key, value)))
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries; raises `ConfigError` with the nearest valid name."""
+    _refuse_unknown(Config, tree, prefix="")
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, as `config.yaml` in a run's folder holds it."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
+
+
+def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """`config` with dotted keys set, e.g. `{"finetune.learning_rate": 1e-3}`; raises `ConfigError`."""
+    tree = to_dict(config)
+    for key, value in overrides.items():
+        _merge(tree, _nested(key, value))
+    return from_dict(tree)
+
+
+def recipe_names() -> list[str]:
+    folder = resources.files("mixcl_dist.recipes")
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    if name not in recipe_names():
+        raise ConfigError(f"recipe {name!r} does not exist{_nearest(name, recipe_names())}")
+    return Path(str(resources.files("mixcl_dist.recipes") / f"{name}.yaml"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections; see `mixcl config show`")
+    return tree or {}
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key} {text}: not a YAML value") from None
+    if isinstance(value, str) and "," in value:
+        return [yaml.safe_load(part) for part in value.split(",")]
+    return value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and key != "search":
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _refuse_unknown(section: type, tree: Any, prefix: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}: a section with keys is needed, not {tree!r}")
+    adapter_fields = {f.name: f for f in dataclasses.fields(section)}
+    for key, value in tree.items():
+        if key not in adapter_fields:
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys())}")
+        kind = adapter_fields[key].default_factory
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            _refuse_unknown(kind, value, f"{prefix}{key}.")
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for section in dataclasses.fields(Config):
+        keys.append(section.name)
+        keys += [f"{section.name}.{f.name}" for f in dataclasses.fields(section.default_factory)]  # type: ignore[arg-type]
+    return keys
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(names)}"

@@ -1,0 +1,190 @@
+"""A MONAI bundle that segments CT files with a fine-tuned network."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixcl_dist.export.card import card
+from mixcl_dist.export.trained import NETWORK_CLASS, ExportError, Trained
+
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+_LICENSE = """\
+Copyright the authors of this model.
+
+Licensed under the Apache License, Version 2.0 (the "License"); you may not use these files except in compliance with
+the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+governing permissions and limitations under the License.
+
+The training data have terms of their own.
+"""
+_USE = """\
+Put CT files (NIfTI) into a folder IMAGES, install `monai`, `pytorch-ignite`, `fire` and `nibabel`, and run here:
+
+```bash
+python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
+    --bundle_root . --dataset_dir IMAGES --output_dir SEGMENTATIONS
+```
+
+Each segmentation is written on the grid of its CT."""
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write configs/, models/model.pt, docs/README.md and LICENSE; raises `ExportError` for a run without classes."""
+    if not trained.is_segmentation:
+        raise ExportError(
+            f"{trained.run}: a bundle segments, and this run is a pre-training; fine-tune it first "
+            "(mixcl finetune --from), or export it to monai"
+        )
+    for name in ("configs", "models", "docs"):
+        (folder / name).mkdir()
+    torch.save(trained.state_dict(), folder / "models" / "model.pt")
+    for name, content in (("metadata", _metadata(trained)), ("inference", _inference(trained))):
+        (folder / "configs" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
+    (folder / "docs" / "README.md").write_text(card(trained, trained.facts["name"], _USE))
+    (folder / "LICENSE").write_text(_LICENSE)
+
+
+def _metadata(trained: Trained) -> dict[str, Any]:
+    channels = dict(enumerate(("background", *trained.classes)))
+    image = {"type": "image", "modality": "CT", "spatial_shape": trained.patch_size, "dtype": "float32"}
+    return {
+        "schema": SCHEMA,
+        "version": "0.1.0",
+        "changelog": {"0.1.0": f"exported by mixcl-dist {trained.facts.get('mixcl_version', '')}".strip()},
+        "monai_version": metadata.version("monai"),
+        "pytorch_version": metadata.version("torch").split("+")[0],
+        "numpy_version": metadata.version("numpy"),
+        "required_packages_version": {
+            "nibabel": metadata.version("nibabel"),
+            "pytorch-ignite": "0.4.11",
+            "fire": "0.5.0",
+        },
+        "name": trained.facts["name"],
+        "task": "Segmentation of CT",
+        "description": f"DynUNet that segments {', '.join(trained.classes)} in CT, fine-tuned with mixcl-dist",
+        "authors": "see the training run",
+        "copyright": "see LICENSE",
+        "data_type": "nifti",
+        "image_classes": "one channel, Hounsfield units",
+        "label_classes": "one channel, class index",
+        "pred_classes": f"{len(channels)} channels, logits of background and classes",
+        "eval_metrics": {"mean_dice": trained.dice["mean"]} if trained.dice else {},
+        "intended_use": "Research; not a medical device",
+        "network_data_format": {
+            "inputs": {
+                "image": image
+                | {
+                    "format": "hounsfield",
+                    "num_channels": 1,
+                    "value_range": [-1, 1],
+                    "is_patch_data": True,
+                    "channel_def": {"0": "image"},
+                }
+            },
+            "outputs": {
+                "pred": image
+                | {
+                    "format": "segmentation",
+                    "num_channels": len(channels),
+                    "value_range": [],
+                    "is_patch_data": True,
+                    "channel_def": {str(k): name for k, name in channels.items()},
+                }
+            },
+        },
+    }
+
+
+def _inference(trained: Trained) -> dict[str, Any]:
+    return {
+        "imports": ["$import glob", "$import os", "$import numpy", "$import torch"],
+        "bundle_root": ".",
+        "dataset_dir": "images",
+        "output_dir": "$@bundle_root + '/eval'",
+        "image_files": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
+        "data": "$[{'image': file} for file in @image_files]",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network_def": {"_target_": NETWORK_CLASS.rsplit(".", 1)[1]} | trained.network_arguments,
+        "network": "$@network_def.to(@device)",
+        "checkpoint": "$@bundle_root + '/models/model.pt'",
+        "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(trained)},
+        "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+        "inferer": {
+            "_target_": "SlidingWindowInferer",
+            "roi_size": trained.patch_size,
+            "sw_batch_size": 2,
+            "overlap": trained.config["finetune"]["sliding_overlap"],
+            "mode": "gaussian",
+            "cval": -1.0,
+        },
+        "postprocessing": {"_target_": "Compose", "transforms": _postprocessing()},
+        "handlers": [
+            {
+                "_target_": "CheckpointLoader",
+                "load_path": "@checkpoint",
+                "load_dict": {"model": "@network"},
+                "map_location": "@device",
+            }
+        ],
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "val_handlers": "@handlers",
+        },
+        "initialize": [],
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
+    low, high = trained.window_hu
+    resampling = {"_target_": "Spacingd", "keys": "image", "pixdim": trained.spacing_mm, "mode": "bilinear"}
+    return [
+        {"_target_": "LoadImaged", "keys": "image"},
+        {"_target_": "EnsureChannelFirstd", "keys": "image"},
+        {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS", "labels": None},
+        *([resampling] if trained.spacing_mm else []),
+        {
+            "_target_": "ScaleIntensityRanged",
+            "keys": "image",
+            "a_min": low,
+            "a_max": high,
+            "b_min": -1.0,
+            "b_max": 1.0,
+            "clip": True,
+        },
+        {"_target_": "EnsureTyped", "keys": "image"},
+    ]
+
+
+def _postprocessing() -> list[dict[str, Any]]:
+    return [
+        {
+            "_target_": "Invertd",
+            "keys": "pred",
+            "orig_keys": "image",
+            "transform": "@preprocessing",
+            "nearest_interp": False,
+            "to_tensor": True,
+        },
+        {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {
+            "_target_": "SaveImaged",
+            "keys": "pred",
+            "output_dir": "@output_dir",
+            "output_postfix": "seg",
+            "output_dtype": "$numpy.uint8",
+        },
+    ]

@@ -1,0 +1,46 @@
+"""A Hugging Face model folder: safetensors, config.json and a model card with front matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from mixcl_dist.export.card import card
+from mixcl_dist.export.monai import describe
+from mixcl_dist.export.trained import Trained
+
+_USE = """\
+```python
+import json
+from monai.networks.nets import DynUNet
+from safetensors.torch import load_file
+config = json.load(open("config.json"))
+network = DynUNet(**config["arguments"]{out_channels})
+missing, unexpected = network.load_state_dict(load_file("model.safetensors"), strict=False)
+assert not unexpected and all(name.startswith({optional}) for name in missing)
+```
+
+{why}"""
+_ALIASES = "DynUNet lists every layer a second time under `skip_layers`; the file holds each tensor once."
+
+
+def write(trained: Trained, folder: Path) -> None:
+    """Write model.safetensors, config.json and README.md."""
+    save_file(trained.weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"library_name": "monai"} | describe(trained), indent=1) + "\n")
+    if trained.is_segmentation:
+        use = _USE.format(out_channels="", optional='"skip_layers."', why=_ALIASES)
+    else:
+        why = f"{_ALIASES} The output layer starts from random weights: it belongs to your classes."
+        use = _USE.format(out_channels=", out_channels=4", optional='("skip_layers.", "output_block.")', why=why)
+    text = card(trained, trained.facts["name"], f"In this folder:\n\n{use}")
+    (folder / "README.md").write_text(_front_matter(trained) + text)
+
+
+def _front_matter(trained: Trained) -> str:
+    tags = ["medical-imaging", "computed-tomography", "3d-segmentation", "monai", "mixcl"]
+    tags += [] if trained.is_segmentation else ["self-supervised-learning", "pretrained-encoder"]
+    lines = ["license: apache-2.0", "library_name: monai", "pipeline_tag: image-segmentation", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---", "", ""])

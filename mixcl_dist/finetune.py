@@ -1,0 +1,233 @@
+"""One segmentation trial: cases, a label budget and a start → Dice per class and case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixcl_dist.budget import budget_cases, leak
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
+from mixcl_dist.crops import Crops, LabelledVolume
+from mixcl_dist.data_shards.catalogue import Catalogue
+from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
+from mixcl_dist.marginal import marginal_loss
+from mixcl_dist.networks import SegmentationNetwork
+from mixcl_dist.precision import autocast
+from mixcl_dist.progress import progress
+from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
+from mixcl_dist.schedule import warmup_cosine
+from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
+
+GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set asks of a segmentation network."""
+
+    cases: tuple[Case, ...]
+    catalogue: Catalogue
+    """All classes of the data set, as labels are read."""
+    classes: tuple[str, ...]
+    """Those that are reliably annotated in some training case; output k > 0 of the network is `classes[k - 1]`."""
+
+    @property
+    def validation(self) -> tuple[Case, ...]:
+        return tuple(case for case in self.cases if case.split == "validation" and self.known(case).any())
+
+    def known(self, case: Case) -> np.ndarray:
+        """Which outputs are reliably annotated in `case`: (K + 1,) bool, entry 0 (background) False."""
+        return np.array([False, *(name in case.reliable for name in self.classes)])
+
+    def target(self, case: Case, label: np.ndarray) -> np.ndarray:
+        """`label` in the catalogue's numbers → uint8 in the outputs' numbers, 0 where no known class lies."""
+        names = self.catalogue.classes
+        number = [self.classes.index(name) + 1 if name in self.classes else 0 for name in names]
+        trusted = [n if name in case.reliable else 0 for n, name in zip(number, names, strict=True)]
+        return np.array([0, *trusted], dtype=np.uint8)[label]
+
+
+def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> dict[str, Any]:
+    """Train a segmentation network on the budgeted cases of `data`, score it on the validation cases.
+
+    `start` is a pre-training run whose backbone, architecture, HU window and spacing are taken over; None starts
+    from scratch by the same recipe. Everything is left in the folder `run`; returns the content of its `dice.json`,
+    which is written last and so marks a finished trial.
+    Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
+    """
+    if (run / "dice.json").exists():
+        raise RunError(f"{run}: holds a finished trial; give another --run")
+    task = open_task(data)
+    label_cases = budgeted(task, config.budget)
+    if start is not None:
+        config = like(config, start)
+        check_start(start, task, label_cases)
+    torch.manual_seed(config.budget.seed)
+    network = build(config, start, len(task.classes))
+    record = Run.create(run, "finetune", config, **_facts(config, task, label_cases, start))
+    record.forget_metrics_after(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(device)
+    _train(network, config, _training_volumes(config, task, label_cases), record, device)
+    _save(network, config, task, run)
+    dice, overlays = _validate(network, config, task, device)
+    write_atomic(run / "overlays.npz", overlays.encode())
+    record.finish()
+    write_json(run / "dice.json", dice)
+    return dice
+
+
+def open_task(data: Path) -> Task:
+    """The cases and classes of a data set; raises `CaseError` unless it has labelled training and validation cases."""
+    source = open_source(data)
+    if source.problems:
+        raise source.problems[0]
+    training = [case for case in source.cases if case.split == "training"]
+    learnt = {name for case in training for name in case.reliable}
+    classes = tuple(name for name in source.classes if name in learnt)
+    task = Task(source.cases, Catalogue(source.classes), classes)
+    for split, cases in (("training", learnt), ("validation", task.validation)):
+        if not cases:
+            raise CaseError(f"no {split} case has labels", where=data, cure=f"list labelled cases under '{split}'")
+    return task
+
+
+def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose labels this budget gives; raises `ConfigError` for an empty one."""
+    names = budget_cases(task.cases, budget.fraction, budget.seed)
+    if not names:
+        raise ConfigError("budget.fraction is 0, so there is nothing to learn from; give --labels, e.g. 0.05")
+    return names
+
+
+def like(config: Config, start: Path) -> Config:
+    """`config` with the architecture, HU window and (unless given) spacing of the pre-trained network in `start`."""
+    trained = read_json(start / "network.json")
+    overrides = {f"network.{key}": trained[key] for key in ("architecture", "filters", "window_hu")}
+    if config.finetune.spacing_mm is None:
+        overrides["finetune.spacing_mm"] = trained["spacing_mm"]
+    return replace(config, overrides)
+
+
+def check_start(start: Path, task: Task, label_cases: Sequence[str]) -> None:
+    """Raise `RunError` where `start` has seen labels or images that this trial must not know."""
+    if problem := leak(read_json(start / "run.json"), task.cases, label_cases):
+        raise RunError(f"{start}: {problem}")
+
+
+def build(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:
+    """The network to train, its backbone loaded from `start`; raises `ConfigError` or `RunError`."""
+    network = SegmentationNetwork(config.network, n_classes)
+    divisor = network.backbone.level_divisor
+    if any(edge % divisor for edge in config.finetune.patch_size):
+        raise ConfigError(
+            f"finetune.patch_size {config.finetune.patch_size}: every edge must be a multiple of {divisor}"
+        )
+    if start is not None:
+        weights = start / "network.safetensors"
+        try:
+            network.backbone.load_state_dict(load_file(weights))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise RunError(f"{weights}: does not fit {start / 'network.json'} ({reason}); pre-train again") from None
+    return network
+
+
+def _facts(config: Config, task: Task, label_cases: list[str], start: Path | None) -> dict[str, Any]:
+    return {
+        "start": None if start is None else str(start.resolve()),
+        "start_name": "scratch" if start is None else read_json(start / "run.json")["name"],
+        "fraction": config.budget.fraction,
+        "seed": config.budget.seed,
+        "label_cases": label_cases,
+        "validation_cases": [case.name for case in task.validation],
+        "classes": list(task.classes),
+        "spacing_mm": config.finetune.spacing_mm,
+    }
+
+
+def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> list[LabelledVolume]:
+    chosen = {case.name: case for case in task.cases if case.split == "training"}
+    volumes = []
+    for name in progress(label_cases, total=len(label_cases), desc="read", unit="case"):
+        case = chosen[name]
+        volume = read_case(case, task.catalogue, config.finetune.spacing_mm)
+        assert volume.label is not None, "a budget is made of labelled cases"
+        volumes.append(LabelledVolume(volume.hu, task.target(case, volume.label), task.known(case)))
+    return volumes
+
+
+def _train(
+    network: SegmentationNetwork,
+    config: Config,
+    volumes: Sequence[LabelledVolume],
+    record: Run,
+    device: torch.device,
+) -> None:
+    settings = config.finetune
+    crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = LambdaLR(optimizer, warmup_cosine(settings.steps, settings.warmup_fraction, 0.0))
+    network.train()
+    begin = time.monotonic()
+    steps = range(1, settings.steps + 1)
+    for step in progress(steps, total=settings.steps, desc="finetune", unit="step"):
+        batch = crops.batch(settings.batch_size)
+        with autocast(device):
+            logits = network(batch.image.to(device))
+        loss = marginal_loss(logits.float(), batch.target.to(device), batch.known.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        if step % settings.log_every == 0 or step == settings.steps:
+            seconds = round(time.monotonic() - begin, 2)
+            rate = float(schedule.get_last_lr()[0])
+            record.log(step, seconds=seconds, loss=round(loss.item(), 5), learning_rate=rate)
+        schedule.step()
+
+
+def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -> None:
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    write_atomic(run / "model.safetensors", save(weights))
+    facts = {
+        "architecture": config.network.architecture,
+        "filters": config.network.filters,
+        "window_hu": config.network.window_hu,
+        "spacing_mm": config.finetune.spacing_mm,
+        "patch_size": config.finetune.patch_size,
+        "classes": task.classes,
+    }
+    write_json(run / "network.json", facts)
+
+
+def _validate(
+    network: SegmentationNetwork, config: Config, task: Task, device: torch.device
+) -> tuple[dict[str, Any], Overlays]:
+    """Dice on every validation case, each scored in its own voxels, and slices for the report."""
+    scores, overlays = {}, Overlays()
+    for case in progress(task.validation, total=len(task.validation), desc="validate", unit="case"):
+        volume = read_case(case, task.catalogue)
+        prediction = segment(
+            network,
+            volume,
+            spacing_mm=config.finetune.spacing_mm,
+            window_hu=config.network.window_hu,
+            patch_size=config.finetune.patch_size,
+            overlap=config.finetune.sliding_overlap,
+            device=device,
+        )
+        assert volume.label is not None, "a validation case has a label"
+        truth = task.target(case, volume.label)
+        scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
+        overlays.add(case.name, volume, truth, prediction, config.network.window_hu)
+    return summarise(scores, task.classes), overlays

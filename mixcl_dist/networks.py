@@ -1,0 +1,110 @@
+"""The network that is pre-trained and fine-tuned: one backbone (MONAI's DynUNet) and the heads on it.
+
+Legend: V views or images, F features of a voxel, G channels of the bottleneck, R rows, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets import DynUNet
+from torch import nn
+from torch.nn import functional as F
+
+from mixcl_dist.config import NetworkConfig
+
+
+class Backbone(nn.Module):
+    """Encoder and decoder of a DynUNet; its parameters carry DynUNet's own names, so they load into one as they are."""
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        levels = len(config.filters)
+        network = DynUNet(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            kernel_size=[3] * levels,
+            strides=[1] + [2] * (levels - 1),
+            upsample_kernel_size=[2] * (levels - 1),
+            filters=config.filters,
+            norm_name=("INSTANCE", {"affine": True}),
+            res_block=config.architecture == "residual_dynunet",
+        )
+        # The parts alone: DynUNet registers them a second time, and an output layer that would never get a gradient.
+        self.input_block = network.input_block
+        self.downsamples = network.downsamples
+        self.bottleneck = network.bottleneck
+        self.upsamples = network.upsamples
+        self.voxel_channels = config.filters[0]
+        self.bottleneck_channels = config.filters[-1]
+        self.level_divisor = 2 ** (levels - 1)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(V, 1, x, y, z) → features (V, F, x, y, z) and bottleneck (V, G, x/d, y/d, z/d), d = `level_divisor`.
+
+        Raises `ValueError` where d does not divide an edge.
+        """
+        if any(edge % self.level_divisor for edge in image.shape[2:]):
+            size = tuple(image.shape[2:])
+            raise ValueError(f"image of {size} voxels: every edge must be a multiple of {self.level_divisor}")
+        skips = [self.input_block(image)]
+        for downsample in self.downsamples:
+            skips.append(downsample(skips[-1]))
+        bottleneck = features = self.bottleneck(skips[-1])
+        for upsample, skip in zip(self.upsamples, reversed(skips), strict=True):
+            features = upsample(features, skip)
+        return features, bottleneck
+
+
+class NetworkOutput(NamedTuple):
+    """What the objective is computed from; a tuple, as ZeRO-3 looks for tensors in those."""
+
+    voxel: torch.Tensor
+    """(R, D) float32 embeddings of length 1."""
+    crop: torch.Tensor
+    """(V, D') float32 embeddings of length 1."""
+    reconstruction: torch.Tensor
+    """(V, 1, x, y, z) in the range of normalised images."""
+
+
+class PretrainNetwork(nn.Module):
+    """Backbone with a voxel head, a crop head and a reconstruction head, which pre-training throws away."""
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        self.backbone = Backbone(config)
+        self.voxel_head = _mlp(self.backbone.voxel_channels, config.voxel_dim)
+        self.crop_head = _mlp(2 * self.backbone.bottleneck_channels, config.crop_dim)
+        self.reconstruction_head = nn.Conv3d(self.backbone.voxel_channels, 1, kernel_size=1)
+
+    def forward(self, image: torch.Tensor, voxel_index: torch.Tensor) -> NetworkOutput:
+        """`image` (V, 1, x, y, z) normalised; `voxel_index` (R, 4) int64: the view and voxel of each row."""
+        features, bottleneck = self.backbone(image)
+        view, x, y, z = voxel_index.unbind(1)
+        # Instance normalisation fixes a channel's average up to the activation, so the maximum is pooled beside it.
+        pooled = torch.cat([bottleneck.mean(dim=(2, 3, 4)), bottleneck.amax(dim=(2, 3, 4))], dim=1)
+        return NetworkOutput(
+            voxel=F.normalize(self.voxel_head(features[view, :, x, y, z]).float(), dim=1),
+            crop=F.normalize(self.crop_head(pooled).float(), dim=1),
+            reconstruction=self.reconstruction_head(features),
+        )
+
+
+class SegmentationNetwork(nn.Module):
+    """Backbone with a linear classifier of voxels."""
+
+    def __init__(self, config: NetworkConfig, n_classes: int):
+        super().__init__()
+        self.backbone = Backbone(config)
+        self.classifier = nn.Conv3d(self.backbone.voxel_channels, n_classes + 1, kernel_size=1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 1, x, y, z) normalised → logits (B, n_classes + 1, x, y, z), background first."""
+        features, _ = self.backbone(image)
+        return self.classifier(features)
+
+
+def _mlp(channels: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, dim), nn.GELU(), nn.Linear(dim, dim))

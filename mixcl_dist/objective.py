@@ -1,0 +1,82 @@
+"""MixCL's three consistencies, identity, label and reconstruction, joined to one loss."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from mixcl_dist.config import ObjectiveConfig
+from mixcl_dist.kernels import mixed_contrastive_loss
+from mixcl_dist.networks import NetworkOutput
+from mixcl_dist.rows import Rows
+from mixcl_dist.views import Views
+
+
+def mixcl_loss(
+    output: NetworkOutput, views: Views, rows: Rows, config: ObjectiveConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of all terms, differentiable, and the terms unweighted and detached, all 0-d.
+
+    Identity and label terms also give their floor (the least value that can be reached) and the mean cosine of
+    their positives (NaN without anchors). Terms of weight 0 are neither computed nor returned.
+    """
+    total = output.voxel.new_zeros(())
+    terms: dict[str, torch.Tensor] = {}
+    if config.voxel_identity or config.voxel_label:
+        loss, voxel_terms = _voxel_consistency(output.voxel, rows, config)
+        total, terms = total + loss, terms | voxel_terms
+    if config.crop_identity:
+        loss, crop_terms = _crop_identity(output.crop, config)
+        total, terms = total + config.crop_identity * loss, terms | crop_terms
+    if config.reconstruction:
+        loss = _reconstruction(output.reconstruction, views, config.masked_weight)
+        total, terms = total + config.reconstruction * loss, terms | {"reconstruction": loss}
+    return total, {name: value.detach() for name, value in terms.items()}
+
+
+def _voxel_consistency(
+    embeddings: torch.Tensor, rows: Rows, config: ObjectiveConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    out = mixed_contrastive_loss(
+        embeddings,
+        rows.identity,
+        rows.candidate_set,
+        rows.set_table,
+        group=rows.group,
+        temperature=config.voxel_temperature,
+        identity_weight=config.voxel_identity,
+        label_weight=config.voxel_label,
+    )
+    terms = {}
+    if config.voxel_identity:
+        terms["voxel_identity"] = out.identity_loss
+        terms["voxel_identity_floor"] = out.identity_floor
+        terms["voxel_identity_similarity"] = out.identity_similarity
+    if config.voxel_label:
+        terms["voxel_label"] = out.label_loss
+        terms["voxel_label_floor"] = out.label_floor
+        terms["voxel_label_similarity"] = out.label_similarity
+        terms["voxel_label_anchors"] = out.label_anchors
+    return out.loss, terms
+
+
+def _crop_identity(embeddings: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Both views of a patch against all other views; a crop may show any class, so none is known to be the same."""
+    patch = torch.arange(len(embeddings) // 2, device=embeddings.device).repeat(2)
+    any_class = torch.ones(1, 2, dtype=torch.bool, device=embeddings.device)
+    out = mixed_contrastive_loss(
+        embeddings,
+        patch,
+        torch.zeros_like(patch),
+        any_class,
+        temperature=config.crop_temperature,
+        label_weight=0.0,
+    )
+    return out.loss, {"crop_identity": out.identity_loss, "crop_identity_floor": out.identity_floor}
+
+
+def _reconstruction(restored: torch.Tensor, views: Views, masked_weight: float) -> torch.Tensor:
+    """Smooth-L1 against the clean view, averaged with weight `masked_weight` on masked voxels and 1 elsewhere."""
+    error = F.smooth_l1_loss(restored.float(), views.clean, reduction="none")
+    weight = torch.where(views.mask, masked_weight, 1.0)
+    return (weight * error).sum() / weight.sum()

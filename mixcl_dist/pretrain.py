@@ -1,0 +1,173 @@
+"""Pre-training: patches → two views → features → three consistencies → step. Read `pretrain` from top to bottom."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixcl_dist.budget import budget_cases
+from mixcl_dist.cluster import checkpoint
+from mixcl_dist.cluster.engine import Engine, launch, world_size
+from mixcl_dist.config import BudgetConfig, Config, ConfigError
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.stream import PatchStream
+from mixcl_dist.networks import PretrainNetwork
+from mixcl_dist.objective import mixcl_loss
+from mixcl_dist.precision import autocast
+from mixcl_dist.progress import progress
+from mixcl_dist.recorder import Recorder
+from mixcl_dist.rows import sample_rows
+from mixcl_dist.run import RunError
+from mixcl_dist.schedule import warmup_cosine
+from mixcl_dist.views import make_views
+
+
+def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -> None:
+    """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
+
+    Labels are read only of the cases in the budget (`config.budget`); the run records who they are. With `resume`
+    the newest whole checkpoint in `run` is continued exactly: same samples, same views.
+    Raises `RunError`, `ConfigError` or the stream's errors, each one line with the cure.
+    """
+    manifest = Manifest.load(shards)
+    _check(config, manifest, run, resume)
+    label_cases = budgeted_labels(manifest, config.budget)
+    torch.manual_seed(config.pretrain.seed)
+    network = PretrainNetwork(config.network)
+    engine = _launch(network, config)
+    recorder = Recorder(run, config, manifest, label_cases, engine)
+    stream = _stream(config, shards, manifest, label_cases, engine)
+    first = _resume(run, engine, stream, recorder) if resume else 0
+    batches = iter(stream)
+    network.train()
+    steps = range(first + 1, config.pretrain.steps + 1)
+    for step in progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step"):
+        for part in range(config.engine.accumulation_steps):
+            with recorder.waiting():
+                batch = next(batches)
+            generator = _generator(engine, config.pretrain.seed, step, part)
+            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, generator)
+            rows = sample_rows(
+                views.patch_from_view,
+                config.views.size,
+                batch.label,
+                batch.candidate_bits,
+                config.rows,
+                generator,
+            )
+            with autocast(engine.device):
+                output = engine(views.image, rows.voxel_index)
+            loss, terms = mixcl_loss(output, views, rows, config.objective)
+            engine.backward(loss)
+            engine.step()
+            recorder.add(loss, terms)
+        last = step == config.pretrain.steps
+        if last or step % config.pretrain.log_every == 0:
+            recorder.log(step)
+        if last or step % config.pretrain.sample_every == 0:
+            recorder.pictures(step, batch, views)
+        if last or step % config.checkpoint.every == 0:
+            _save(run, step, engine, stream, config)
+    recorder.finish(network)
+    engine.close()
+
+
+def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose pixel labels pre-training may read, dataset by dataset (see `budget_cases`)."""
+    unknown = set(budget.full_datasets) - {case.dataset for case in manifest.cases}
+    if unknown:
+        known = ", ".join(sorted({case.dataset for case in manifest.cases}))
+        raise ConfigError(f"budget.full_datasets: {', '.join(sorted(unknown))} is not in the shards; known: {known}")
+    names: list[str] = []
+    for dataset in sorted({case.dataset for case in manifest.cases}):
+        cases = [case for case in manifest.cases if case.dataset == dataset]
+        fraction = 1.0 if dataset in budget.full_datasets else budget.fraction
+        names += budget_cases(cases, fraction, budget.seed)
+    return names
+
+
+def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
+    if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
+        raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
+    if not _training_cases(manifest):
+        raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
+    started = (run / "run.json").exists()
+    if started and not resume:
+        raise RunError(f"{run}: a run is there already; go on with --resume latest, or give another --run")
+    if resume and not started:
+        raise RunError(f"{run}: no run to resume; leave out --resume")
+
+
+def _training_cases(manifest: Manifest) -> list[str]:
+    return [case.name for case in manifest.cases if case.split != "validation"]
+
+
+def _micro_batch_size(config: Config, world_size: int) -> int:
+    parts = world_size * config.engine.accumulation_steps
+    if config.pretrain.batch_size % parts:
+        raise ConfigError(
+            f"pretrain.batch_size {config.pretrain.batch_size} is not a multiple of {world_size} ranks × "
+            f"{config.engine.accumulation_steps} accumulation steps"
+        )
+    return config.pretrain.batch_size // parts
+
+
+def _stream(config: Config, shards: Path, manifest: Manifest, label_cases: list[str], engine: Engine) -> PatchStream:
+    return PatchStream(
+        shards,
+        batch_size=_micro_batch_size(config, engine.world_size),
+        seed=config.pretrain.seed,
+        workers=config.data.workers,
+        shuffle_buffer=config.data.shuffle_buffer,
+        cases=set(_training_cases(manifest)),
+        label_cases=set(label_cases),
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+
+
+def _launch(network: PretrainNetwork, config: Config) -> Engine:
+    optimizer = functools.partial(
+        torch.optim.AdamW,
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    schedule = warmup_cosine(config.pretrain.steps, config.optimizer.warmup_fraction, config.optimizer.final_fraction)
+    return launch(
+        network,
+        optimizer,
+        functools.partial(LambdaLR, lr_lambda=schedule),
+        micro_batch_size=_micro_batch_size(config, world_size()),
+        config=config.engine,
+    )
+
+
+def _generator(engine: Engine, seed: int, step: int, part: int) -> torch.Generator:
+    """All randomness of one backward pass is a pure function of (seed, step, part, rank), so resuming repeats it."""
+    words = np.random.SeedSequence([seed, step, part, engine.rank]).generate_state(2, np.uint32)
+    return torch.Generator(engine.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config) -> None:
+    state = {"step": step, "stream": stream.position(), "world_size": engine.world_size}
+    keep = config.checkpoint.keep
+    folder = run / "checkpoints"
+    with checkpoint.publish(folder, step, keep=keep, state=state, rank=engine.rank, barrier=engine.barrier) as path:
+        engine.save(path)
+
+
+def _resume(run: Path, engine: Engine, stream: PatchStream, recorder: Recorder) -> int:
+    path = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        recorder.forget_after(0)
+        return 0
+    state = checkpoint.read_state(path)
+    engine.load(path)
+    stream.seek(state["stream"])
+    recorder.forget_after(state["step"])
+    return state["step"]

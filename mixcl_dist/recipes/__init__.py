@@ -1,0 +1,1 @@
+"""Named settings: `--recipe NAME` reads NAME.yaml from this folder."""

@@ -1,0 +1,191 @@
+"""What a pre-training run leaves for people: metrics, pictures, the network and the facts of its labels."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from mixcl_dist.cluster.engine import Engine
+from mixcl_dist.config import Config
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.stream import Batch
+from mixcl_dist.networks import PretrainNetwork
+from mixcl_dist.precision import autocast
+from mixcl_dist.run import Run, RunError, write_atomic, write_json
+from mixcl_dist.views import Views
+
+PATCHES_SHOWN = 4
+LABEL_TERMS = ("voxel_label", "voxel_label_floor", "voxel_label_similarity")
+
+
+class Recorder:
+    """Rank 0 writes; the other ranks take part where the network itself must run."""
+
+    def __init__(self, path: Path, config: Config, manifest: Manifest, label_cases: list[str], engine: Engine):
+        self._config = config
+        self._manifest = manifest
+        self._engine = engine
+        self._begin_interval()
+        self._run = None
+        if engine.rank == 0:
+            facts = _label_facts(config, manifest, label_cases)
+            parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+            self._run = Run.create(path, "pretrain", config, parameters=parameters, **facts)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def forget_after(self, step: int) -> None:
+        if self._run:
+            self._run.forget_metrics_after(step)
+
+    def add(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Add one backward pass's loss and terms to the means that `log` writes.
+
+        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors.
+        """
+        one = torch.ones((), device=loss.device)
+        anchors = terms.get("voxel_label_anchors", one).float()
+        for name, value in {"loss": loss.detach(), **terms}.items():
+            weight = anchors if name in LABEL_TERMS else one
+            self._sums[name] += torch.where(weight > 0, weight * value, 0)
+            self._weights[name] += weight
+        self._passes += 1
+
+    def log(self, step: int) -> None:
+        """Write the means since the last call, learning rate, speed; raises `RunError` where the loss is not finite."""
+        if not torch.isfinite(self._sums["loss"]):
+            raise RunError(
+                f"the loss is not finite at step {step}; lower --optimizer.learning_rate, then --resume latest"
+            )
+        seconds = time.monotonic() - self._interval_start
+        batch_size = self._config.pretrain.batch_size
+        samples = self._passes / self._config.engine.accumulation_steps * batch_size
+        means = {name: float(total / self._weights[name]) for name, total in self._sums.items()}
+        scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
+        scalars |= {
+            "samples": step * batch_size,
+            "learning_rate": self._engine.learning_rate(),
+            "gradient_norm": self._engine.gradient_norm(),
+            "samples_per_s": round(samples / seconds, 3),
+            "data_wait_share": round(self._waited / seconds, 4),
+            "seconds": round(seconds, 3),
+        }
+        if self._run:
+            self._run.log(step, **scalars)
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self._engine.device))
+        self._weights: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self._engine.device))
+        self._passes, self._waited, self._interval_start = 0, 0.0, time.monotonic()
+
+    def pictures(self, step: int, batch: Batch, views: Views) -> None:
+        """Keep the middle slice of a few views: clean, degraded, restored, embedding in colours, label."""
+        image = views.image[:PATCHES_SHOWN]
+        shown, (width, height, depth) = len(image), image.shape[2:]
+        index = _slice_index(shown, width, height, depth // 2, image.device)
+        self._engine.module.eval()
+        with torch.no_grad(), autocast(self._engine.device):
+            output = self._engine(image, index)
+        self._engine.module.train()
+        if not self._run:
+            return
+        middle = (slice(None, shown), 0, ..., depth // 2)
+        arrays = {
+            "step": np.array(step),
+            "clean": views.clean[middle],
+            "degraded": views.image[middle],
+            "restored": output.reconstruction[middle],
+            "mask": views.mask[middle],
+            "embedding_rgb": _principal_colours(output.voxel).view(shown, width, height, 3),
+            "label": _view_label(batch.label, views.patch_from_view[:shown], index, shown, width, height),
+        }
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **{name: _compact(array) for name, array in arrays.items()})
+        write_atomic(self._run.path / "samples.npz", file.getvalue())
+
+    def finish(self, network: PretrainNetwork) -> None:
+        """Write the backbone for fine-tuning and export, and mark the run as finished."""
+        with self._engine.whole_parameters():
+            backbone = {name: tensor.detach().cpu().clone() for name, tensor in network.backbone.state_dict().items()}
+        if not self._run:
+            return
+        write_atomic(self._run.path / "network.safetensors", save(backbone))
+        write_json(
+            self._run.path / "network.json",
+            {
+                "architecture": self._config.network.architecture,
+                "filters": self._config.network.filters,
+                "window_hu": self._config.network.window_hu,
+                "spacing_mm": self._manifest.spacing_mm,
+                "classes": self._manifest.classes,
+            },
+        )
+        self._run.finish()
+
+
+def _label_facts(config: Config, manifest: Manifest, label_cases: list[str]) -> dict:
+    """Who was trained on, whose labels were read: what the few-label protocol is checked against."""
+    training = [case.name for case in manifest.cases if case.split != "validation"]
+    return {
+        "shards": {
+            "manifest_digest": manifest.digest,
+            "cases": len(manifest.cases),
+            "patches": sum(shard.samples for shard in manifest.shards),
+            "classes": manifest.classes,
+            "spacing_mm": manifest.spacing_mm,
+            "patch_size": manifest.patch_size,
+        },
+        "training_cases": training,
+        "label_cases": label_cases,
+        "withheld_cases": [case.name for case in manifest.cases if case.split == "validation"],
+        "budget": {"fraction": config.budget.fraction, "seed": config.budget.seed},
+    }
+
+
+def _slice_index(shown: int, width: int, height: int, z: int, device: torch.device) -> torch.Tensor:
+    """(shown · width · height, 4) indices (view, x, y, z) of every voxel of one slice."""
+    axes = [torch.arange(size, device=device) for size in (shown, width, height)]
+    grid = torch.cartesian_prod(*axes)
+    return torch.cat([grid, torch.full_like(grid[:, :1], z)], dim=1)
+
+
+def _view_label(label, patch_from_view, index, shown: int, width: int, height: int) -> torch.Tensor:
+    """The clean patch's label at every voxel of the slices, by the nearest voxel."""
+    voxel = torch.cat([index[:, 1:].float(), torch.ones_like(index[:, :1], dtype=torch.float32)], dim=1)
+    position = torch.einsum("nij,nj->ni", patch_from_view[index[:, 0]], voxel)[:, :3].round().long()
+    limit = torch.tensor(label.shape[1:], device=position.device) - 1
+    x, y, z = position.clamp_min(0).minimum(limit).unbind(1)
+    return label.to(position.device)[index[:, 0], x, y, z].view(shown, width, height)
+
+
+def _principal_colours(embedding: torch.Tensor) -> torch.Tensor:
+    """(N, D) embeddings → (N, 3) in [0, 1]: principal components, stretched between their 2nd and 98th percentiles."""
+    centred = embedding.float() - embedding.float().mean(0)
+    _, _, axes = torch.linalg.svd(centred.T @ centred)
+    components = centred @ axes[:3].T
+    low, high = torch.quantile(components[::7], torch.tensor([0.02, 0.98], device=components.device), dim=0)
+    return ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+
+
+def _compact(array) -> np.ndarray:
+    array = (
+        array.detach().float().cpu().numpy()
+        if torch.is_tensor(array) and array.is_floating_point()
+        else np.asarray(array)
+    )
+    return array.astype(np.float16) if array.dtype.kind == "f" else array

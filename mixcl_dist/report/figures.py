@@ -1,0 +1,231 @@
+"""Line and point figures as inline SVG that follows the page's text colour, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
+
+ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900")
+"""Scratch is grey everywhere; pre-trained starts follow in the study's order (Okabe and Ito, colour-blind safe)."""
+
+_INK = "#010203"  # replaced by currentColor
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+TERMS = {
+    "loss": "Total loss",
+    "voxel_identity": "Voxel identity",
+    "voxel_label": "Voxel label",
+    "crop_identity": "Crop identity",
+    "reconstruction": "Reconstruction",
+    "voxel_identity_similarity": "Similarity of a voxel's two views",
+}
+RATES = {
+    "learning_rate": "Learning rate",
+    "gradient_norm": "Gradient norm",
+    "samples_per_s": "Samples per second",
+    "data_wait_share": "Time waiting for data (%)",
+}
+
+
+def arm_colours(starts: Sequence[str]) -> dict[str, str]:
+    return {start: ARM_COLOURS[i % len(ARM_COLOURS)] for i, start in enumerate(starts)}
+
+
+def dice_by_fraction(results: StudyResults) -> Markup:
+    """Mean Dice of each start at each label fraction: every seed a dot, the mean with its standard deviation."""
+    colours = arm_colours(results.starts)
+
+    def draw(axes: Axes) -> None:
+        for i, start in enumerate(results.starts):
+            cells = [cell for cell in results.cells if cell.start == start and cell.values]
+            offset = 0.16 * (i - (len(results.starts) - 1) / 2)
+            at = [results.fractions.index(cell.fraction) + offset for cell in cells]
+            _draw_arm(axes, at, cells, colours[start], start)
+        _fraction_axis(axes, results)
+        axes.set_ylabel("Mean Dice over classes (%)")
+        axes.legend(loc="best")
+
+    return _figure("dice", (5.2, 3.7), draw, "Mean Dice against label fraction for each start")
+
+
+def paired_differences(results: StudyResults) -> Markup:
+    """Pre-trained minus scratch: every seed a dot, the mean with its 95 % t-interval, and the line of no effect."""
+    colours = arm_colours(results.starts)
+    arms = results.starts[1:]
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=colours[SCRATCH], linewidth=1.5)
+        for comparison in results.comparisons:
+            i = arms.index(comparison.start)
+            at = results.fractions.index(comparison.fraction) + 0.2 * (i - (len(arms) - 1) / 2)
+            _draw_comparison(axes, at, comparison, colours[comparison.start])
+        _fraction_axis(axes, results)
+        axes.set_ylabel("Pre-trained − scratch (Dice points)")
+
+    return _figure("paired", (5.2, 3.7), draw, "Paired differences of pre-trained and scratch by label fraction")
+
+
+def class_dumbbells(results: StudyResults, fraction: float, start: str) -> Markup:
+    """Each class as a line from scratch to pre-trained at one fraction."""
+    colours = arm_colours(results.starts)
+    both = [row for row in results.per_class if row.comparison.differences]
+    rows = [row for row in both if (row.comparison.fraction, row.comparison.start) == (fraction, start)]
+    means = [100 * cell.summary.mean for row in both for cell in (row.scratch, row.pretrained)]  # type: ignore[operator]
+
+    def draw(axes: Axes) -> None:
+        for y, row in enumerate(reversed(rows)):
+            ends = [100 * cell.summary.mean for cell in (row.scratch, row.pretrained)]  # type: ignore[operator]
+            axes.plot(ends, [y, y], color=colours[start], alpha=0.4, linewidth=3, solid_capstyle="round")
+            axes.plot(ends[0], y, "o", color=colours[SCRATCH], markersize=8)
+            axes.plot(ends[1], y, "o", color=colours[start], markersize=8)
+        axes.set_yticks(range(len(rows)), [_class_label(row.name) for row in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(min(means) - 3, max(means) + 3)
+        axes.set_xlabel("Dice (%)")
+        axes.set_title(f"{percent(fraction)} of the labels")
+
+    size = (5.2, 0.9 + 0.3 * max(len(rows), 2))
+    return _figure(f"class-{fraction}-{start}", size, draw, f"Dice by class at {percent(fraction)} of the labels")
+
+
+def loss_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:
+    """One panel for each loss term that was logged, with its floor as a dashed line."""
+    return _panels(f"loss-{name}", metrics, TERMS, "Losses of pre-training by step")
+
+
+def rate_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:
+    return _panels(f"rate-{name}", metrics, RATES, "Learning rate, gradient norm and throughput by step")
+
+
+def _draw_arm(axes: Axes, at: list[float], cells: list[Cell], colour: str, label: str) -> None:
+    means = [100 * cell.summary.mean for cell in cells]  # type: ignore[operator]
+    sds = [100 * (cell.summary.sd or 0) for cell in cells]
+    axes.errorbar(at, means, sds, color=colour, marker="o", markersize=7, capsize=4, linewidth=1.8, label=label)
+    for x, cell in zip(at, cells, strict=True):
+        values = [100 * value for value in cell.values.values()]
+        axes.plot([x + 0.045] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
+
+
+def _draw_comparison(axes: Axes, at: float, comparison: Comparison, colour: str) -> None:
+    values = [100 * value for value in comparison.differences.values()]
+    axes.plot([at + 0.07] * len(values), values, "o", color=colour, markersize=4, alpha=0.55)
+    summary = comparison.summary
+    if summary.mean is None:
+        return
+    axes.plot(at, 100 * summary.mean, "D", color=colour, markersize=7)
+    if summary.low is not None and summary.high is not None:
+        half = 100 * (summary.high - summary.mean)
+        axes.errorbar(at, 100 * summary.mean, half, color=colour, capsize=5, linewidth=1.8)
+
+
+def _fraction_axis(axes: Axes, results: StudyResults) -> None:
+    axes.set_xticks(range(len(results.fractions)), [percent(fraction) for fraction in results.fractions])
+    axes.set_xlim(-0.5, len(results.fractions) - 0.5)
+    axes.set_xlabel("Share of training cases with labels")
+    axes.grid(axis="x", visible=False)
+
+
+def _panels(name: str, metrics: list[dict[str, float]], panels: dict[str, str], label: str) -> Markup | None:
+    logged = {key: title for key, title in panels.items() if any(_is_number(row.get(key)) for row in metrics)}
+    if not logged:
+        return None
+    columns = min(3 if panels is TERMS else 4, len(logged))
+    rows = -(-len(logged) // columns)
+
+    def draw(figure: Figure) -> None:
+        for i, (key, title) in enumerate(logged.items()):
+            _draw_panel(figure.add_subplot(rows, columns, i + 1), metrics, key, title)
+
+    width = 10.6 / (3 if panels is TERMS else 4) * columns
+    return _svg(name, (width, 2.35 * rows), draw, label)
+
+
+def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: str) -> None:
+    scale = 100 if key == "data_wait_share" else 1
+    step, value = _series(metrics, key)
+    noisy = len(value) > 20 and key != "learning_rate"
+    axes.plot(step, scale * value, color=ARM_COLOURS[1], linewidth=0.8 if noisy else 1.8, alpha=0.4 if noisy else 1)
+    if noisy:
+        axes.plot(step, scale * _smooth(value), color=ARM_COLOURS[1], linewidth=1.8)
+    floor_step, floor = _series(metrics, f"{key}_floor")
+    if len(floor):
+        axes.plot(floor_step, floor, "--", color=ARM_COLOURS[2], linewidth=1.3, label="floor")
+        axes.legend(loc="best")
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axes.set_xlabel("step")
+
+
+def _series(metrics: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    kept = [(row["step"], row[key]) for row in metrics if _is_number(row.get(key))]
+    return np.array([step for step, _ in kept]), np.array([value for _, value in kept], dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over a twentieth of the points; shorter at both ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
+
+
+def _class_label(name: str) -> str:
+    return "mean of classes" if name == MEAN else name.replace("_", " ")
+
+
+def _figure(name: str, size: tuple[float, float], draw: Callable[[Axes], None], label: str) -> Markup:
+    return _svg(name, size, lambda figure: draw(figure.add_subplot()), label)
+
+
+def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], label: str) -> Markup:
+    """Draw and return one `<svg>` element whose ids are unique on the page and that names no address."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
+    prefix = re.sub(r"\W", "-", name)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    head = f'<svg role="img" aria-label="{label}" class="figure"'
+    return Markup(text.replace("<svg", head, 1).replace(_INK, "currentColor"))

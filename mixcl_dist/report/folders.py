@@ -1,0 +1,151 @@
+"""What runs and studies left on disk, read back; nothing here knows how they were made."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixcl_dist.run import RunError, read_json
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One pre-training or fine-tuning run; whatever the run had not written yet is None or empty."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: str
+    metrics: list[dict[str, float]]
+    dice: dict[str, Any] | None
+    samples: Arrays | None
+    overlays: Arrays | None
+    network: dict[str, Any] | None
+
+    @property
+    def window_hu(self) -> tuple[float, float]:
+        """HU that -1 and 1 stand for in the pictures of this run."""
+        low, high = (self.network or {}).get("window_hu", (-1000.0, 1000.0))
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row of the study's table; `run` is None until the trial has made its folder."""
+
+    row: dict[str, Any]
+    run: RunFolder | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A pre-trained start; `run` is None where its folder is no longer at hand."""
+
+    name: str
+    path: str
+    run: RunFolder | None
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    path: Path
+    facts: dict[str, Any]
+    trials: list[Trial]
+    starts: list[Start]
+
+
+def open_folder(path: Path) -> RunFolder | StudyFolder:
+    """Read a RUN or STUDY folder; raises `RunError` in one line where it is neither or a file of it is broken."""
+    if (path / "study.json").is_file():
+        return open_study(path)
+    if (path / "run.json").is_file():
+        return open_run(path)
+    raise RunError(f"{path}: neither a run (run.json) nor a study (study.json); give the folder of --run or --study")
+
+
+def open_run(path: Path) -> RunFolder:
+    facts = read_json(path / "run.json")
+    if not isinstance(facts, dict) or facts.get("kind") not in ("pretrain", "finetune"):
+        raise RunError(f"{path / 'run.json'}: no run of kind pretrain or finetune; the run must be made again")
+    config = path / "config.yaml"
+    return RunFolder(
+        path=path,
+        facts=facts,
+        config=config.read_text() if config.is_file() else "",
+        metrics=_read_metrics(path / "metrics.jsonl"),
+        dice=_read_optional(path / "dice.json", ("classes", "cases", "class_mean", "mean")),
+        samples=_read_arrays(path / "samples.npz", ("clean",)),
+        overlays=_read_arrays(path / "overlays.npz", ("image", "truth", "prediction", "cases")),
+        network=_read_optional(path / "network.json", ("window_hu",)),
+    )
+
+
+def open_study(path: Path) -> StudyFolder:
+    file = path / "study.json"
+    facts = read_json(file)
+    _require(file, facts, ("trials", "starts"))
+    for row in facts["trials"]:
+        _require(file, row, ("id", "start", "fraction", "seed", "run"))
+    trials = [Trial(row, _run_if_there(path / row["run"])) for row in facts["trials"]]
+    named = []
+    for start in facts["starts"]:
+        if start != "scratch":
+            _require(file, start, ("name", "path"))
+            named.append(Start(start["name"], start["path"], _start_if_there(path, start["path"])))
+    return StudyFolder(path, facts, trials, named)
+
+
+def _start_if_there(study: Path, start: str) -> RunFolder | None:
+    """A start's path is as it was typed: relative to where the study ran, or to the study's folder."""
+    there = next((place for place in (Path(start), study / start) if (place / "run.json").is_file()), None)
+    return open_run(there) if there else None
+
+
+def _run_if_there(path: Path) -> RunFolder | None:
+    return open_run(path) if (path / "run.json").is_file() else None
+
+
+def _read_optional(path: Path, needed: Sequence[str]) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    _require(path, content, needed)
+    return content
+
+
+def _require(path: Path, content: Any, needed: Sequence[str]) -> None:
+    for name in needed:
+        if not isinstance(content, Mapping) or name not in content:
+            raise RunError(f"{path}: {name!r} is missing; remove the file or make the run again")
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """The logged steps; a last line that a killed run left half-written is dropped."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise RunError(f"{path}: line {number} is no JSON object; remove it or make the run again") from None
+    return metrics
+
+
+def _read_arrays(path: Path, needed: Sequence[str]) -> Arrays | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        raise RunError(f"{path}: not a whole .npz file; remove it or make the run again") from None
+    _require(path, arrays, needed)
+    return arrays

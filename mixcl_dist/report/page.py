@@ -1,0 +1,268 @@
+"""From what a folder holds to the sections of its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from mixcl_dist.report import figures, slices
+from mixcl_dist.report.folders import RunFolder, StudyFolder, Trial
+from mixcl_dist.report.results import MEAN, SCRATCH, StudyResults, headline, number_range, percent, points
+
+MAX_OVERLAY_CASES = 3
+
+
+@dataclass(frozen=True)
+class Picture:
+    source: str
+    title: str
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """Pictures of one slice beside each other."""
+
+    name: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Legend:
+    colour: str
+    name: str
+
+
+def study_page(study: StudyFolder, results: StudyResults) -> str:
+    sections = [pretraining_section(start.run, start.name) for start in study.starts if start.run]
+    overlays, legend, setting = compared_overlays(study, results)
+    return _render(
+        "study.html",
+        title=study.facts.get("name", study.path.name),
+        facts=study.facts,
+        results=results,
+        headline=headline(results),
+        colours=figures.arm_colours(results.starts),
+        dice_figure=figures.dice_by_fraction(results) if any(cell.values for cell in results.cells) else None,
+        paired_figure=_paired_figure(results),
+        class_figures=_class_figures(results),
+        overlays=overlays,
+        overlay_legend=legend,
+        overlay_setting=setting,
+        pretraining=sections,
+        trials=study.trials,
+        counts=_trial_counts(study.trials),
+        provenance=_study_provenance(study),
+    )
+
+
+def run_page(run: RunFolder) -> str:
+    is_pretraining = run.facts["kind"] == "pretrain"
+    return _render(
+        "run.html",
+        title=run.facts.get("name", run.path.name),
+        facts=run.facts,
+        pretraining=pretraining_section(run, run.facts.get("name", run.path.name)) if is_pretraining else None,
+        finetuning=None if is_pretraining else finetuning_section(run),
+        provenance=[(run.facts.get("name", run.path.name), run)],
+    )
+
+
+def pretraining_section(run: RunFolder, name: str) -> dict[str, Any]:
+    """Curves and pictures of one pre-training, with what they amount to in words."""
+    rows, legend = sample_rows(run)
+    return {
+        "name": name,
+        "facts": run.facts,
+        "summary": _summarise_losses(run.metrics),
+        "losses": figures.loss_curves(run.metrics, name),
+        "rates": figures.rate_curves(run.metrics, name),
+        "samples": rows,
+        "legend": legend,
+        "sample_step": int(run.samples["step"]) if run.samples and "step" in run.samples else None,
+    }
+
+
+def finetuning_section(run: RunFolder) -> dict[str, Any]:
+    overlays = run.overlays
+    rows = []
+    for i, case in enumerate(overlays["cases"].tolist() if overlays else []):
+        rows.append(PictureRow(case, _overlay_pictures(run, i, [("Prediction", run)])))
+    found = slices.labels_in(overlays["truth"], overlays["prediction"]) if overlays else ()
+    return {
+        "dice": run.dice,
+        "losses": figures.loss_curves(run.metrics, "finetune"),
+        "overlays": rows,
+        "legend": _legend(found, run.facts.get("classes", [])),
+    }
+
+
+def sample_rows(run: RunFolder) -> tuple[list[PictureRow], list[Legend]]:
+    """For each kept patch: original, degraded, restored, embedding and, where it may be read, the label."""
+    samples = run.samples
+    if not samples:
+        return [], []
+    rows = []
+    for i, clean in enumerate(samples["clean"]):
+        pictures = [
+            Picture(slices.ct_png(samples[key][i], run.window_hu), title)
+            for key, title in (("clean", "Original"), ("degraded", "Input"), ("restored", "Restored"))
+            if key in samples
+        ]
+        if "embedding_rgb" in samples:
+            pictures.append(Picture(slices.colour_png(samples["embedding_rgb"][i]), "Embedding"))
+        if "label" in samples:
+            title = "Label" if samples["label"][i].any() else "No label here"
+            pictures.append(Picture(slices.label_png(clean, samples["label"][i], run.window_hu), title))
+        rows.append(PictureRow(f"patch {i + 1}", pictures))
+    found = slices.labels_in(samples["label"]) if "label" in samples else ()
+    return rows, _legend(found, run.facts.get("shards", {}).get("classes", []))
+
+
+def compared_overlays(
+    study: StudyFolder, results: StudyResults
+) -> tuple[list[PictureRow], list[Legend], dict[str, Any] | None]:
+    """The same cases segmented by every start of one (fraction, seed): the fewest labels that both finished."""
+    for fraction in results.fractions:
+        for seed in sorted({trial.row["seed"] for trial in study.trials}):
+            runs = _runs_with_overlays(study.trials, results.starts, fraction, seed)
+            if SCRATCH in runs and len(runs) > 1:
+                return *_overlay_rows(runs), {"fraction": percent(fraction), "seed": seed}
+    for trial in study.trials:
+        if trial.run and trial.run.overlays:
+            setting = {"fraction": percent(trial.row["fraction"]), "seed": trial.row["seed"]}
+            return *_overlay_rows({trial.row["start"]: trial.run}), setting
+    return [], [], None
+
+
+def _runs_with_overlays(trials: list[Trial], starts: list[str], fraction: float, seed: int) -> dict[str, RunFolder]:
+    found = {
+        trial.row["start"]: trial.run
+        for trial in trials
+        if (trial.row["fraction"], trial.row["seed"]) == (fraction, seed) and trial.run and trial.run.overlays
+    }
+    return {start: found[start] for start in starts if start in found}
+
+
+def _overlay_rows(runs: dict[str, RunFolder]) -> tuple[list[PictureRow], list[Legend]]:
+    first = next(iter(runs.values()))
+    rows, labels = [], []
+    for i, case in enumerate(first.overlays["cases"].tolist()[:MAX_OVERLAY_CASES]):  # type: ignore[index]
+        shown = [(start, run) for start, run in runs.items() if _same_slice(first, run, i)]
+        rows.append(PictureRow(case, _overlay_pictures(first, i, shown)))
+        labels += [first.overlays["truth"][i]]  # type: ignore[index]
+        labels += [run.overlays["prediction"][i] for _, run in shown]  # type: ignore[index]
+    return rows, _legend(slices.labels_in(*labels), first.facts.get("classes", []))
+
+
+def _same_slice(first: RunFolder, other: RunFolder, i: int) -> bool:
+    """Whether slice `i` of both runs is the same slice of the same case."""
+    a, b = first.overlays, other.overlays
+    return (
+        a is not None
+        and b is not None
+        and i < len(b["cases"])
+        and a["cases"][i] == b["cases"][i]
+        and np.array_equal(a["truth"][i], b["truth"][i])
+    )
+
+
+def _overlay_pictures(run: RunFolder, i: int, predictions: list[tuple[str, RunFolder]]) -> list[Picture]:
+    arrays = run.overlays
+    assert arrays is not None
+    labels = {"Truth": arrays["truth"][i]}
+    labels |= {name: other.overlays["prediction"][i] for name, other in predictions}  # type: ignore[index]
+    image = arrays["image"][i]
+    box = slices.content_box(image, *labels.values())
+    x_mm, y_mm = arrays["spacing"][i].tolist() if "spacing" in arrays else (1.0, 1.0)
+    pictures = [Picture(slices.ct_png(image[box], run.window_hu, (x_mm, y_mm)), "CT")]
+    for name, label in labels.items():
+        pictures.append(Picture(slices.label_png(image[box], label[box], run.window_hu, (x_mm, y_mm)), name))
+    return pictures
+
+
+def _legend(labels: Any, classes: list[str]) -> list[Legend]:
+    return [Legend(slices.class_colour(k), classes[k - 1] if k <= len(classes) else f"class {k}") for k in labels]
+
+
+def _paired_figure(results: StudyResults) -> Markup | None:
+    return figures.paired_differences(results) if any(c.differences for c in results.comparisons) else None
+
+
+def _class_figures(results: StudyResults) -> list[Markup]:
+    return [
+        figures.class_dumbbells(results, comparison.fraction, comparison.start)
+        for comparison in results.comparisons
+        if comparison.differences and results.classes
+    ]
+
+
+def _summarise_losses(metrics: list[dict[str, float]]) -> list[str]:
+    """First and last value of each term, against its floor where it has one."""
+    sentences = []
+    for term, title in figures.TERMS.items():
+        logged = [row for row in metrics if row.get(term) is not None]
+        if len(logged) < 2:
+            continue
+        first, last = logged[0], logged[-1]
+        change = f"{title}: {first[term]:.3g} at step {first['step']}, {last[term]:.3g} at step {last['step']}"
+        floor = last.get(f"{term}_floor")
+        sentences.append(change + (f" (floor {floor:.3g})." if floor is not None else "."))
+    return sentences
+
+
+def _trial_counts(trials: list[Trial]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for trial in trials:
+        status = trial.row.get("status", "pending")
+        counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def _study_provenance(study: StudyFolder) -> list[tuple[str, RunFolder]]:
+    """The pre-trainings and one trial, which stands for all: they share code, machine and configuration."""
+    runs = [(start.name, start.run) for start in study.starts if start.run]
+    trial = next((trial for trial in study.trials if trial.run), None)
+    return runs + ([(f"trial {trial.row['id']}", trial.run)] if trial and trial.run else [])
+
+
+def _time(iso: str | None) -> str:
+    return "–" if iso is None else iso[:16].replace("T", " ") + (" UTC" if iso.endswith("+00:00") else "")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _dice(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _render(template: str, **context: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("mixcl_dist.report", "."),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "points": points,
+        "percent": percent,
+        "number_range": number_range,
+        "duration": _duration,
+        "time": _time,
+        "dice": _dice,
+        "plain": lambda name: "mean of classes" if name == MEAN else str(name).replace("_", " "),
+    }
+    style = Markup(resources.files("mixcl_dist.report").joinpath("style.css").read_text())
+    window = "{:.0f} to {:.0f} HU".format(*slices.DISPLAY_HU).replace("-", "−")
+    return environment.get_template(template).render(style=style, display_window=window, **context)

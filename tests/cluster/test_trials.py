@@ -1,0 +1,133 @@
+"""Trials under a real Ray on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from mixcl_dist.cluster.trials import Outcome, TrialsConfig, TrialsError, draw, run_trials
+
+pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:ray.*")
+
+
+def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
+    calls = tmp_path / "calls"
+    calls.mkdir()
+
+    def function(trial):  # nested, so that it travels by value
+        (calls / f"{trial['id']}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        if trial["x"] < 0:
+            raise ValueError("no root of a negative number")
+        return {"root": trial["x"] ** 0.5, "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}
+
+    outcomes: dict[str, Outcome] = {}
+    trials = [{"id": "four", "x": 4}, {"id": "bad", "x": -1}, {"id": "nine", "x": 9}]
+    run_trials(
+        function,
+        trials,
+        storage=tmp_path / "tune",
+        config=TrialsConfig(max_failures=1),
+        ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome}),
+    )
+    assert outcomes["four"].result["root"] == 2 and outcomes["nine"].result["root"] == 3
+    assert outcomes["nine"].result["threads"] == "1" and outcomes["nine"].result["pid"] != os.getpid()
+    assert outcomes["bad"] == Outcome(trials[1], None, "ValueError: no root of a negative number")
+    called = [path.name.split("-")[0] for path in calls.iterdir()]
+    assert sorted(called) == ["bad", "bad", "four", "nine"]  # the failed one was tried once more
+
+
+def test_a_trial_that_no_machine_can_run_is_refused(tmp_path):
+    with pytest.raises(TrialsError, match=r"trials\.cpus 100000: Ray has \d+"):
+        run_trials(dict, [{"id": "a"}], storage=tmp_path, config=TrialsConfig(cpus=100_000), ended=print)
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from mixcl_dist.cluster.trials import TrialsConfig, run_trials
+
+folder = Path(sys.argv[1])
+
+def function(trial):
+    with (folder / (trial["id"] + ".begun")).open("a") as file:
+        file.write("begun\\n")
+    while trial["id"] == "slow" and not (folder / "go").exists():
+        time.sleep(0.1)
+    (folder / (trial["id"] + ".done")).touch()
+    return {}
+
+trials = [{"id": name} for name in ("quick", "slow") if not (folder / (name + ".done")).exists()]
+ended = lambda outcome: print("ended", outcome.trial["id"], flush=True)
+run_trials(function, trials, storage=folder / "tune", config=TrialsConfig(), ended=ended)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_table_goes_on_and_keeps_what_it_had(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout.readline() == "ended quick\n"
+    wait_for(tmp_path / "slow.begun")
+    started = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    end(started)
+    before = {path for path in (tmp_path / "tune").rglob("*") if path.is_file()}
+    (tmp_path / "go").touch()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert again.stdout.splitlines() == ["ended slow"]
+    assert (tmp_path / "quick.begun").read_text() == "begun\n"
+    assert (tmp_path / "slow.begun").read_text() == "begun\nbegun\n"
+    assert all(path.exists() for path in before)
+
+
+def wait_for(path, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.1)
+
+
+def end(processes):
+    """Kill what a killed driver left behind, as a machine that goes down would."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=30)
+
+
+def test_without_a_search_there_is_one_point():
+    assert draw({}, samples=3, seed=0) == [{}]
+
+
+def test_a_search_draws_from_its_ranges_for_each_point_of_its_grids():
+    search = {
+        "a.rate": {"loguniform": [1e-4, 1e-2]},
+        "a.size": {"grid": [1, 2]},
+        "a.kind": {"choice": ["x", "y"]},
+    }
+    points = draw(search, samples=3, seed=0)
+    assert [point["a.size"] for point in points] == [1, 2] * 3
+    assert all(1e-4 <= point["a.rate"] <= 1e-2 and point["a.kind"] in "xy" for point in points)
+    assert len({point["a.rate"] for point in points}) == 6
+    assert points == draw(search, samples=3, seed=0) != draw(search, samples=3, seed=1)
+
+
+@pytest.mark.parametrize("description", [{"normal": [0, 1]}, {"uniform": [1]}, {"choice": []}, {}])
+def test_an_unknown_search_is_refused(description):
+    with pytest.raises(TrialsError, match=r"search for a\.rate: .* is not one of \{uniform: \[low, high\]\}"):
+        draw({"a.rate": description}, samples=1, seed=0)
+
+
+def test_the_configuration_can_be_had_without_ray():
+    code = "import sys, mixcl_dist.cluster.trials; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,44 @@
+"""A small phantom cohort and its shards, made once for all tests of the application."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixcl_dist.config import Config, load
+from mixcl_dist.data_shards.build import build
+from mixcl_dist.phantom import write_cohort
+
+SMALL = {
+    "build.patch_size": "24,24,24",
+    "network.filters": "4,6,8",
+    "network.voxel_dim": "8",
+    "network.crop_dim": "8",
+    "views.size": "16,16,16",
+    "rows.per_view_pair": "32",
+    "pretrain.batch_size": "4",
+    "pretrain.log_every": "1",
+    "finetune.patch_size": "24,24,24",
+    "finetune.steps": "4",
+}
+"""Overrides that make every stage a matter of seconds."""
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Config:
+    return load(overrides=list(SMALL.items()))
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> list[Path]:
+    """The sources of a phantom cohort; the first is the data set to fine-tune on."""
+    folder = tmp_path_factory.mktemp("cohort")
+    return write_cohort(folder, training=4, validation=2, unlabelled=2, size=(40, 34, 40), spacing_mm=9.0)
+
+
+@pytest.fixture(scope="session")
+def shards(cohort, small_config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    build(cohort, out, small_config.build)
+    return out

@@ -1,0 +1,161 @@
+"""One segmentation trial through the real code, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mixcl_dist.budget import budget_cases
+from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.data_shards.catalogue import Catalogue
+from mixcl_dist.data_shards.sources import Case, open_source
+from mixcl_dist.finetune import Task, build, finetune
+from mixcl_dist.networks import SegmentationNetwork
+from mixcl_dist.phantom import CLASSES, write_cohort
+from mixcl_dist.run import RunError
+
+SMALL = {
+    "network.filters": [4, 8, 8],
+    "finetune.steps": 3,
+    "finetune.batch_size": 1,
+    "finetune.patch_size": [24, 24, 24],
+    "finetune.log_every": 1,
+    "budget.fraction": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return replace(Config(), SMALL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cohort")
+    return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0, seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def budgeted(data):
+    return budget_cases(open_source(data).cases, 0.5, 0)
+
+
+@pytest.fixture(scope="module")
+def trial(config, data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "scratch"
+    return run, finetune(config, data=data, start=None, run=run)
+
+
+def pretrained(folder, config, *, label_cases=(), training_cases=(), spacing_mm=None):
+    """The folder that pre-training leaves, with a backbone of known weights."""
+    folder.mkdir()
+    torch.manual_seed(7)
+    backbone = SegmentationNetwork(config.network, 1).backbone
+    save_file(backbone.state_dict(), folder / "network.safetensors")
+    network = {key: getattr(config.network, key) for key in ("architecture", "filters", "window_hu")}
+    (folder / "network.json").write_text(json.dumps(network | {"spacing_mm": spacing_mm, "classes": []}))
+    facts = {"kind": "pretrain", "name": folder.name, "label_cases": list(label_cases)}
+    (folder / "run.json").write_text(json.dumps(facts | {"training_cases": list(training_cases)}))
+    return folder
+
+
+def test_a_trial_leaves_what_report_and_export_read(trial, budgeted):
+    run, dice = trial
+    assert dice == json.loads((run / "dice.json").read_text())
+    assert dice["classes"] == list(CLASSES) and list(dice["cases"]) == ["validation_000"]
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["kind"] == "finetune" and facts["start"] is None and facts["start_name"] == "scratch"
+    assert facts["label_cases"] == budgeted and facts["validation_cases"] == ["validation_000"]
+    assert facts["finished"] and facts["seconds"] > 0
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert set(steps[0]) == {"step", "seconds", "loss", "learning_rate"}
+    overlays = np.load(run / "overlays.npz")
+    assert overlays["truth"].shape == (1, 36, 30) and overlays["truth"].any()
+
+
+def test_the_saved_network_is_the_one_that_was_scored(trial, config):
+    run, _ = trial
+    network = SegmentationNetwork(config.network, len(CLASSES))
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    facts = json.loads((run / "network.json").read_text())
+    assert facts["classes"] == list(CLASSES) and facts["filters"] == [4, 8, 8]
+
+
+def test_the_same_trial_again_has_the_same_losses(trial, config, data, tmp_path):
+    run, _ = trial
+    finetune(config, data=data, start=None, run=tmp_path / "again")
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_start_gives_weights_architecture_and_spacing(config, data, tmp_path):
+    start = pretrained(tmp_path / "pretrained", config, spacing_mm=[12.0, 12.0, 12.0])
+    other = replace(config, {"network.filters": [6, 8, 8], "finetune.learning_rate": 1e-12})
+    run = tmp_path / "run"
+    finetune(other, data=data, start=start, run=run)
+    facts = json.loads((run / "network.json").read_text())
+    assert facts["filters"] == [4, 8, 8] and facts["spacing_mm"] == [12.0, 12.0, 12.0]
+    begun, ended = load_file(start / "network.safetensors"), load_file(run / "model.safetensors")
+    for name, weight in begun.items():
+        torch.testing.assert_close(ended[f"backbone.{name}"], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_start_that_knows_withheld_labels_is_refused(config, data, budgeted, tmp_path):
+    withheld = next(
+        case.name for case in open_source(data).cases if case.split == "training" and case.name not in budgeted
+    )
+    start = pretrained(tmp_path / "leaky", config, label_cases=[*budgeted, withheld])
+    with pytest.raises(RunError, match=f"leaky: .*{withheld}.*--budget.fraction"):
+        finetune(config, data=data, start=start, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_saw_validation_images_is_refused(config, data, tmp_path):
+    start = pretrained(tmp_path / "leaky", config, training_cases=["validation_000"])
+    with pytest.raises(RunError, match="validation case validation_000"):
+        finetune(config, data=data, start=start, run=tmp_path / "run")
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):
+    start = pretrained(tmp_path / "pretrained", config)
+    other = replace(config, {"network.filters": [6, 8, 8]})
+    with pytest.raises(RunError, match="pre-train again") as refusal:
+        build(other, start, 2)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_finished_trial_is_not_overwritten(trial, config, data):
+    with pytest.raises(RunError, match="finished trial"):
+        finetune(config, data=data, start=None, run=trial[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("budget.fraction", 0.0, "give --labels"), ("finetune.patch_size", [24, 24, 22], "multiple of 4")],
+)
+def test_settings_that_cannot_work_are_refused(config, data, tmp_path, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(replace(config, {key: value}), data=data, start=None, run=tmp_path / "run")
+
+
+def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
+    case = Case(
+        name="x",
+        dataset="d",
+        split="training",
+        format="nifti",
+        files=(),
+        annotated=("liver", "spleen"),
+        doubtful=("spleen",),
+    )
+    task = Task((case,), Catalogue(("aorta", "liver", "spleen")), ("liver", "spleen"))
+    np.testing.assert_array_equal(task.target(case, np.array([0, 1, 2, 3], dtype=np.uint8)), [0, 0, 1, 0])
+    np.testing.assert_array_equal(task.known(case), [False, True, False])

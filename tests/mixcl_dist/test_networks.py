@@ -1,0 +1,97 @@
+"""The backbone is MONAI's DynUNet, part for part; the heads give rows of length one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import DynUNet
+from torch import nn
+
+from mixcl_dist.config import NetworkConfig
+from mixcl_dist.networks import Backbone, PretrainNetwork, SegmentationNetwork
+
+FILTERS = (4, 6, 8)
+ARCHITECTURES = ["dynunet", "residual_dynunet"]
+
+
+def config(architecture: str = "dynunet") -> NetworkConfig:
+    return NetworkConfig(architecture=architecture, filters=FILTERS, voxel_dim=12, crop_dim=10)
+
+
+def voxels(count: int = 9) -> torch.Tensor:
+    return torch.stack([torch.arange(count) % 2, *torch.randint(8, (3, count))], dim=1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_dynunet_with_the_backbones_weights_computes_the_same_features(architecture):
+    backbone = Backbone(config(architecture))
+    network = DynUNet(
+        3, 1, 1, [3, 3, 3], [1, 2, 2], [2, 2], filters=FILTERS, res_block=architecture == "residual_dynunet"
+    )
+    left = network.load_state_dict(backbone.state_dict(), strict=False)
+    assert not left.unexpected_keys
+    assert {key.split(".")[0] for key in left.missing_keys} == {"output_block", "skip_layers"}
+    network.output_block = nn.Identity()
+    image = torch.randn(2, 1, 8, 16, 8)
+    features, bottleneck = backbone(image)
+    torch.testing.assert_close(features, network(image))
+    assert features.shape == (2, 4, 8, 16, 8) and bottleneck.shape == (2, 8, 2, 4, 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_parameter_is_used_once(architecture):
+    network = PretrainNetwork(config(architecture))
+    output = network(torch.randn(2, 1, 8, 8, 8), voxels())
+    sum((value * torch.randn_like(value)).sum() for value in output).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    stored = [tensor.data_ptr() for tensor in network.state_dict().values()]
+    assert len(stored) == len(set(stored))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_embeddings_have_length_one_in_float32(autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = PretrainNetwork(config())(torch.randn(2, 1, 8, 8, 8), voxels())
+    assert output.voxel.shape == (9, 12) and output.crop.shape == (2, 10)
+    assert output.reconstruction.shape == (2, 1, 8, 8, 8)
+    for embedding in (output.voxel, output.crop):
+        assert embedding.dtype == torch.float32
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
+
+
+def test_a_row_is_the_head_at_its_own_voxel():
+    network, image = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8)
+    features, _ = network.backbone(image)
+    expected = network.voxel_head(features[1, :, 2, 7, 5])
+    (row,) = network(image, torch.tensor([[1, 2, 7, 5]])).voxel
+    torch.testing.assert_close(row, expected / expected.norm())
+
+
+def test_no_rows_are_allowed():
+    output = PretrainNetwork(config())(torch.randn(2, 1, 8, 8, 8), torch.zeros(0, 4, dtype=torch.int64))
+    assert output.voxel.shape == (0, 12)
+
+
+def test_the_memory_format_changes_no_result():
+    network, image, index = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8), voxels()
+    plain = network(image, index)
+    network = network.to(memory_format=torch.channels_last_3d)
+    for a, b in zip(plain, network(image.to(memory_format=torch.channels_last_3d), index), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_that_cannot_be_halved_often_enough_is_refused():
+    with pytest.raises(ValueError, match=r"image of \(8, 8, 10\) voxels: every edge must be a multiple of 4"):
+        Backbone(config())(torch.randn(1, 1, 8, 8, 10))
+
+
+def test_a_segmentation_network_starts_from_a_pretrained_backbone():
+    pretrained = PretrainNetwork(config()).backbone
+    network = SegmentationNetwork(config(), n_classes=3)
+    network.backbone.load_state_dict(pretrained.state_dict())
+    image = torch.randn(1, 1, 8, 8, 8)
+    expected = network.classifier(pretrained(image)[0])
+    logits = network(image)
+    assert logits.shape == (1, 4, 8, 8, 8)
+    torch.testing.assert_close(logits, expected)

@@ -1,0 +1,150 @@
+"""Views, rows and network output joined to one loss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mixcl_dist.config import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
+from mixcl_dist.networks import NetworkOutput, PretrainNetwork
+from mixcl_dist.objective import mixcl_loss
+from mixcl_dist.rows import Rows, sample_rows
+from mixcl_dist.views import Views, make_views
+
+OFF = {"voxel_identity": 0.0, "voxel_label": 0.0, "crop_identity": 0.0, "reconstruction": 0.0}
+UNLABELLED = [0b1111] * 3
+LABELLED = [0b1100, 0b0001, 0b0010]
+
+
+def step(bits: list[int], objective: ObjectiveConfig, network: PretrainNetwork | None = None):
+    """One pass of two patients through views, rows, network and loss."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    config = ViewsConfig(size=(16, 16, 16), mask_block=4)
+    image = torch.randint(-1000, 1000, (2, 1, 24, 24, 24), generator=generator).to(torch.int16)
+    label = torch.zeros(2, 24, 24, 24, dtype=torch.uint8)
+    if bits != UNLABELLED:
+        label[:, 4:20, 4:12], label[:, 4:20, 12:20] = 1, 2
+    views = make_views(image, torch.tensor([[1.0, 1.0, 2.5]] * 2), config, (-1000, 1000), generator)
+    candidate_bits = torch.tensor([bits, bits])
+    rows = sample_rows(views.patch_from_view, (16,) * 3, label, candidate_bits, RowsConfig(), generator)
+    network = network or PretrainNetwork(NetworkConfig(filters=(4, 6, 8)))
+    return mixcl_loss(network(views.image, rows.voxel_index), views, rows, objective)
+
+
+def output_of(voxel=None, crop=None, reconstruction=None) -> NetworkOutput:
+    empty = torch.zeros(0, 4)
+    return NetworkOutput(
+        empty if voxel is None else voxel,
+        empty if crop is None else crop,
+        empty if reconstruction is None else reconstruction,
+    )
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def rows_with(identity: list[int], candidate_set: list[int], set_table: list[list[bool]]) -> Rows:
+    index = torch.zeros(len(identity), 4, dtype=torch.int64)
+    return Rows(index, torch.tensor(identity), torch.tensor(candidate_set), torch.tensor(set_table))
+
+
+def info_nce(z: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of each row's twin, half the rows away, among all other rows."""
+    logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2))
+
+
+def test_a_step_from_patches_to_gradients_reaches_every_parameter():
+    network = PretrainNetwork(NetworkConfig(filters=(4, 6, 8)))
+    total, terms = step(LABELLED, ObjectiveConfig(), network)
+    total.backward()
+    assert all(value.isfinite() and value.dim() == 0 and not value.requires_grad for value in terms.values())
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms():
+    weights = {"voxel_identity": 0.5, "voxel_label": 2.0, "crop_identity": 0.25, "reconstruction": 3.0}
+    total, terms = step(LABELLED, ObjectiveConfig(**weights))
+    assert terms["voxel_label_anchors"] > 0
+    torch.testing.assert_close(total.detach(), sum(weight * terms[name] for name, weight in weights.items()))
+
+
+@pytest.mark.parametrize("only", list(OFF))
+def test_a_weight_of_zero_switches_a_term_off(only):
+    total, terms = step(LABELLED, ObjectiveConfig(**{**OFF, only: 1.0}))
+    assert {name for name in terms if name in OFF} == {only}
+    torch.testing.assert_close(total.detach(), terms[only])
+
+
+def test_a_batch_without_labels_has_no_label_term():
+    total, terms = step(UNLABELLED, ObjectiveConfig())
+    assert terms["voxel_label"] == 0 and terms["voxel_label_anchors"] == 0
+    assert total.isfinite() and terms["voxel_identity"] > 0
+
+
+def test_without_labels_voxel_identity_is_info_nce():
+    z = unit(12, 8)
+    rows = rows_with([*range(6)] * 2, [0] * 12, [[True] * 4])
+    _, terms = mixcl_loss(output_of(z), None, rows, ObjectiveConfig(**{**OFF, "voxel_identity": 1.0}))
+    torch.testing.assert_close(terms["voxel_identity"], info_nce(z, 0.1))
+
+
+def test_crop_identity_is_info_nce_over_the_views():
+    z = unit(10, 8)
+    _, terms = mixcl_loss(output_of(crop=z), None, None, ObjectiveConfig(**{**OFF, "crop_identity": 1.0}))
+    torch.testing.assert_close(terms["crop_identity"], info_nce(z, 0.2))
+
+
+def test_a_class_attracts_across_patients_and_repels_other_classes():
+    """Rows 0, 1 are liver of two patients, 2 and 3 spleen; no two show the same point."""
+    z = unit(4, 8).requires_grad_()
+    rows = rows_with([0, 1, 2, 3], [0, 0, 1, 1], [[True, False, False, False], [False, True, False, False]])
+    total, _ = mixcl_loss(output_of(z), None, rows, ObjectiveConfig(**{**OFF, "voxel_label": 1.0}))
+    total.backward()
+    before = (z @ z.T).detach()
+    moved = F.normalize(z.detach() - 0.01 * z.grad, dim=1)
+    change = moved @ moved.T - before
+    assert change[0, 1] > 0 and change[2, 3] > 0
+    assert change[:2, 2:].sum() < 0
+
+
+def test_reconstruction_weighs_masked_voxels_more():
+    """Independent truth: the definition in float64."""
+    generator = torch.Generator().manual_seed(0)
+    clean, restored = torch.randn(2, 2, 1, 4, 4, 4, generator=generator)
+    mask = torch.rand(2, 1, 4, 4, 4, generator=generator) < 0.3
+    views = Views(image=clean, clean=clean, mask=mask, patch_from_view=torch.eye(4).repeat(2, 1, 1))
+    objective = ObjectiveConfig(**{**OFF, "reconstruction": 1.0}, masked_weight=5.0)
+    total, _ = mixcl_loss(output_of(reconstruction=restored), views, None, objective)
+    gap = (restored - clean).double().abs()
+    error = torch.where(gap < 1, gap**2 / 2, gap - 0.5)
+    expected = (5 * error[mask].sum() + error[~mask].sum()) / (5 * mask.sum() + (~mask).sum())
+    torch.testing.assert_close(total.double(), expected)
+
+
+def test_a_perfect_reconstruction_costs_nothing():
+    clean = torch.randn(2, 1, 4, 4, 4)
+    views = Views(clean, clean, torch.ones_like(clean, dtype=torch.bool), torch.eye(4).repeat(2, 1, 1))
+    objective = ObjectiveConfig(**{**OFF, "reconstruction": 1.0})
+    assert mixcl_loss(output_of(reconstruction=clean), views, None, objective)[0] == 0
+
+
+def test_no_rows_give_a_finite_loss():
+    rows = Rows(*(torch.zeros(shape, dtype=torch.int64) for shape in ((0, 4), 0, 0)), torch.zeros(0, 4).bool())
+    z = torch.zeros(0, 8, requires_grad=True)
+    objective = ObjectiveConfig(**{**OFF, "voxel_identity": 1.0, "voxel_label": 1.0})
+    total, _ = mixcl_loss(output_of(z), None, rows, objective)
+    total.backward()
+    assert total == 0 and z.grad.shape == (0, 8)
+
+
+def test_an_objective_without_any_term_is_refused():
+    with pytest.raises(ValueError, match="every weight is 0"):
+        ObjectiveConfig(**OFF)

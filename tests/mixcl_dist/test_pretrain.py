@@ -1,0 +1,120 @@
+"""Pre-training on a phantom's shards: the label budget holds, and a killed run goes on as if never stopped."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixcl_dist.config import BudgetConfig, ConfigError, replace
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.networks import Backbone
+from mixcl_dist.pretrain import budgeted_labels, pretrain
+from mixcl_dist.run import RunError, read_json, read_metrics
+
+from .conftest import SMALL
+
+
+def command(shards, run, steps, *more):
+    settings = SMALL | {"pretrain.steps": steps, "pretrain.sample_every": 100, "checkpoint.every": 2}
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", run, *options, *more]
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+
+
+def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_path):
+    config = replace(small_config, {"pretrain.steps": 3, "budget.fraction": 0.5})
+    pretrain(config, shards=shards, run=tmp_path / "run")
+    facts = read_json(tmp_path / "run" / "run.json")
+    manifest = Manifest.load(shards)
+    assert facts["kind"] == "pretrain" and facts["finished"]
+    assert facts["label_cases"] == budgeted_labels(manifest, config.budget) != []
+    assert set(facts["training_cases"]) == {case.name for case in manifest.cases}
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [entry["step"] for entry in metrics] == [1, 2, 3]
+    assert {"loss", "voxel_identity", "crop_identity", "reconstruction", "learning_rate", "samples_per_s",
+            "data_wait_share"} <= set(metrics[-1])  # fmt: skip
+    Backbone(config.network).load_state_dict(load_file(tmp_path / "run" / "network.safetensors"))
+    assert (tmp_path / "run" / "samples.npz").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_takes_the_same_steps(shards, small_config, tmp_path, stage):
+    runs = {}
+    for number in (1, stage):
+        config = replace(small_config, {"pretrain.steps": 2, "engine.zero_stage": number})
+        pretrain(config, shards=shards, run=tmp_path / str(number))
+        runs[number] = load_file(tmp_path / str(number) / "network.safetensors")
+    for name, expected in runs[1].items():
+        torch.testing.assert_close(runs[stage][name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(shards, tmp_path):
+    """SIGKILL after a checkpoint; samples, views and optimizer go on exactly, so the weights are equal to the bit."""
+    subprocess.run(command(shards, tmp_path / "whole", 7), check=True, capture_output=True)
+
+    killed = subprocess.Popen(
+        command(shards, tmp_path / "killed", 7), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(tmp_path / "killed" / "checkpoints" / "step_00000002", killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "network.safetensors").exists()
+    subprocess.run(command(shards, tmp_path / "killed", 7, "--resume", "latest"), check=True, capture_output=True)
+
+    whole, resumed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in whole]
+    expected = load_file(tmp_path / "whole" / "network.safetensors")
+    for name, weights in load_file(tmp_path / "killed" / "network.safetensors").items():
+        torch.testing.assert_close(weights, expected[name], rtol=0, atol=0)
+
+
+def test_the_budget_is_counted_within_each_dataset(shards):
+    manifest = Manifest.load(shards)
+    assert budgeted_labels(manifest, BudgetConfig(fraction=0.0)) == []
+    one = budgeted_labels(manifest, BudgetConfig(fraction=0.01))
+    assert len(one) == len({case.dataset for case in manifest.cases if case.labelled})
+    dataset = next(case.dataset for case in manifest.cases if case.labelled)
+    full = budgeted_labels(manifest, BudgetConfig(fraction=0.0, full_datasets=(dataset,)))
+    assert set(full) == {case.name for case in manifest.cases if case.dataset == dataset and case.reliable}
+    with pytest.raises(ConfigError, match="elsewhere is not in the shards"):
+        budgeted_labels(manifest, BudgetConfig(full_datasets=("elsewhere",)))
+
+
+def test_an_earlier_run_is_never_overwritten(shards, small_config, tmp_path):
+    config = replace(small_config, {"pretrain.steps": 1})
+    pretrain(config, shards=shards, run=tmp_path / "run")
+    with pytest.raises(RunError, match="--resume latest, or give another --run"):
+        pretrain(config, shards=shards, run=tmp_path / "run")
+    with pytest.raises(RunError, match="no run to resume"):
+        pretrain(config, shards=shards, run=tmp_path / "other", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("views.size", (32, 32, 32), "larger than the shards' patches"),
+        ("engine.accumulation_steps", 3, "not a multiple of 1 ranks × 3 accumulation steps"),
+    ],
+)
+def test_settings_that_do_not_fit_the_shards_are_refused(shards, small_config, tmp_path, key, value, said):
+    with pytest.raises(ConfigError, match=said):
+        pretrain(replace(small_config, {key: value}), shards=shards, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(shards, small_config, tmp_path):
+    hopeless = dataclasses.replace(small_config.optimizer, learning_rate=1e30)
+    with pytest.raises(RunError, match=r"not finite at step \d+; lower --optimizer.learning_rate"):
+        pretrain(dataclasses.replace(small_config, optimizer=hopeless), shards=shards, run=tmp_path / "run")

@@ -1,0 +1,96 @@
+"""Segmenting whole CTs and scoring them in their own voxels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
+
+AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
+
+
+class BrightIsOne(torch.nn.Module):
+    """Says class 1 above 0 HU by a margin that grows with HU."""
+
+    def forward(self, image):
+        return torch.cat([torch.zeros_like(image), image], dim=1)
+
+
+@pytest.fixture
+def volume():
+    hu = np.full((40, 36, 28), -500, dtype=np.int16)
+    hu[11:29, 7:20, 6:21] = 500
+    return Volume(hu, AFFINE, (hu > 0).astype(np.uint8))
+
+
+def segmented(volume, spacing_mm):
+    return segment(
+        BrightIsOne(),
+        volume,
+        spacing_mm=spacing_mm,
+        window_hu=(-1000.0, 1000.0),
+        patch_size=(16, 16, 16),
+        overlap=0.25,
+        device=torch.device("cpu"),
+    )
+
+
+def test_at_its_own_spacing_every_voxel_is_as_the_network_says(volume):
+    np.testing.assert_array_equal(segmented(volume, None), volume.label)
+
+
+@pytest.mark.parametrize("spacing_mm", [(3.0, 3.0, 3.0), (2.5, 1.5, 4.0)])
+def test_a_prediction_on_another_grid_comes_back_in_place(volume, spacing_mm):
+    prediction = segmented(volume, spacing_mm)
+    assert prediction.shape == volume.hu.shape
+    assert dice_per_class(prediction, volume.label, ["box"], ["box"])["box"] > 0.9
+    centres = [np.argwhere(label).mean(axis=0) for label in (prediction, volume.label)]
+    np.testing.assert_allclose(*centres, atol=0.35)  # voxels; half a voxel of the coarse grid would be 0.5 or more
+
+
+def test_nearest_voxels_of_the_coarse_grid_would_be_worse(volume):
+    """That logits are interpolated before the decision is what makes borders finer than the network's grid."""
+    coarse = resample(volume, (5.0, 5.0, 5.0))
+    back = np.linalg.inv(coarse.affine) @ volume.affine
+    index = np.rint(np.indices(volume.hu.shape).reshape(3, -1).T * np.diag(back)[:3] + back[:3, 3]).astype(int)
+    index = np.clip(index, 0, np.array(coarse.hu.shape) - 1)
+    nearest = (coarse.hu[tuple(index.T)] > 0).reshape(volume.hu.shape).astype(np.uint8)
+    ours = segmented(volume, (5.0, 5.0, 5.0))
+    dice = [dice_per_class(each, volume.label, ["box"], ["box"])["box"] for each in (ours, nearest)]
+    assert dice[0] > dice[1]
+
+
+def test_dice_is_twice_the_overlap_over_the_sum():
+    truth = np.zeros((8, 8, 8), dtype=np.uint8)
+    truth[:4] = 1
+    truth[6:] = 2
+    prediction = np.zeros_like(truth)
+    prediction[1:5] = 1
+    scores = dice_per_class(prediction, truth, ["a", "b", "absent", "unknown"], ["a", "b", "absent"])
+    assert scores == {"a": 0.75, "b": 0.0, "absent": None, "unknown": None}
+
+
+def test_the_mean_is_over_classes_and_leaves_out_what_was_not_scored():
+    cases = {"x": {"a": 0.8, "b": 0.2, "c": None}, "y": {"a": 0.6, "b": None, "c": None}}
+    summary = summarise(cases, ["a", "b", "c"])
+    assert summary["class_mean"] == {"a": pytest.approx(0.7), "b": 0.2, "c": None}
+    assert summary["mean"] == pytest.approx(0.45)
+
+
+def test_overlays_show_the_slice_with_most_foreground(volume):
+    overlays = Overlays()
+    truth = volume.label.copy()
+    truth[:, :, 9] = 1
+    small = Volume(volume.hu[:20], AFFINE, None)
+    overlays.add("large", volume, truth, volume.label, (-1000.0, 1000.0))
+    overlays.add("small", small, truth[:20], truth[:20], (-1000.0, 1000.0))
+    arrays = np.load(io.BytesIO(overlays.encode()))
+    assert arrays["image"].shape == arrays["truth"].shape == (2, 40, 36)
+    np.testing.assert_array_equal(arrays["truth"][0], truth[:, :, 9])
+    assert arrays["image"].dtype == np.float16 and arrays["cases"].tolist() == ["large", "small"]
+    np.testing.assert_array_equal(arrays["spacing"], [[2, 2], [2, 2]])
