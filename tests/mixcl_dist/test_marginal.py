@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceLoss
 
-from mixcl_dist.marginal import marginal_loss
+from mixcl_dist.marginal import FOREGROUND_WEIGHT, marginal_loss
 
 CLASSES = 3
 
@@ -23,9 +23,17 @@ def known(*rows):
     return torch.tensor([[0, *row] for row in rows], dtype=torch.bool)
 
 
+def dice_and_cross_entropy(logits, target):
+    """Of complete labels that show every class: mean over cases of MONAI's Dice loss plus weighted log-likelihood."""
+    weight = torch.where(target > 0, FOREGROUND_WEIGHT, 1.0)
+    surprise = -logits.log_softmax(dim=1).gather(1, target)
+    cross_entropy = (weight * surprise).sum(dim=(1, 2, 3, 4)) / weight.sum(dim=(1, 2, 3, 4))
+    return DiceLoss(include_background=False, to_onehot_y=True, softmax=True)(logits, target) + cross_entropy.mean()
+
+
 def test_with_all_classes_annotated_it_is_dice_and_cross_entropy(scene):
     logits, target = scene
-    plain = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)(logits, target)
+    plain = dice_and_cross_entropy(logits, target)
     torch.testing.assert_close(marginal_loss(logits, target, known([1, 1, 1], [1, 1, 1])), plain)
 
 
@@ -34,7 +42,7 @@ def test_one_known_class_is_a_two_class_problem(scene):
     only_second = torch.where(target == 2, 2, 0)
     others = torch.logsumexp(logits[:, [0, 1, 3]], dim=1)
     binary = torch.stack([others, logits[:, 2]], dim=1)
-    plain = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True)(binary, (only_second > 0).long())
+    plain = dice_and_cross_entropy(binary, (only_second > 0).long())
     torch.testing.assert_close(marginal_loss(logits, only_second, known([0, 1, 0], [0, 1, 0])), plain)
 
 
@@ -56,3 +64,21 @@ def test_each_case_counts_with_its_own_classes(scene):
     first = marginal_loss(logits[:1], target[:1], known([1, 0, 0]))
     second = marginal_loss(logits[1:], target[1:], known([0, 0, 1]))
     torch.testing.assert_close(together, (first + second) / 2)
+
+
+def test_dice_counts_the_classes_that_are_there(scene):
+    """Without class 3 in the crop, Dice is the mean over classes 1 and 2; cross-entropy still knows class 3."""
+    logits, target = scene
+    target = torch.where(target == 3, 0, target)
+    weight = torch.where(target > 0, FOREGROUND_WEIGHT, 1.0)
+    surprise = -logits.log_softmax(dim=1).gather(1, target)
+    cross_entropy = (weight * surprise).sum(dim=(1, 2, 3, 4)) / weight.sum(dim=(1, 2, 3, 4))
+    each = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")(logits, target)
+    expected = each.flatten(1)[:, :2].mean() + cross_entropy.mean()
+    torch.testing.assert_close(marginal_loss(logits, target, known([1, 1, 1], [1, 1, 1])), expected)
+
+
+def test_a_crop_without_foreground_still_teaches_background(scene):
+    logits, target = scene
+    loss = marginal_loss(logits, torch.zeros_like(target), known([1, 1, 1], [1, 1, 1]))
+    torch.testing.assert_close(loss, -logits.log_softmax(dim=1)[:, 0].mean())

@@ -81,7 +81,7 @@ def test_a_study_runs_the_table_and_writes_it_down(config, data, start, at_once,
     rows = {row["id"]: row for row in content["trials"]}
     assert list(rows) == ["scratch-0.5-s0", "pretrained-0.5-s0", "scratch-1-s0", "pretrained-1-s0"]
     assert {row["status"] for row in rows.values()} == {"done"} and content["finished"]
-    assert rows["pretrained-1-s0"]["start"] == "small" and rows["scratch-1-s0"]["start"] == "scratch"
+    assert rows["pretrained-1-s0"]["start"] == "pretrained" and rows["scratch-1-s0"]["start"] == "scratch"
     dice = json.loads((tmp_path / "study" / rows["scratch-1-s0"]["run"] / "dice.json").read_text())
     assert rows["scratch-1-s0"]["mean"] == dice["mean"]
     assert "pretrained-1-s0: Dice" in capsys.readouterr().err
