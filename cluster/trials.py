@@ -30,7 +30,7 @@ class TrialsConfig:
     """How often a trial that failed is started again."""
 
 
-class TrialsError(RuntimeError):
+class TrialsError(ValueError):
     """Trials that cannot be started as configured; the message is one line with the cure."""
 
 

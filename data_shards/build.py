@@ -108,7 +108,10 @@ def build(
                 used, unusable = spool.sort_outcomes(cases, folder)
                 spool.write_quarantine(quarantine, refused + unusable)
                 if not used:
-                    raise BuildError(f"{out}: no case could be used; {quarantine} names the cure of each")
+                    problems = [str(problem) for problem in spool.read_quarantine(quarantine)]
+                    first, *others = problems or ["the sources hold none of build.splits"]
+                    more = f" ({len(others)} more in {quarantine})" if others else ""
+                    raise BuildError(f"no case could be used: {first}{more}")
                 shuffle.write_shards(used, classes, config, folder, out, progress)
             shutil.rmtree(folder)
             return BuildResult(manifest.Manifest.load(out), spool.read_quarantine(quarantine))

@@ -59,8 +59,20 @@ def _shards_build(options: argparse.Namespace) -> int:
 def _shards_inspect(options: argparse.Namespace) -> None:
     from mixcl_dist.data_shards.manifest import inspect
 
-    for name, value in inspect(options.shards).items():
-        print(f"{name:<24} {value}")
+    held = inspect(options.shards)
+    print(f"{held['cases']} cases, {held['patches']} patches in {held['shards']} shards, digest {held['digest']}")
+    print(
+        f"{held['bytes'] / 2**20:.1f} MiB, {held['bytes_per_voxel']:.3f} bytes/voxel; {', '.join(held['codec'].values())}"
+    )
+    ranges = ", ".join(
+        f"{low:.3g}" + (f"–{high:.3g}" if high - low > 1e-6 else "") for low, high in held["spacing_range_mm"]
+    )
+    print(f"patches of {'×'.join(map(str, held['patch_size']))} voxels, spacing {ranges} mm")
+    for part in held["datasets"]:
+        print(f"\n{part['dataset']} ({part['split']}): {part['cases']} cases, {part['patches']} patches, ", end="")
+        print(f"{part['labelled']} with labels")
+        for name, cases in part["annotated"].items():
+            print(f"  {name:<28} {cases:>6} cases")
 
 
 def _shards_verify(options: argparse.Namespace) -> int:

@@ -1,0 +1,24 @@
+"""The doctor tries things and tells; it does not fall ill itself."""
+
+from __future__ import annotations
+
+from mixcl_dist.cluster import doctor
+
+
+def test_a_machine_that_runs_these_tests_is_fit():
+    findings = {finding.name: finding for finding in doctor.examine()}
+    assert findings["engine step"].fit, findings["engine step"].detail
+    assert findings["ray"].fit, findings["ray"].detail
+    assert "torch" in findings["packages"].detail
+
+
+def test_what_breaks_is_a_finding_of_one_line(monkeypatch):
+    def broken():
+        raise OSError("no such\ndevice")
+
+    monkeypatch.setattr(doctor, "_gpu", broken)
+    monkeypatch.setattr(doctor, "_engine_step", lambda: (True, ""))
+    monkeypatch.setattr(doctor, "_ray", lambda: (True, ""))
+    finding = next(finding for finding in doctor.examine() if finding.name == "gpu")
+    assert not finding.fit
+    assert finding.detail == "OSError: no such device"
