@@ -61,13 +61,10 @@ def _shards_inspect(options: argparse.Namespace) -> None:
 
     held = inspect(options.shards)
     print(f"{held['cases']} cases, {held['patches']} patches in {held['shards']} shards, digest {held['digest']}")
-    print(
-        f"{held['bytes'] / 2**20:.1f} MiB, {held['bytes_per_voxel']:.3f} bytes/voxel; {', '.join(held['codec'].values())}"
-    )
-    ranges = ", ".join(
-        f"{low:.3g}" + (f"–{high:.3g}" if high - low > 1e-6 else "") for low, high in held["spacing_range_mm"]
-    )
-    print(f"patches of {'×'.join(map(str, held['patch_size']))} voxels, spacing {ranges} mm")
+    mebibytes, codecs = held["bytes"] / 2**20, ", ".join(held["codec"].values())
+    print(f"{mebibytes:.1f} MiB, {held['bytes_per_voxel']:.3f} bytes/voxel; {codecs}")
+    axes = [f"{low:.3g}" if high - low < 1e-6 else f"{low:.3g}–{high:.3g}" for low, high in held["spacing_range_mm"]]
+    print(f"patches of {'×'.join(map(str, held['patch_size']))} voxels, spacing {', '.join(axes)} mm")
     for part in held["datasets"]:
         print(f"\n{part['dataset']} ({part['split']}): {part['cases']} cases, {part['patches']} patches, ", end="")
         print(f"{part['labelled']} with labels")
@@ -88,6 +85,8 @@ def _shards_verify(options: argparse.Namespace) -> int:
 def _pretrain(options: argparse.Namespace) -> None:
     from mixcl_dist.pretrain import pretrain
 
+    if options.resume and (options.run / "config.yaml").exists():
+        options.config.insert(0, options.run / "config.yaml")
     pretrain(_config(options), shards=options.data, run=options.run, resume=options.resume is not None)
     print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
 
@@ -218,7 +217,7 @@ def _add_training(verbs: Any) -> None:
     add = _verb(verbs, "pretrain", _pretrain, "pre-train a network on shards", example)
     add("--data", type=Path, required=True, metavar="SHARDS", help="folder made by `mixcl shards build`")
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
-    add("--resume", choices=["latest"], help="go on from the run's newest whole checkpoint")
+    add("--resume", choices=["latest"], help="go on from its newest whole checkpoint, with its settings")
 
     example = "mixcl finetune --data ct/dataset.json --from runs/pretrained --labels 0.05 --seed 0 --run runs/few"
     add = _verb(verbs, "finetune", _finetune, "fine-tune for segmentation with few labels, and score", example)

@@ -230,6 +230,15 @@ def replace(config: Config, overrides: Mapping[str, Any]) -> Config:
     return from_dict(tree)
 
 
+def differences(one: Config, other: Config) -> list[str]:
+    """Dotted keys whose values differ."""
+    trees = to_dict(one), to_dict(other)
+    return [
+        f"{section}.{key}" for section in trees[0] for key in trees[0][section]
+        if trees[0][section][key] != trees[1][section][key]
+    ]  # fmt: skip
+
+
 def recipe_names() -> list[str]:
     folder = resources.files("mixcl_dist.recipes")
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixcl_dist.budget import budget_cases
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch, world_size
-from mixcl_dist.config import BudgetConfig, Config, ConfigError
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import PatchStream
 from mixcl_dist.networks import PretrainNetwork
@@ -24,6 +24,9 @@ from mixcl_dist.rows import sample_rows
 from mixcl_dist.run import RunError
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.views import make_views
+
+FREE_ON_RESUME = ("checkpoint.", "pretrain.log_every", "pretrain.sample_every")
+"""Settings that may change when a run goes on: they do not change what is learnt."""
 
 
 def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -> None:
@@ -98,8 +101,14 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     started = (run / "run.json").exists()
     if started and not resume:
         raise RunError(f"{run}: a run is there already; go on with --resume latest, or give another --run")
-    if resume and not started:
-        raise RunError(f"{run}: no run to resume; leave out --resume")
+    if resume:
+        if not started:
+            raise RunError(f"{run}: no run to resume; leave out --resume")
+        changed = [key for key in differences(load(run / "config.yaml"), config) if not key.startswith(FREE_ON_RESUME)]
+        if changed:
+            raise RunError(
+                f"{run}: {', '.join(changed)} differs from the run's config.yaml; leave it out, or start anew"
+            )
 
 
 def _training_cases(manifest: Manifest) -> list[str]:

@@ -20,10 +20,10 @@ from mixcl_dist.run import RunError, read_json, read_metrics
 from .conftest import SMALL
 
 
-def command(shards, run, steps, *more):
+def command(shards, run, steps):
     settings = SMALL | {"pretrain.steps": steps, "pretrain.sample_every": 100, "checkpoint.every": 2}
     options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", run, *options, *more]
+    return [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", run, *options]
 
 
 def wait_for(path, process, seconds=120):
@@ -71,7 +71,8 @@ def test_a_killed_run_resumes_to_the_same_weights(shards, tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "network.safetensors").exists()
-    subprocess.run(command(shards, tmp_path / "killed", 7, "--resume", "latest"), check=True, capture_output=True)
+    resume = [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", tmp_path / "killed"]
+    subprocess.run([*resume, "--resume", "latest"], check=True, capture_output=True)
 
     whole, resumed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
     assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in whole]
@@ -99,6 +100,16 @@ def test_an_earlier_run_is_never_overwritten(shards, small_config, tmp_path):
         pretrain(config, shards=shards, run=tmp_path / "run")
     with pytest.raises(RunError, match="no run to resume"):
         pretrain(config, shards=shards, run=tmp_path / "other", resume=True)
+
+
+def test_a_run_goes_on_with_its_own_settings(shards, small_config, tmp_path):
+    pretrain(replace(small_config, {"pretrain.steps": 2}), shards=shards, run=tmp_path / "run")
+    for key, value in (("pretrain.steps", 4), ("optimizer.learning_rate", 0.5)):
+        config = replace(small_config, {"pretrain.steps": 2, key: value})
+        with pytest.raises(RunError, match=f"{key} differs from the run's config.yaml"):
+            pretrain(config, shards=shards, run=tmp_path / "run", resume=True)
+    again = replace(small_config, {"pretrain.steps": 2, "pretrain.log_every": 2, "checkpoint.keep": 1})
+    pretrain(again, shards=shards, run=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
