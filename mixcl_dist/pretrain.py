@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,10 @@ def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -
     first = _resume(run, engine, stream, recorder) if resume else 0
     batches = iter(stream)
     network.train()
-    steps = range(first + 1, config.pretrain.steps + 1)
-    for step in progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step"):
+    steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
+    if engine.rank == 0:
+        steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
+    for step in steps:
         for part in range(config.engine.accumulation_steps):
             with recorder.waiting():
                 batch = next(batches)

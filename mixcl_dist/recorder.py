@@ -94,8 +94,8 @@ class Recorder:
         self._passes, self._waited, self._interval_start = 0, 0.0, time.monotonic()
 
     def pictures(self, step: int, batch: Batch, views: Views) -> None:
-        """Keep the middle slice of a few views: clean, degraded, restored, embedding in colours, label."""
-        image = views.image[:PATCHES_SHOWN]
+        """Keep the middle slice of a few first views: clean, degraded, restored, embedding in colours, label."""
+        image = views.image[: min(PATCHES_SHOWN, len(batch.label))]  # first views, one of each patch
         shown, (width, height, depth) = len(image), image.shape[2:]
         index = _slice_index(shown, width, height, depth // 2, image.device)
         self._engine.module.eval()
