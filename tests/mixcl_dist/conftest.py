@@ -42,3 +42,10 @@ def shards(cohort, small_config, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "shards"
     build(cohort, out, small_config.build)
     return out
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data set to fine-tune on: four training cases, each annotated in part, and one validation case."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0)[0]

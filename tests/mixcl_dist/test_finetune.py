@@ -15,7 +15,7 @@ from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
 from mixcl_dist.finetune import Task, build, finetune
 from mixcl_dist.networks import SegmentationNetwork
-from mixcl_dist.phantom import CLASSES, write_cohort
+from mixcl_dist.phantom import CLASSES
 from mixcl_dist.run import RunError
 
 SMALL = {
@@ -31,12 +31,6 @@ SMALL = {
 @pytest.fixture(scope="module")
 def config():
     return replace(Config(), SMALL)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cohort")
-    return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0, seed=0)[0]
 
 
 @pytest.fixture(scope="module")

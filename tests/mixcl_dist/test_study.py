@@ -14,7 +14,6 @@ from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.finetune import open_task
 from mixcl_dist.networks import SegmentationNetwork
-from mixcl_dist.phantom import write_cohort
 from mixcl_dist.run import RunError
 from mixcl_dist.study import plan, run_study
 
@@ -31,12 +30,6 @@ SMALL = {
 @pytest.fixture(scope="module")
 def config():
     return replace(Config(), SMALL)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cohort")
-    return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0, seed=0)[0]
 
 
 @pytest.fixture
