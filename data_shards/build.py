@@ -114,7 +114,12 @@ def build(
                     raise BuildError(f"no case could be used: {first}{more}")
                 shuffle.write_shards(used, classes, config, folder, out, progress)
             shutil.rmtree(folder)
-            return BuildResult(manifest.Manifest.load(out), spool.read_quarantine(quarantine))
+            built = manifest.Manifest.load(out)
+            for shard in built.shards:
+                path = out / shard.file
+                if not path.exists() or path.stat().st_size != shard.bytes:
+                    raise BuildError(f"{path}: is not as it was built; remove {out} and build again")
+            return BuildResult(built, spool.read_quarantine(quarantine))
 
 
 def _plan(cases: Sequence[Case], classes: Sequence[str], config: BuildConfig) -> dict[str, Any]:

@@ -233,8 +233,10 @@ class _Reader(IterableDataset):
                     if sample is None or sample["__key__"] != key or not wanted.keys() <= sample.keys():
                         raise ShardError(f"{path}: {key} is not whole; run `mixcl shards verify`")
                     yield _Stored(path, key, sample, wanted)
-        except (OSError, tarfile.TarError) as error:
-            raise ShardError(f"{path}: {error}; run `mixcl shards verify`") from error
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror or 'cannot be read'}; run `mixcl shards verify`") from error
+        except tarfile.TarError as error:
+            raise ShardError(f"{path}: is cut off or damaged; run `mixcl shards verify`") from error
 
     def _is_wanted(self, member: str) -> bool:
         key, _, name = member.partition(".")

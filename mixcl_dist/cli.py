@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides = _overrides(rest, options.parser)
         return options.verb(options) or 0
     except KeyboardInterrupt:
-        print(
-            "mixcl: interrupted; the same command goes on where it stopped (pretrain: --resume latest)", file=sys.stderr
-        )
+        print("mixcl: interrupted; run the same command again (pretrain: with --resume latest)", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"mixcl: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)

@@ -269,7 +269,9 @@ def _parse_value(key: str, text: str) -> Any:
         raise ConfigError(f"--{key} {text}: not a YAML value") from None
     if isinstance(value, str) and "," in value:
         return [yaml.safe_load(part) for part in value.split(",")]
-    return value
+    section, _, name = key.partition(".")
+    default = getattr(getattr(Config(), section, None), name, None)
+    return [value] if isinstance(default, tuple) and not isinstance(value, list) else value
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

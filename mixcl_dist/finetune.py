@@ -111,6 +111,11 @@ def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
 
 def like(config: Config, start: Path) -> Config:
     """`config` with the architecture, HU window and (unless given) spacing of the pre-trained network in `start`."""
+    facts = read_json(start / "run.json")
+    if facts["kind"] != "pretrain":
+        raise RunError(f"{start}: holds a {facts['kind']} run; give a pre-training run")
+    if facts["finished"] is None:
+        raise RunError(f"{start}: has not finished; go on with mixcl pretrain --run {start} --resume latest")
     trained = read_json(start / "network.json")
     overrides = {f"network.{key}": trained[key] for key in ("architecture", "filters", "window_hu")}
     if config.finetune.spacing_mm is None:

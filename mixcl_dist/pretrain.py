@@ -22,7 +22,7 @@ from mixcl_dist.precision import autocast
 from mixcl_dist.progress import progress
 from mixcl_dist.recorder import Recorder
 from mixcl_dist.rows import sample_rows
-from mixcl_dist.run import RunError
+from mixcl_dist.run import RunError, read_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.views import make_views
 
@@ -43,9 +43,10 @@ def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -
     torch.manual_seed(config.pretrain.seed)
     network = PretrainNetwork(config.network)
     engine = _launch(network, config)
-    recorder = Recorder(run, config, manifest, label_cases, engine)
     stream = _stream(config, shards, manifest, label_cases, engine)
-    first = _resume(run, engine, stream, recorder) if resume else 0
+    first = _resume(run, engine, stream) if resume else 0
+    recorder = Recorder(run, config, manifest, label_cases, engine)
+    recorder.forget_after(first)
     batches = iter(stream)
     network.train()
     steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
@@ -107,6 +108,8 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     if resume:
         if not started:
             raise RunError(f"{run}: no run to resume; leave out --resume")
+        if read_json(run / "run.json")["shards"]["manifest_digest"] != manifest.digest:
+            raise RunError(f"{run}: was begun on other shards; give those as --data, or start anew with another --run")
         changed = [key for key in differences(load(run / "config.yaml"), config) if not key.startswith(FREE_ON_RESUME)]
         if changed:
             raise RunError(
@@ -173,13 +176,12 @@ def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Con
         engine.save(path)
 
 
-def _resume(run: Path, engine: Engine, stream: PatchStream, recorder: Recorder) -> int:
+def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:
+    """Take up the newest whole checkpoint, if there is one; returns the step it was made at."""
     path = checkpoint.newest(run / "checkpoints")
     if path is None:
-        recorder.forget_after(0)
         return 0
     state = checkpoint.read_state(path)
     engine.load(path)
     stream.seek(state["stream"])
-    recorder.forget_after(state["step"])
     return state["step"]

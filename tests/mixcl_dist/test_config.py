@@ -24,6 +24,11 @@ def test_lists_are_given_either_way(text):
     assert config.load(overrides=[("views.size", text)]).views.size == (24, 24, 16)
 
 
+def test_a_list_of_one_needs_no_brackets():
+    study = config.load(overrides=[("study.seeds", "3"), ("study.fractions", "0.5")]).study
+    assert (study.seeds, study.fractions) == ((3,), (0.5,))
+
+
 def test_what_is_shown_can_be_read_again(tmp_path):
     first = config.load(overrides=[("study.search", "{finetune.learning_rate: {loguniform: [0.001, 0.01]}}")])
     file = tmp_path / "config.yaml"

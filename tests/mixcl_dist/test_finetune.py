@@ -52,7 +52,7 @@ def pretrained(folder, config, *, label_cases=(), training_cases=(), spacing_mm=
     save_file(backbone.state_dict(), folder / "network.safetensors")
     network = {key: getattr(config.network, key) for key in ("architecture", "filters", "window_hu")}
     (folder / "network.json").write_text(json.dumps(network | {"spacing_mm": spacing_mm, "classes": []}))
-    facts = {"kind": "pretrain", "name": folder.name, "label_cases": list(label_cases)}
+    facts = {"kind": "pretrain", "name": folder.name, "finished": "2026-01-01", "label_cases": list(label_cases)}
     (folder / "run.json").write_text(json.dumps(facts | {"training_cases": list(training_cases)}))
     return folder
 
@@ -153,3 +153,19 @@ def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
     task = Task((case,), Catalogue(("aorta", "liver", "spleen")), ("liver", "spleen"))
     np.testing.assert_array_equal(task.target(case, np.array([0, 1, 2, 3], dtype=np.uint8)), [0, 0, 1, 0])
     np.testing.assert_array_equal(task.known(case), [False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"kind": "finetune", "finished": "2026-01-01"}, "holds a finetune run; give a pre-training run"),
+        ({"kind": "pretrain", "finished": None}, "has not finished"),
+    ],
+)
+def test_only_a_finished_pretraining_run_is_a_start(config, data, tmp_path, facts, said):
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=said):
+        finetune(config, data=data, start=start, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

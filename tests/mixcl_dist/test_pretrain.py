@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mixcl_dist.config import BudgetConfig, ConfigError, replace
+from mixcl_dist.data_shards.build import build
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.networks import Backbone
 from mixcl_dist.pretrain import budgeted_labels, pretrain
@@ -110,6 +111,16 @@ def test_a_run_goes_on_with_its_own_settings(shards, small_config, tmp_path):
             pretrain(config, shards=shards, run=tmp_path / "run", resume=True)
     again = replace(small_config, {"pretrain.steps": 2, "pretrain.log_every": 2, "checkpoint.keep": 1})
     pretrain(again, shards=shards, run=tmp_path / "run", resume=True)
+
+
+def test_a_refused_resume_changes_nothing_that_is_known_of_the_run(shards, cohort, small_config, tmp_path):
+    config = replace(small_config, {"pretrain.steps": 2, "budget.fraction": 0.5})
+    pretrain(config, shards=shards, run=tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    build(cohort[1:], tmp_path / "other", small_config.build)
+    with pytest.raises(RunError, match="begun on other shards"):
+        pretrain(config, shards=tmp_path / "other", run=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

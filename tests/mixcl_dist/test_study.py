@@ -44,7 +44,13 @@ def start(config, data, tmp_path):
         facts = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
         (folder / "network.json").write_text(json.dumps(facts | {"spacing_mm": None, "classes": []}))
         label_cases = budget_cases(open_source(data).cases, fraction, seed)
-        run = {"kind": "pretrain", "name": name, "label_cases": label_cases, "training_cases": label_cases}
+        run = {
+            "kind": "pretrain",
+            "name": name,
+            "finished": "2026-01-01",
+            "label_cases": label_cases,
+            "training_cases": label_cases,
+        }
         (folder / "run.json").write_text(json.dumps(run))
         return folder
 
