@@ -145,7 +145,7 @@ def _label_facts(config: Config, manifest: Manifest, label_cases: list[str]) -> 
         "shards": {
             "manifest_digest": manifest.digest,
             "cases": len(manifest.cases),
-            "patches": sum(shard.samples for shard in manifest.shards),
+            "patches": manifest.patches,
             "classes": manifest.classes,
             "spacing_mm": manifest.spacing_mm,
             "patch_size": manifest.patch_size,

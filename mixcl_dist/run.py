@@ -55,7 +55,7 @@ class Run:
         head = {
             "kind": kind,
             "name": path.name,
-            "started": earlier.get("started") or _now(),
+            "started": earlier.get("started") or now(),
             "finished": None,
         }
         origin = {"mixcl_version": __version__, "versions": _versions(), "machine": machine()}
@@ -86,7 +86,7 @@ class Run:
 
     def finish(self, **facts: Any) -> None:
         self._tensorboard.close()
-        self.update(finished=_now(), **facts)
+        self.update(finished=now(), **facts)
 
     @cached_property
     def _tensorboard(self):
@@ -151,5 +151,6 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as runs and studies record it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -6,7 +6,6 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mixcl_dist.budget import leak
 from mixcl_dist.cluster.trials import Outcome, draw, run_trials
 from mixcl_dist.config import BudgetConfig, Config, from_dict, replace, to_dict
 from mixcl_dist.finetune import Task, budgeted, finetune, like, open_task
-from mixcl_dist.run import RunError, machine, read_json, write_json
+from mixcl_dist.run import RunError, machine, now, read_json, write_json
 
 SEARCH_SEED = 0
 
@@ -96,7 +95,7 @@ class StudyTable:
             "fractions": list(config.study.fractions),
             "seeds": list(config.study.seeds),
         }
-        head = {"kind": "study", "name": study.name, "started": _now(), "finished": None}
+        head = {"kind": "study", "name": study.name, "started": now(), "finished": None}
         if (study / "study.json").exists():
             earlier = read_json(study / "study.json")
             _refuse_another(study, earlier, question)
@@ -137,7 +136,7 @@ class StudyTable:
 
     def _write(self) -> None:
         if all(row["status"] != "pending" for row in self.content["trials"]):
-            self.content["finished"] = _now()
+            self.content["finished"] = now()
         write_json(self._study / "study.json", self.content)
 
 
@@ -180,7 +179,3 @@ def _refuse_another(study: Path, earlier: dict[str, Any], question: dict[str, An
             value, known = value | {"trials": None}, known | {"trials": None}
         if known != value:
             raise RunError(f"{study}: holds a study with other {key}; give another --study")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
