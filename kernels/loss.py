@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mixcl_dist.kernels.checks import check_arguments, check_values
+from mixcl_dist.kernels.distributed import name_of
+from mixcl_dist.kernels.implementation import DENSE_ROWS, IMPLEMENTATIONS
 from mixcl_dist.kernels.op import compute_dtype, mixed_contrastive
 from mixcl_dist.kernels.output import MixedContrastiveOutput
 from mixcl_dist.kernels.reference import mixed_contrastive_reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-IMPLEMENTATIONS = ("reference", "tiled")
 
 
 def mixed_contrastive_loss(
@@ -47,18 +47,24 @@ def mixed_contrastive_loss(
         row_weight: (N,) floating, ≥ 0, the weight of a row as anchor; not differentiated.
         identity_weight: weight of the identity relation, ≥ 0; 0 switches it off.
         label_weight: weight of the label relation, ≥ 0; 0 switches it off.
-        process_group: of one process; contrast across processes is not available.
-        implementation: "tiled", O(N·D) memory and no second derivative; "reference", O(N²) memory; "auto",
-            which is "tiled".
+        process_group: contrast with the rows of all its processes, as if their rows were one batch. N may differ
+            between them and be 0, all else has to be equal, also the gradient that comes to the loss (on a GPU
+            contents are not compared). All have to call, and to go backward. The gradient is multiplied by
+            the number of processes, as DDP and DeepSpeed take the mean.
+        implementation: "triton", fused kernels for GPUs of float16, bfloat16 or float32 rows; "tiled", plain PyTorch;
+            both O(N·D) memory and no second derivative; "reference", dense, O(N²) memory, one process; "auto", the
+            fastest of these that runs here.
 
     Returns:
         :class:`MixedContrastiveOutput`. Without rows or anchors the loss is 0 with zero gradients; an
-        embedding that is not finite makes it NaN.
+        embedding that is not finite makes it NaN. With a process group ``lse`` is of this process's rows, and
+        everything else of all rows, the same on every process.
 
     Raises:
         ValueError: for a wrong shape, dtype or device, an index outside ``set_table``, a set without a
-            class, a temperature or weight out of range, an implementation that is not there, or a process
-            group of more than one process. It names the argument and the value.
+            class, a temperature or weight out of range, an implementation that is not there, or processes that
+            disagree. It names the argument and the value.
+        TimeoutError: some processes of the group did not call within its time-out; it names them.
     """
     check_arguments(
         embeddings,
@@ -71,17 +77,10 @@ def mixed_contrastive_loss(
         identity_weight,
         label_weight,
     )
-    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation: expected one of {('auto', *IMPLEMENTATIONS)} (no other is built), got {implementation!r}"
-        )
-    if process_group is not None and process_group.size() > 1:
-        raise ValueError(
-            f"process_group: expected None or a group of one process, got {process_group.size()} processes; "
-            "without it every process contrasts its own rows"
-        )
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation: expected one of {('auto', *IMPLEMENTATIONS)}, got {implementation!r}")
     if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=compute_dtype(embeddings), device=embeddings.device)
+        temperature = embeddings.new_full((), temperature, dtype=compute_dtype(embeddings))
     arguments = (
         embeddings,
         identity,
@@ -93,11 +92,16 @@ def mixed_contrastive_loss(
         identity_weight,
         label_weight,
     )
+    name = name_of(process_group)
+    if implementation == "auto" and not name and embeddings.device.type == "cpu" and len(embeddings) <= DENSE_ROWS:
+        implementation = "reference"
+    if name and implementation == "reference":
+        raise ValueError('implementation: "reference" is for one process, got a process_group of several')
     with torch.autocast(embeddings.device.type, enabled=False):
         if implementation == "reference":
             check_values(candidate_set, set_table, temperature, row_weight)
             return mixed_contrastive_reference(*arguments)
-        loss, losses, lse, anchors, floors, similarities = mixed_contrastive(*arguments)
+        loss, losses, lse, anchors, floors, similarities = mixed_contrastive(*arguments, name, implementation)
     return MixedContrastiveOutput._make([loss, *losses, lse.to(loss.dtype), *anchors, *floors, *similarities])
 
 
@@ -137,7 +141,8 @@ class MixedContrastiveLoss(nn.Module):
             raise ValueError(f"temperature: expected a value within {temperature_range}, got {temperature}")
         self.register_buffer("set_table", set_table)
         self.fixed_temperature = temperature
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
+        # One element, not 0-d, which DeepSpeed cannot broadcast.
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learnable_temperature else None
         self.log_range = math.log(lowest), math.log(highest)
         self.identity_weight = identity_weight
         self.label_weight = label_weight
@@ -147,7 +152,7 @@ class MixedContrastiveLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         if self.log_temperature is None:
             return self.fixed_temperature
-        return _Clamp.apply(self.log_temperature, *self.log_range).exp()
+        return _Clamp.apply(self.log_temperature, *self.log_range).exp()[0]
 
     def forward(
         self,

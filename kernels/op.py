@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mixcl_dist.kernels import tiled
 from mixcl_dist.kernels.checks import check_values
-from mixcl_dist.kernels.positives import find_anchors, mean_positive
+from mixcl_dist.kernels.distributed import join
+from mixcl_dist.kernels.implementation import choose
+from mixcl_dist.kernels.relations import Keys, row_keys
+from mixcl_dist.kernels.tiled import RowScalars
 
 
 def compute_dtype(embeddings: Tensor) -> torch.dtype:
@@ -25,32 +31,41 @@ def mixed_contrastive(
     row_weight: Tensor | None,
     identity_weight: float,
     label_weight: float,
+    process_group: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, and of both relations losses, lse (in float64), numbers of anchors, floors and similarities."""
-    check_values(candidate_set, set_table, temperature, row_weight)
-    z = embeddings.to(compute_dtype(embeddings))
-    temperature = temperature.to(z.dtype)
-    anchors = _anchors(z, identity, candidate_set, set_table, row_weight, identity_weight, label_weight)
-    lse = z.new_full((2, len(z)), -torch.inf, dtype=torch.float64)
-    cosine = z.new_zeros(2, len(z))
-    active = _active(identity_weight, label_weight)
-    if active and len(z):
-        rows = tiled.sort_rows(z, identity, candidate_set, set_table, group, temperature)
-        lse[:, rows.order] = tiled.log_sums(rows, active)
-        for r in range(2):
-            if anchors.count[r].any():
-                cosine[r] = mean_positive(z, anchors.key[r], anchors.count[r])
-    has_positive = anchors.count > 0
-    losses = (anchors.share * torch.where(has_positive, lse - cosine / temperature, 0)).sum(1).to(z.dtype)
-    losses += (z * 0).sum()  # NaN if any embedding is not finite, also one that no other row sees
-    floors = (anchors.share * anchors.count.clamp(min=1).to(z.dtype).log()).sum(1)
-    similarities = torch.where(anchors.share.any(1), (anchors.share * cosine).sum(1), torch.nan)
+    if embeddings.device.type == "cpu":  # elsewhere the checks would wait for the device
+        check_values(candidate_set, set_table, temperature, row_weight)
+    weights = identity_weight, label_weight
+    sweeps = choose(implementation, embeddings)
+    peers = join(process_group, embeddings, _settings("forward", sweeps, set_table, temperature, weights, group))
+    tau = temperature.to(compute_dtype(embeddings))
+    batch = _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, tau.dtype)
+    rows = embeddings if sweeps == "triton" else embeddings.to(tau.dtype)
+    lse = torch.full((2, len(rows)), -torch.inf, dtype=torch.float64, device=rows.device)
+    positive = torch.zeros_like(lse)
+    if batch.active:
+        log_sums = _SWEEPS[sweeps]().log_sums
+        own = batch.keys.of(peers.own)
+        for block, columns in peers.blocks(rows):
+            if len(rows) and len(columns):
+                part = log_sums(rows, own, columns, batch.keys.of(block), batch.relations, tau, batch.active)
+                lse, positive = torch.logaddexp(lse, part[0]), positive + part[1]
+    count, share = batch.positives[:, peers.own], batch.share[:, peers.own]
+    cosine = positive / count.clamp(min=1)
+    terms = torch.where(count > 0, lse - cosine / tau.double(), 0)
+    poison = (rows * 0).sum()  # NaN if any embedding is not finite, also one that no other row sees
+    sums = torch.cat([(share * terms).sum(1) + poison, (share * cosine).sum(1)])
+    losses, similarities = peers.sum(sums).to(tau.dtype).split(2)
+    similarities = torch.where(batch.share.any(1), similarities, torch.nan)
+    floors = (batch.share * batch.positives.clamp(min=1).to(tau.dtype).log()).sum(1)
     loss = identity_weight * losses[0] + label_weight * losses[1]
-    return loss, losses, lse, has_positive.sum(1), floors, similarities
+    return loss, losses.clone(), lse, (batch.positives > 0).sum(1), floors, similarities
 
 
 @mixed_contrastive.register_fake
-def _(embeddings, identity, candidate_set, set_table, group, temperature, row_weight, *weights):
+def _(embeddings, identity, candidate_set, set_table, group, temperature, row_weight, *settings):
     pair = embeddings.new_empty(2, dtype=compute_dtype(embeddings))
     lse = pair.new_empty(2, embeddings.shape[0], dtype=torch.float64)
     return pair.new_empty(()), pair, lse, pair.new_empty(2, dtype=torch.int64), pair.clone(), pair.clone()
@@ -69,24 +84,36 @@ def mixed_contrastive_backward(
     row_weight: Tensor | None,
     identity_weight: float,
     label_weight: float,
+    process_group: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the embeddings and the temperature."""
-    z = embeddings.to(compute_dtype(embeddings))
-    tau = temperature.to(z.dtype)
-    gradient = torch.zeros_like(z)
-    active = _active(identity_weight, label_weight)
-    if active and len(z):
-        anchors = _anchors(z, identity, candidate_set, set_table, row_weight, identity_weight, label_weight)
-        share = anchors.share * z.new_tensor([[identity_weight], [label_weight]])
-        pull = share / anchors.count.clamp(min=1)
-        rows = tiled.sort_rows(z, identity, candidate_set, set_table, group, tau)
-        scalars = (values[:, rows.order] for values in (lse, share, pull))
-        with torch.autocast(z.device.type, enabled=False):
-            gradient[rows.order] = tiled.weighted_rows(rows, active, *scalars)
-    gradient *= upstream / tau.sqrt()
+    """The gradients of the embeddings and the temperature, of which frameworks take the mean over processes."""
+    weights = identity_weight, label_weight
+    sweeps = choose(implementation, embeddings)
+    settings = _settings("backward", sweeps, set_table, temperature, weights, group)
+    peers = join(process_group, embeddings, settings | {"upstream gradient": upstream})
+    tau = temperature.to(compute_dtype(embeddings))
+    batch = _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, tau.dtype)
+    rows = embeddings if sweeps == "triton" else embeddings.to(tau.dtype)
+    gradient = torch.zeros_like(embeddings)
+    product = torch.zeros((), dtype=torch.float64, device=rows.device)
+    if batch.active:
+        share = batch.share * tau.new_tensor(weights)[:, None]
+        scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / batch.positives.clamp(min=1))
+        own = rows, batch.keys.of(peers.own), scalars.of(peers.own)
+        # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
+        scale = peers.size * upstream / tau
+        constant = batch.relations, tau, batch.active, scale, tau.dtype if peers.use_ring(rows) else embeddings.dtype
+        parts: list[Tensor] = []
+        for block, columns in peers.blocks(rows):
+            if len(rows) and len(columns):
+                others = columns, batch.keys.of(block), scalars.of(block)
+                part, products = _SWEEPS[sweeps]().gradient(*own, *others, *constant)
+                parts = [part if not parts else parts[0].add_(part)]
+                product += products.sum()
+        gradient = parts[0].to(embeddings.dtype) if parts else gradient
     # Every similarity is z_i·z_j / τ, so scaling all rows and scaling 1/√τ are the same move.
-    tau_gradient = -(z * gradient).sum() / (2 * tau)
-    return gradient.to(embeddings.dtype), tau_gradient.to(temperature.dtype)
+    return gradient, (-product / (2 * tau)).to(temperature.dtype)
 
 
 @mixed_contrastive_backward.register_fake
@@ -94,26 +121,67 @@ def _(upstream, lse, embeddings, identity, candidate_set, set_table, group, temp
     return torch.empty_like(embeddings), torch.empty_like(temperature)
 
 
-def _active(identity_weight: float, label_weight: float) -> int:
-    return (identity_weight > 0) * 0b01 | (label_weight > 0) * 0b10
+class _Batch(NamedTuple):
+    """What is known of the rows of all processes."""
+
+    keys: Keys
+    relations: Tensor  #: (S, S) uint8
+    active: int  #: bits of the relations that are switched on
+    positives: Tensor  #: (2, N) int64, the number of a row's positives, of the identity and of the label relation
+    share: Tensor  #: (2, N), the row's part of the weighted mean over anchors
 
 
-def _anchors(z, identity, candidate_set, set_table, row_weight, identity_weight, label_weight):
-    weight = torch.ones_like(z[:, 0]) if row_weight is None else row_weight.to(z.dtype)
-    return find_anchors(identity, candidate_set, set_table, weight, (identity_weight > 0, label_weight > 0))
+def _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, dtype) -> _Batch:
+    identity, candidate_set = peers.gather(identity), peers.gather(candidate_set.long())
+    group = None if group is None else peers.gather(group.long())
+    keys, relations, count = row_keys(identity, candidate_set, set_table, group)
+    on = [weight > 0 for weight in weights]
+    count *= count.new_tensor(on)[:, None]
+    weight = (count > 0).double()
+    if row_weight is not None:
+        weight *= peers.gather(row_weight.double())
+    share = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return _Batch(keys, relations, on[0] * 0b01 | on[1] * 0b10, count, share.to(dtype))
+
+
+def _settings(name, sweeps, set_table, temperature, weights, group) -> dict[str, object]:
+    """What has to be the same on all processes."""
+    return {
+        "pass": name,
+        "implementation": sweeps,
+        "set_table": set_table,
+        "temperature": temperature,
+        "identity_weight": weights[0],
+        "label_weight": weights[1],
+        "group": "None" if group is None else "given",
+    }
+
+
+class _Sweeps(NamedTuple):
+    log_sums: Callable
+    gradient: Callable
+
+
+def _triton_sweeps() -> _Sweeps:
+    from mixcl_dist.kernels import backward, forward
+
+    return _Sweeps(forward.log_sums, backward.gradient)
+
+
+_SWEEPS = {"tiled": lambda: _Sweeps(tiled.log_sums, tiled.gradient), "triton": _triton_sweeps}
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.identity_weight, ctx.label_weight = inputs
+    *tensors, ctx.identity_weight, ctx.label_weight, ctx.process_group, ctx.implementation = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], *tensors)
 
 
 def _backward(ctx, upstream, *_):
-    embeddings, temperature = mixed_contrastive_backward(
-        upstream, *ctx.saved_tensors, ctx.identity_weight, ctx.label_weight
-    )
-    return embeddings, None, None, None, None, temperature, None, None, None
+    settings = ctx.identity_weight, ctx.label_weight, ctx.process_group, ctx.implementation
+    with torch.autocast(upstream.device.type, enabled=False):
+        embeddings, temperature = mixed_contrastive_backward(upstream, *ctx.saved_tensors, *settings)
+    return embeddings, None, None, None, None, temperature, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx, *_):

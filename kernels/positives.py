@@ -1,51 +1,84 @@
-"""Rows as anchors, and the mean similarity with their positives, which costs N·D: Σ_p z_i·z_p = z_i·(Σ_p z_p)."""
+"""What a row's positives add up to, without a look at pairs: rows of one key are all each other's positives.
+
+Their similarities are Σ_p z_i·z_p = z_i·(Σ_p z_p), and the inner sum is one for each key: N·D numbers, not N².
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixcl_dist.kernels.relations import partners, single_class
+from mixcl_dist.kernels.relations import SAME, Keys
 
-CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """Rows as anchors, of the identity relation in row 0 and of the label relation in row 1."""
-
-    key: Tensor  #: (2, N) int64; rows of one key are each other's positives
-    count: Tensor  #: (2, N) int64, the number of positives; 0 everywhere for a relation that is switched off
-    share: Tensor  #: (2, N), the row's part of the weighted mean over anchors
+CHUNK = 4096  #: rows that are held in float64 at a time
 
 
-def find_anchors(
-    identity: Tensor, candidate_set: Tensor, set_table: Tensor, row_weight: Tensor, active: tuple[bool, bool]
-) -> Anchors:
-    """Positives and weights of all rows; ``active`` says which relations are switched on."""
-    key = torch.stack([partners(identity), partners(single_class(set_table, candidate_set))])
-    count = torch.stack([on * (torch.bincount(k)[k] - 1) for k, on in zip(key, active, strict=True)])
-    weight = torch.where(count > 0, row_weight, 0)
-    total = weight.sum(1, keepdim=True)
-    return Anchors(key, count, torch.where(total > 0, weight / total, 0))
+class Positives(NamedTuple):
+    """Of one relation, sums over the columns of each key, in float64: added one by one in float32, a class of 10⁵ rows
+    would lose two digits. The last key is that of rows without positives."""
+
+    row_key: Tensor  #: (N,) int64
+    itself: Tensor  #: (N,) bool, whether the row is among its columns of the same key
+    embeddings: Tensor  #: (K, D), Σ z_p
+    pulled: Tensor  #: (K, D), Σ pull_p z_p
+
+    def similarity(self, rows: Tensor) -> Tensor:
+        """(N,) Σ_p z_i·z_p over the positives of each of the (N, D) rows."""
+        return torch.cat([(z * (sums - own * z)).sum(1) for z, sums, _, own, _ in self._chunks(rows)])
+
+    def pull(self, rows: Tensor, pull: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of Σ_p (pull_i + pull_p) z_p over the positives of each row, from (N, D) rows and their (N,) pull."""
+        for z, sums, pulled, own, chunk in self._chunks(rows):
+            mine = pull[chunk, None]
+            yield chunk, mine * sums + pulled - 2 * own * mine * z
+
+    def _chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, slice]]:
+        for start in range(0, len(rows), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            key = self.row_key[chunk]
+            yield rows[chunk].double(), self.embeddings[key], self.pulled[key], self.itself[chunk, None], chunk
 
 
-def mean_positive(embeddings: Tensor, key: Tensor, count: Tensor) -> Tensor:
-    """(N,) the mean of z_i·z_p over the positives p of each row i; 0 for a row without any."""
-    # float64: a class of 10⁵ rows, added one by one in float32, would lose two digits.
-    sums = embeddings.new_zeros(int(key.max()) + 1, embeddings.shape[1], dtype=torch.float64)
-    for rows in _chunks(len(key)):
-        sums.index_add_(0, key[rows], embeddings[rows].double())
-    sums = sums.to(embeddings.dtype)
-    result = torch.zeros_like(embeddings[:, 0])
-    for rows in _chunks(len(key)):
-        z = embeddings[rows]
-        result[rows] = (z * (sums.index_select(0, key[rows]) - z)).sum(1) / count[rows].clamp(min=1)
-    return torch.where(count > 0, result, 0)
+def positives(
+    relation: int, row_keys: Keys, columns: Tensor, column_keys: Keys, relations: Tensor, pull: Tensor | None = None
+) -> Positives:
+    """Positives of relation 0, identity, or 1, label.
+
+    Args:
+        columns: (M, D) embeddings.
+        relations: (S, S) uint8.
+        pull: (M,) weights for ``pulled``; none leaves it 0.
+    """
+    if relation == 0:
+        row_key, column_key = row_keys.identity, column_keys.identity
+    else:
+        single = relations.diagonal() == SAME
+        row_key, column_key = (
+            torch.where(single[keys.candidate_set], keys.candidate_set, -1) for keys in (row_keys, column_keys)
+        )
+    if int(column_key.max()) >= len(row_key):  # of many processes: only the keys of these rows need a sum
+        column_key, row_key = _renumber(column_key, row_key)
+    nobody = int(max(row_key.max(), column_key.max())) + 1
+    row_key, column_key = (torch.where(key < 0, nobody, key) for key in (row_key, column_key))
+    itself = torch.isin(row_keys.position, column_keys.position) & (row_key != nobody)
+    sums = columns.new_zeros(nobody + 1, columns.shape[1], dtype=torch.float64)
+    pulled = sums if pull is None else torch.zeros_like(sums)
+    for start in range(0, len(columns), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        z = columns[chunk].double()
+        sums.index_add_(0, column_key[chunk], z)
+        if pull is not None:
+            pulled.index_add_(0, column_key[chunk], z * pull[chunk, None])
+    sums[nobody] = pulled[nobody] = 0
+    return Positives(row_key, itself, sums, pulled)
 
 
-def _chunks(rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK))
+def _renumber(column_key: Tensor, row_key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both keys as numbers below the number of rows; −1 for columns whose key no row has."""
+    of_rows, numbers = torch.unique(row_key, return_inverse=True)
+    place = torch.searchsorted(of_rows, column_key).clamp(max=len(of_rows) - 1)
+    numbers = torch.where(row_key < 0, -1, numbers)
+    return torch.where((of_rows[place] == column_key) & (column_key >= 0), place, -1), numbers

@@ -1,6 +1,11 @@
-"""How rows stand to each other: the relation of two candidate sets, partners, and a good order of rows."""
+"""How rows stand to each other: the relation of two candidate sets, linked rows, and a good order of rows.
+
+Nothing here waits for the device that holds the tensors.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +13,51 @@ from torch import Tensor
 #: The relation of two candidate sets. The bits say in which log-sum-exp such a pair takes part, unless a
 #: shared identity or group says otherwise: bit 0 the identity relation's, bit 1 the label relation's.
 OPEN, SAME, DIFF = 0b01, 0b10, 0b11
+
+
+class Keys(NamedTuple):
+    """What is known of rows, as integers that are equal exactly where rows belong together."""
+
+    identity: Tensor  #: (N,) int64, equal for a row and its twins only
+    group: Tensor | None  #: (N,) int64, equal for rows of one group only
+    candidate_set: Tensor  #: (N,) int64, index into the relation table; equal sets have one index
+    position: Tensor  #: (N,) int64, the row's own number
+
+    def of(self, rows: slice | Tensor) -> Keys:
+        group = None if self.group is None else self.group[rows]
+        return Keys(self.identity[rows], group, self.candidate_set[rows], self.position[rows])
+
+
+def row_keys(
+    identity: Tensor, candidate_set: Tensor, set_table: Tensor, group: Tensor | None
+) -> tuple[Keys, Tensor, Tensor]:
+    """Keys of rows as :func:`mixcl_dist.kernels.mixed_contrastive_loss` takes them, and the relations of their sets.
+
+    Equal sets become one, and sets that occur come before those that do not.
+
+    Returns:
+        Keys, (S, S) uint8 as of :func:`relation_table`, and (2, N) int64 how many positives each row has, of the
+        identity and of the label relation.
+    """
+    if set_table.device.type == "cpu":  # elsewhere one would have to wait for their number
+        occurring, candidate_set = torch.unique(candidate_set, return_inverse=True)
+        set_table = set_table[occurring]
+    common, size = _common_classes(set_table)
+    candidate_set = _first_equal_set(common, size)[candidate_set]
+    rows_of_set = torch.zeros_like(size, dtype=torch.int64).index_add_(0, candidate_set, torch.ones_like(candidate_set))
+    order = torch.argsort(rows_of_set == 0, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    numbers, members = number(identity)
+    same_class = torch.where(size == 1, rows_of_set - 1, 0)[candidate_set]
+    keys = Keys(
+        numbers,
+        None if group is None else number(group)[0],
+        place[candidate_set],
+        torch.arange(len(identity), device=identity.device),
+    )
+    relations = _relations(common, size)[order][:, order].contiguous()
+    return keys, relations, torch.stack([members - 1, same_class])
 
 
 def relation_table(set_table: Tensor) -> Tensor:
@@ -20,38 +70,52 @@ def relation_table(set_table: Tensor) -> Tensor:
         (S, S) uint8: ``SAME`` where both sets are the same single class, ``DIFF`` where they have no class
         in common, ``OPEN`` otherwise.
     """
+    return _relations(*_common_classes(set_table))
+
+
+def _common_classes(set_table: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, S) the number of classes that two sets share, and (S,) of each set, exact in float32."""
     classes = set_table.to(torch.float32)
-    common = classes @ classes.T
-    single = set_table.sum(1) == 1
+    return classes @ classes.T, classes.sum(1)
+
+
+def _relations(common: Tensor, size: Tensor) -> Tensor:
+    single = size == 1
     relation = torch.where(common == 0, DIFF, OPEN)
-    relation[single[:, None] & single[None, :] & (common > 0)] = SAME
+    relation = torch.where(single[:, None] & single[None, :] & (common > 0), SAME, relation)
     return relation.to(torch.uint8)
 
 
-def single_class(set_table: Tensor, candidate_set: Tensor) -> Tensor:
-    """(N,) int64: the class of a row that can be of one class only, −1 for any other row."""
-    of_set = torch.where(set_table.sum(1) == 1, set_table.to(torch.uint8).argmax(1), -1)
-    return of_set[candidate_set]
+def _first_equal_set(common: Tensor, size: Tensor) -> Tensor:
+    """(S,) int64: the first set with the same classes as each set."""
+    equal = (common == size[:, None]) & (common == size[None, :])
+    return equal.to(torch.uint8).argmax(1) if len(size) else equal.new_zeros(0, dtype=torch.int64)
 
 
-def partners(key: Tensor) -> Tensor:
-    """Renumber keys from 0 such that rows are partners exactly where the new numbers are equal.
+def number(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Renumber keys from 0 such that rows belong together exactly where the new numbers are equal.
 
     Args:
-        key: (N,) integers; rows of one key ≥ 0 are partners, a row with a negative key stands alone.
+        key: (N,) integers; rows of one key ≥ 0 belong together, a row with a negative key stands alone.
 
     Returns:
-        (N,) int64 in [0, N).
+        (N,) int64 in [0, N), and (N,) int64 how many rows have the same number, the row itself included.
     """
     alone = -1 - torch.arange(len(key), device=key.device)
-    return torch.unique(torch.where(key >= 0, key, alone), return_inverse=True)[1]
+    in_order, order = torch.sort(torch.where(key >= 0, key, alone))
+    begins = torch.ones_like(in_order, dtype=torch.bool)
+    begins[1:] = in_order[1:] != in_order[:-1]
+    numbers = torch.empty_like(order)
+    numbers[order] = in_order = begins.cumsum(0) - 1
+    members = torch.searchsorted(in_order, numbers, right=True) - torch.searchsorted(in_order, numbers)
+    return numbers, members
 
 
-def sort_order(candidate_set: Tensor, identity: Tensor) -> Tensor:
+def sort_order(keys: Keys) -> Tensor:
     """(N,) int64: the stable order of rows by candidate set, then identity.
 
     In this order most tiles of the similarity matrix hold one relation only, and twins of one set are
     neighbours.
     """
-    by_identity = torch.argsort(identity, stable=True)
-    return by_identity[torch.argsort(candidate_set[by_identity], stable=True)]
+    by_identity = torch.argsort(keys.identity, stable=True)
+    return by_identity[torch.argsort(keys.candidate_set[by_identity], stable=True)]

@@ -1,8 +1,8 @@
-"""Two sweeps over all pairs of rows, tile by tile, in plain PyTorch: O(N·D) memory, the same bits every run.
+"""Two sweeps over pairs of rows and columns, tile by tile, in plain PyTorch: O(N·D) memory, the same bits every run.
 
-Rows are sorted by candidate set and identity, so that most tiles hold one relation and need no mask. The
-similarity is symmetric and so is every mask: only tiles on and above the diagonal are computed, and each
-serves its rows and its columns. README.md has the formulas.
+Both are sorted by candidate set and identity, so that most tiles hold one relation and need no mask. Where the
+columns are the rows themselves, the similarity is symmetric and so is every mask: only tiles on and above the
+diagonal are computed, and each serves its rows and its columns. README.md has the formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixcl_dist.kernels.relations import DIFF, SAME, partners, relation_table, sort_order
+from mixcl_dist.kernels.positives import positives
+from mixcl_dist.kernels.relations import DIFF, Keys, sort_order
 
 BLOCK = 512  #: a tile of float32 similarities then fits in a core's second-level cache
 
@@ -25,12 +26,22 @@ UNSHIFTED_LIMIT = 60.0
 MEMBERS = {0b01: slice(0, 1), 0b10: slice(1, 2), 0b11: slice(0, 2)}
 
 
+class RowScalars(NamedTuple):
+    """What the gradient needs of a row, for identity in row 0 and label in row 1."""
+
+    lse: Tensor  #: (2, N) float64
+    share: Tensor  #: (2, N), the derivative of the loss by ``lse``
+    pull: Tensor  #: (2, N), minus the derivative of the loss by the similarity with each positive
+
+    def of(self, rows: slice | Tensor) -> RowScalars:
+        return RowScalars(self.lse[:, rows], self.share[:, rows], self.pull[:, rows])
+
+
 class Part(NamedTuple):
     """What the pairs of a tile are to one relation, or to both."""
 
     relation: slice
-    members: Tensor | bool  #: the pairs in the log-sum-exp: a mask, or True where all are
-    positives: Tensor | bool  #: the positive pairs: a mask, or True or False for all of them
+    members: Tensor | bool  #: the pairs in the log-sum-exp: 1 or 0 as uint8, or True where all are
 
 
 class SortedRows(NamedTuple):
@@ -38,165 +49,231 @@ class SortedRows(NamedTuple):
 
     order: Tensor  #: (N,) int64, where each sorted row comes from
     embeddings: Tensor  #: (N, D) float32 or float64, over the root of the temperature
-    identity: Tensor  #: (N,) int64, equal for twins only
-    group: Tensor | None  #: (N,) int64, equal for rows of one group only
-    candidate_set: Tensor  #: (N,) int64, index into relations
-    relations: Tensor  #: (S, S) uint8
+    keys: Keys
     blocks: list[slice]
     sets_in_block: Tensor  #: (number of blocks, S) bool
 
 
-def sort_rows(
-    embeddings: Tensor,
-    identity: Tensor,
-    candidate_set: Tensor,
-    set_table: Tensor,
-    group: Tensor | None,
+class Pairs(NamedTuple):
+    """All pairs of a row and a column; ``columns`` is ``rows`` where a batch is contrasted with itself."""
+
+    rows: SortedRows
+    columns: SortedRows
+    relations: Tensor  #: (S, S) uint8
+    active: int  #: bits of the relations that are switched on
+    keys: int  #: more than the largest identity or group
+
+
+def log_sums(
+    rows: Tensor,
+    row_keys: Keys,
+    columns: Tensor,
+    column_keys: Keys,
+    relations: Tensor,
     temperature: Tensor,
-) -> SortedRows:
-    """Sort and scale rows; ``embeddings`` in the dtype to compute in."""
-    sets, renumbered = torch.unique(set_table, dim=0, return_inverse=True)  # equal sets become one
-    candidate_set = renumbered[candidate_set]
-    order = sort_order(candidate_set, identity)
-    candidate_set = candidate_set[order]
+    active: int,
+) -> tuple[Tensor, Tensor]:
+    """Each row's ``lse`` over the columns, and its sum of similarities with positives among them.
+
+    Args:
+        rows: (N, D) float32 or float64.
+        columns: (M, D) of the same dtype; the very tensor ``rows`` where both are one batch.
+        relations: (S, S) uint8, see :func:`~mixcl_dist.kernels.relations.relation_table`.
+        temperature: 0-d.
+        active: bits of the relations that are switched on, 0b01 identity and 0b10 label.
+
+    Returns:
+        (2, N) float64 ``lse`` of both relations, −inf for one that is not active, and (2, N) the sums of z_i·z_p.
+        Float64, because near convergence the gradient is the small difference of a softmax and 1: a float32
+        ``lse`` of 16 is off by 10⁻⁶, which is 1 % of a difference of 10⁻⁴.
+    """
+    pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
+    sorted_lse = (_log_sums if _is_unshifted(pairs) else _log_sums_wide)(pairs)
+    lse, positive = torch.empty_like(sorted_lse), torch.zeros_like(sorted_lse)
+    lse[:, pairs.rows.order] = sorted_lse
+    for relation in range(2)[MEMBERS[active]]:
+        positive[relation] = positives(relation, row_keys, columns, column_keys, relations).similarity(rows)
+    return lse, positive
+
+
+def gradient(
+    rows: Tensor,
+    row_keys: Keys,
+    row_scalars: RowScalars,
+    columns: Tensor,
+    column_keys: Keys,
+    column_scalars: RowScalars,
+    relations: Tensor,
+    temperature: Tensor,
+    active: int,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Each row's weighted sum of columns, the weights being derivatives of the loss by similarities.
+
+    Arguments as for :func:`log_sums`, whose ``lse`` over all columns of the batch is part of the scalars, and a 0-d
+    factor and the dtype of the result.
+
+    Returns:
+        (N, D) scale · Σ_j (g_ij + g_ji) z_j over the columns, where g_ij is the derivative of the loss by s_ij, and
+        (N,) float64, its inner products with the rows.
+    """
+    pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
+    weighted = _weighted_columns(pairs, row_scalars.of(pairs.rows.order), column_scalars.of(pairs.columns.order))
+    result = torch.empty_like(rows)
+    result[pairs.rows.order] = weighted.mul_(temperature.sqrt())
+    for relation in range(2)[MEMBERS[active]]:
+        pull = column_scalars.pull[relation]
+        of_relation = positives(relation, row_keys, columns, column_keys, relations, pull)
+        for chunk, part in of_relation.pull(rows, row_scalars.pull[relation]):
+            result[chunk] -= part
+    result *= scale
+    return result.to(dtype), torch.linalg.vecdot(rows, result).double()
+
+
+def _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active) -> Pairs:
+    row_side = column_side = _sort_rows(rows, row_keys, len(relations), temperature)
+    if columns is not rows:
+        column_side = _sort_rows(columns, column_keys, len(relations), temperature)
+    linking = [key for keys in (row_keys, column_keys) for key in (keys.identity, keys.group) if key is not None]
+    return Pairs(row_side, column_side, relations, active, 1 + max(int(key.max()) for key in linking))
+
+
+def _sort_rows(embeddings: Tensor, keys: Keys, sets: int, temperature: Tensor) -> SortedRows:
+    order = sort_order(keys)
+    keys = keys.of(order)
     rows = len(order)
     blocks = [slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
-    sets_in_block = torch.zeros(len(blocks), len(sets), dtype=torch.bool, device=order.device)
-    sets_in_block[torch.arange(rows, device=order.device) // BLOCK, candidate_set] = True
-    return SortedRows(
-        order,
-        # Scaling both factors alike gives s_ij and s_ji the same bits: a softmax then fits its denominator.
-        embeddings[order] / temperature.sqrt(),
-        partners(identity[order]),
-        None if group is None else partners(group[order]),
-        candidate_set,
-        relation_table(sets),
-        blocks,
-        sets_in_block,
-    )
+    sets_in_block = torch.zeros(len(blocks), sets, dtype=torch.bool, device=order.device)
+    sets_in_block[torch.arange(rows, device=order.device) // BLOCK, keys.candidate_set] = True
+    # Scaling both factors alike gives s_ij and s_ji the same bits: a softmax then fits its denominator.
+    return SortedRows(order, embeddings[order] / temperature.sqrt(), keys, blocks, sets_in_block)
 
 
-def log_sums(rows: SortedRows, active: int) -> Tensor:
-    """(2, N) float64 ``lse`` of both relations in sorted order, −inf for one that is not active.
-
-    Float64, because near convergence the gradient is the small difference of a softmax and 1: a float32
-    ``lse`` of 16 is off by 10⁻⁶, which is 1 % of a difference of 10⁻⁴.
-    """
-    z = rows.embeddings
-    if not _is_unshifted(z):
-        return _log_sums_wide(rows, active)
-    sums = z.new_zeros(2, len(z))
-    for left, right, parts in _tiles(rows, active):
-        e = (z[left] @ z[right].T).exp_()
+def _log_sums(pairs: Pairs) -> Tensor:
+    rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
+    sums = rows.new_zeros(2, len(rows))
+    for left, right, parts, mirrored in _tiles(pairs):
+        e = (rows[left] @ columns[right].T).exp_()
         for part in parts:
-            terms = e * _factor(part.members) if isinstance(part.members, Tensor) else e
+            terms = e * part.members if isinstance(part.members, Tensor) else e
             sums[part.relation, left] += terms.sum(1)
-            if left != right:
+            if mirrored:
                 sums[part.relation, right] += terms.sum(0)
     return sums.double().log_()
 
 
-def _log_sums_wide(rows: SortedRows, active: int) -> Tensor:
-    z = rows.embeddings
-    lse = z.new_full((2, len(z)), -torch.inf, dtype=torch.float64)
-    for left, right, parts in _tiles(rows, active):
-        s = (z[left] @ z[right].T).double()
+def _log_sums_wide(pairs: Pairs) -> Tensor:
+    rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
+    lse = rows.new_full((2, len(rows)), -torch.inf, dtype=torch.float64)
+    for left, right, parts, mirrored in _tiles(pairs):
+        s = (rows[left] @ columns[right].T).double()
         for part in parts:
-            terms = s.masked_fill(~part.members, -torch.inf) if isinstance(part.members, Tensor) else s
+            terms = s.masked_fill(part.members == 0, -torch.inf) if isinstance(part.members, Tensor) else s
             lse[part.relation, left] = torch.logaddexp(lse[part.relation, left], terms.logsumexp(1))
-            if left != right:
+            if mirrored:
                 lse[part.relation, right] = torch.logaddexp(lse[part.relation, right], terms.logsumexp(0))
     return lse
 
 
-def weighted_rows(rows: SortedRows, active: int, lse: Tensor, share: Tensor, pull: Tensor) -> Tensor:
-    """(N, D) Σ_j (g_ij + g_ji) z_j / √τ in sorted order, where g_ij is the derivative of the loss by s_ij.
-
-    Args:
-        lse: (2, N), as :func:`log_sums` gave it.
-        share: (2, N), the derivative of the loss by ``lse``.
-        pull: (2, N), minus the derivative of the loss by the similarity of a row with each of its positives.
-    """
-    z = rows.embeddings
-    result = torch.zeros_like(z)
-    unshifted = _is_unshifted(z)
-    scale = torch.where(share > 0, share * torch.exp(-lse), 0).to(z.dtype)
-    for left, right, parts in _tiles(rows, active):
-        s = z[left] @ z[right].T
+def _weighted_columns(pairs: Pairs, row_scalars: RowScalars, column_scalars: RowScalars) -> Tensor:
+    """Of sorted rows, the part of the gradient that log-sum-exps make: weights are softmaxes."""
+    rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
+    result = torch.zeros_like(rows)
+    unshifted = _is_unshifted(pairs)
+    row_scale, column_scale = (
+        torch.where(scalars.share > 0, scalars.share * torch.exp(-scalars.lse), 0).to(rows.dtype)
+        for scalars in (row_scalars, column_scalars)
+    )
+    for left, right, parts, mirrored in _tiles(pairs):
+        s = rows[left] @ columns[right].T
         if unshifted:
-            factor = sum(_pair_sum(scale, part.relation, left, right, part.members) for part in parts)
-            weight = s.exp_().mul_(factor)
+            factors = [
+                _pair_sum(row_scale[part.relation, left], column_scale[part.relation, right], part.members)
+                for part in parts
+            ]
+            weight = s.exp_().mul_(factors[0] if len(factors) == 1 else factors[0].add_(factors[1]))
         else:
-            weight = _softmax_wide(s.double(), lse, share, left, right, parts).to(z.dtype)
-        for part in parts:
-            if part.positives is not False:
-                weight -= _pair_sum(pull, part.relation, left, right, part.positives)
-        result[left].addmm_(weight, z[right])
-        if left != right:
-            result[right].addmm_(weight.T, z[left])
+            weight = _softmax_wide(s.double(), row_scalars.of(left), column_scalars.of(right), parts).to(rows.dtype)
+        result[left].addmm_(weight, columns[right])
+        if mirrored:
+            result[right].addmm_(weight.T, rows[left])
     return result
 
 
-def _pair_sum(values: Tensor, relation: slice, left: slice, right: slice, mask: Tensor | bool) -> Tensor:
-    """What pairs of rows have together, over the relations named; 0 outside of the mask."""
-    total = values[relation, left].sum(0)[:, None] + values[relation, right].sum(0)
-    return total.mul_(_factor(mask)) if isinstance(mask, Tensor) else total
+def _pair_sum(of_rows: Tensor, of_columns: Tensor, mask: Tensor | bool) -> Tensor:
+    """What pairs of a row and a column have together, over one or both relations; 0 outside of the mask."""
+    total = of_rows.sum(0)[:, None] + of_columns.sum(0)
+    return total.mul_(mask) if isinstance(mask, Tensor) else total
 
 
-def _factor(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8)  # PyTorch multiplies by bytes several times faster than by booleans
-
-
-def _softmax_wide(s: Tensor, lse: Tensor, share: Tensor, left: slice, right: slice, parts: list[Part]) -> Tensor:
+def _softmax_wide(s: Tensor, rows: RowScalars, columns: RowScalars, parts: list[Part]) -> Tensor:
     """Σ_r share_i exp(s_ij − lse_i) + share_j exp(s_ij − lse_j): no exponent of a member pair is above 0."""
     total = torch.zeros_like(s)
     for part in parts:
         for r in range(2)[part.relation]:
-            terms = share[r, left, None] * torch.exp(s - lse[r, left, None])
-            terms += share[r, right] * torch.exp(s - lse[r, right])
-            total += terms.masked_fill_(~part.members, 0) if isinstance(part.members, Tensor) else terms
+            terms = rows.share[r, :, None] * torch.exp(s - rows.lse[r, :, None])
+            terms += columns.share[r] * torch.exp(s - columns.lse[r])
+            # A pair that is no member may overflow, and where() drops what masked_fill would keep as inf · 0.
+            total += torch.where(part.members > 0, terms, 0) if isinstance(part.members, Tensor) else terms
     return total
 
 
-def _is_unshifted(embeddings: Tensor) -> bool:
-    return bool(embeddings.square().sum(1).max() < UNSHIFTED_LIMIT)
+def _is_unshifted(pairs: Pairs) -> bool:
+    row, column = (part.embeddings.square().sum(1).max() for part in (pairs.rows, pairs.columns))
+    return bool((row * column).sqrt() < UNSHIFTED_LIMIT)
 
 
-def _tiles(rows: SortedRows, active: int) -> Iterator[tuple[slice, slice, list[Part]]]:
-    """Tiles on and above the diagonal that take part in an active relation."""
-    for first, left in enumerate(rows.blocks):
-        for right, uniform in zip(rows.blocks[first:], _uniform_relations(rows, first), strict=True):
+def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, list[Part], bool]]:
+    """Tiles that take part in an active relation: rows, columns, parts, and whether the tile's mirror image counts.
+
+    Of a batch with itself only tiles on and above the diagonal come, those above it for their mirror image, too.
+    """
+    symmetric = pairs.columns is pairs.rows
+    for number, left in enumerate(pairs.rows.blocks):
+        first = number if symmetric else 0
+        for right, uniform in zip(pairs.columns.blocks[first:], _uniform_relations(pairs, number, first), strict=True):
+            mirrored = symmetric and left != right
             if not uniform:
-                yield left, right, _masked_parts(rows, left, right, active)
-            elif uniform & active:
-                yield left, right, [Part(MEMBERS[uniform & active], True, uniform == SAME)]
+                yield left, right, _masked_parts(pairs, left, right), mirrored
+            elif uniform & pairs.active:
+                yield left, right, [Part(MEMBERS[uniform & pairs.active], True)], mirrored
 
 
-def _uniform_relations(rows: SortedRows, first: int) -> list[int]:
-    """The relation of block ``first`` with each block from it on; 0 where pairs of the tile differ."""
-    relations, here = rows.relations[rows.sets_in_block[first]], rows.sets_in_block[first:]
+def _uniform_relations(pairs: Pairs, number: int, first: int) -> list[int]:
+    """The relation of a block of rows with blocks of columns from ``first`` on; 0 where pairs of the tile differ."""
+    rows, columns = pairs.rows, pairs.columns
+    relations, here = pairs.relations[rows.sets_in_block[number]], columns.sets_in_block[first:]
     lowest = torch.where(here, relations.amin(0), DIFF).amin(1)
     highest = torch.where(here, relations.amax(0), 0).amax(1)
     uniform = torch.where(lowest == highest, lowest, 0)
-    start = rows.blocks[first].start
-    for key in (rows.identity, rows.group):
-        if key is not None:
-            in_block = torch.zeros(len(rows.order), dtype=torch.bool, device=key.device)
-            in_block[key[rows.blocks[first]]] = True
-            uniform[in_block[key[start:]].nonzero() // BLOCK] = 0
+    start = columns.blocks[first].start
+    for row_key, column_key in ((rows.keys.identity, columns.keys.identity), (rows.keys.group, columns.keys.group)):
+        if row_key is not None and column_key is not None:
+            in_block = torch.zeros(pairs.keys, dtype=torch.bool, device=row_key.device)
+            in_block[row_key[rows.blocks[number]]] = True
+            uniform[in_block[column_key[start:]].nonzero()[:, 0] // BLOCK] = 0
     return uniform.tolist()
 
 
-def _masked_parts(rows: SortedRows, left: slice, right: slice, active: int) -> list[Part]:
-    columns = rows.relations.index_select(1, rows.candidate_set[right])
-    relation = columns.index_select(0, rows.candidate_set[left])
-    same = relation == SAME
-    twin = rows.identity[left, None] == rows.identity[right]
-    linked = twin if rows.group is None else twin | (rows.group[left, None] == rows.group[right])
-    in_identity = twin | ~(same | linked)
-    in_label = same | (relation == DIFF) & ~linked
-    if left == right:
-        for mask in (same, twin, in_identity, in_label):
-            mask.fill_diagonal_(False)
-    parts = {0b01: Part(MEMBERS[0b01], in_identity, twin), 0b10: Part(MEMBERS[0b10], in_label, same)}
-    return [part for bit, part in parts.items() if bit & active]
+def _masked_parts(pairs: Pairs, left: slice, right: slice) -> list[Part]:
+    rows, columns = pairs.rows.keys.of(left), pairs.columns.keys.of(right)
+    relation = pairs.relations.index_select(1, columns.candidate_set).index_select(0, rows.candidate_set)
+    # Bytes of 0 and 1: PyTorch combines them, and multiplies by them, many times faster than it compares or selects.
+    twin = _equal(rows.identity, columns.identity)
+    linked = twin if rows.group is None or columns.group is None else twin | _equal(rows.group, columns.group)
+    apart, in_identity, in_label = linked ^ 1, relation & 1, relation >> 1
+    masks = {0b01: twin | apart & in_identity, 0b10: in_label & (apart | in_identity ^ 1)}
+    parts = []
+    for bit, mask in masks.items():
+        if bit & pairs.active:
+            if pairs.columns is not pairs.rows:
+                mask &= _equal(rows.position, columns.position) ^ 1
+            elif left == right:
+                mask.fill_diagonal_(0)
+            parts.append(Part(MEMBERS[bit], mask))
+    return parts
+
+
+def _equal(of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    return (of_rows.int()[:, None] == of_columns.int()).view(torch.uint8)

@@ -6,9 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+# Without a GPU the Triton kernels are interpreted; Triton reads this when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Without it, reading DICOM would make a key in the home folder of whoever runs the tests.
 os.environ.setdefault("MIXCL_PSEUDONYM_KEY", "tests")

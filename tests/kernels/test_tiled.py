@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from mixcl_dist.kernels import mixed_contrastive_loss, tiled
+from mixcl_dist.kernels.relations import row_keys
 
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
 
@@ -49,13 +50,17 @@ def test_every_kind_of_tile(weights, candidate_set, identity, range_of_s, monkey
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+def sorted_pairs(candidate_set: list[int], active: int) -> tiled.Pairs:
+    embeddings, identity, candidate_set, table = rows(candidate_set).values()
+    keys, relations, _ = row_keys(identity, candidate_set, table, None)
+    return tiled._sort_pairs(embeddings, keys, embeddings, keys, relations, torch.tensor(0.2), active)
+
+
 def test_uniform_tiles_get_no_mask(monkeypatch):
     monkeypatch.setattr(tiled, "BLOCK", 8)
-    arguments = rows([0] * 16 + [1] * 16 + [3] * 16)
-    sorted_rows = tiled.sort_rows(*arguments.values(), None, torch.tensor(0.2))
     masked = {
         (left.start // 8, right.start // 8)
-        for left, right, parts in tiled._tiles(sorted_rows, 0b11)
+        for left, right, parts, _ in tiled._tiles(sorted_pairs([0] * 16 + [1] * 16 + [3] * 16, 0b11))
         if any(isinstance(part.members, torch.Tensor) for part in parts)
     }
     assert masked == {(i, i) for i in range(6)}
@@ -63,9 +68,7 @@ def test_uniform_tiles_get_no_mask(monkeypatch):
 
 def test_tiles_of_open_pairs_are_skipped_without_the_identity_relation(monkeypatch):
     monkeypatch.setattr(tiled, "BLOCK", 8)
-    arguments = rows([3] * 48)
-    sorted_rows = tiled.sort_rows(*arguments.values(), None, torch.tensor(0.2))
-    assert all(left == right for left, right, _ in tiled._tiles(sorted_rows, 0b10))
+    assert all(left == right for left, right, *_ in tiled._tiles(sorted_pairs([3] * 48, 0b10)))
 
 
 MEASURE_PEAK = """

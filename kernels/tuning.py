@@ -1,0 +1,195 @@
+"""How the Triton kernels are cut and launched: a static table by architecture, kernel, dtype and width.
+
+Every entry is built ahead of time for its architecture in the tests, without a spilled register. :func:`autotune`
+measures candidates on the GPU at hand instead, for those who ask for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mixcl_dist.kernels.implementation import is_interpreted
+from mixcl_dist.kernels.plan import SPECIAL
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut and launched."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int  #: depth of the software pipeline
+    step: int = 0  #: rows are streamed in steps of so many features; 0: they are loaded whole, once
+    out: int = 0  #: features of the gradient that one program finishes; 0: all
+
+
+class Launch(NamedTuple):
+    """A tile, fitted to rows of a certain width and dtype."""
+
+    tile: Tile
+    width: int  #: features, padded
+    head: int  #: features that are loaded together: all of them as head and tail, or a step
+    tail: int
+    precision: str  #: of float32 products, as Triton names it
+
+    @property
+    def out(self) -> int:
+        return self.tile.out or self.width
+
+    def options(self) -> dict[str, int | str]:
+        """Arguments that the kernels share."""
+        return {
+            "BLOCK_ROWS": self.tile.rows,
+            "BLOCK_COLUMNS": self.tile.columns,
+            "SPECIAL": SPECIAL,
+            "WIDTH": self.width,
+            "HEAD": self.head,
+            "TAIL": self.tail,
+            "RESIDENT": not self.tile.step,
+            "PRECISION": self.precision,
+            "num_warps": self.tile.warps,
+            "num_stages": self.tile.stages,
+        }
+
+
+#: By architecture, kernel and bytes of a number: tiles by the largest width that they serve. "sm_80" keeps within the
+#: 99 KiB of shared memory that its smaller relatives (8.6, 8.9, 12.0) have. On "sm_90" all have 8 warps: others have
+#: seen chained products of 4 warps read out of bounds with Triton 3.7.1.
+TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
+    {
+        ("sm_80", "forward", 2): {
+            128: Tile(128, 64, 8, 3),
+            192: Tile(128, 64, 8, 2),
+            256: Tile(128, 64, 8, 2),
+            1024: Tile(128, 64, 8, 3, step=128),
+        },
+        ("sm_80", "backward", 2): {
+            128: Tile(128, 64, 8, 3),
+            192: Tile(128, 32, 8, 2),
+            1024: Tile(64, 64, 8, 2, step=64, out=256),
+        },
+        ("sm_90", "forward", 2): {
+            128: Tile(128, 64, 8, 3),
+            256: Tile(128, 64, 8, 2),
+            1024: Tile(128, 64, 8, 3, step=128),
+        },
+        ("sm_90", "backward", 2): {
+            128: Tile(128, 128, 8, 2),
+            256: Tile(128, 64, 8, 2),
+            1024: Tile(64, 64, 8, 2, step=128, out=256),
+        },
+        ("sm_100", "forward", 2): {
+            128: Tile(128, 128, 8, 2),
+            256: Tile(128, 64, 8, 2),
+            1024: Tile(128, 64, 8, 3, step=128),
+        },
+        ("sm_100", "backward", 2): {
+            128: Tile(128, 64, 8, 3),
+            256: Tile(128, 64, 8, 2),
+            1024: Tile(64, 64, 8, 2, step=128, out=256),
+        },
+        ("hip", "forward", 2): {
+            128: Tile(64, 64, 4, 2),
+            1024: Tile(64, 64, 4, 2, step=64),
+        },
+        ("hip", "backward", 2): {
+            128: Tile(64, 32, 4, 2),
+            1024: Tile(64, 64, 4, 2, step=64, out=256),
+        },
+    }
+    | {
+        (architecture, kernel, 4): {1024: Tile(64, 32, warps, 2, step=32, out=64 if kernel == "backward" else 0)}
+        for architecture, warps in {"sm_80": 4, "sm_90": 8, "sm_100": 4, "hip": 4}.items()
+        for kernel in ("forward", "backward")
+    }
+    | {
+        ("interpreter", kernel, size): {
+            256: Tile(64, 64, 8, 1),
+            1024: Tile(64, 64, 8, 1, step=256, out=256 if kernel == "backward" else 0),
+        }
+        for kernel in ("forward", "backward")
+        for size in (2, 4)
+    }
+)
+
+#: What :func:`autotune` tries where rows are loaded whole.
+CANDIDATES = [
+    Tile(rows, columns, warps, stages)
+    for rows, warps in ((64, 4), (64, 8), (128, 4), (128, 8))
+    for columns in (32, 64, 128)
+    for stages in (2, 3, 4)
+]
+
+
+def launch_for(rows: Tensor, kernel: str) -> Launch:
+    """The table's tile for (N, D) rows, fitted to them; ``kernel`` is "forward" or "backward"."""
+    architecture = architecture_of(rows.device)
+    by_width = TILES[architecture, kernel, rows.element_size()]
+    tile = next(tile for width, tile in by_width.items() if rows.shape[1] <= width)
+    return fit(tile, rows.shape[1], rows.dtype, architecture)
+
+
+def fit(tile: Tile, width: int, dtype: torch.dtype, architecture: str) -> Launch:
+    """Pad a width to what a tile loads.
+
+    Products of float32 numbers are exact to some 21 bits (three products of TF32 numbers, or the ALUs of AMD), unless
+    :func:`torch.set_float32_matmul_precision` has allowed less, as for PyTorch's own.
+    """
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    precision = "ieee" if architecture == "hip" or dtype != torch.float32 else "tf32x3" if exact else "tf32"
+    if tile.step:
+        unit = max(tile.step, tile.out)
+        return Launch(tile, triton.cdiv(width, unit) * unit, tile.step, 0, precision)
+    head, tail = _split(width)
+    return Launch(tile, head + tail, head, tail, precision)
+
+
+def _split(width: int) -> tuple[int, int]:
+    """A width as one or two powers of two from 16 on, with little padding."""
+    whole = max(16, triton.next_power_of_2(width))
+    half = whole // 2
+    if whole > 16 and width - half <= half // 2:
+        return half, max(16, triton.next_power_of_2(width - half))
+    return whole, 0
+
+
+@functools.lru_cache
+def architecture_of(device: torch.device) -> str:
+    """The table's name for a device."""
+    if is_interpreted():
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+def autotune(rows: Tensor, sweep: Callable[[str], object]) -> dict[str, Tile]:
+    """Put the fastest tiles for (N, D) rows like these into the table of this process.
+
+    Args:
+        rows: the embeddings to tune for; at most 256 features.
+        sweep: runs the kernel of the given name, "forward" or "backward", on rows like these.
+
+    Returns:
+        The chosen tile of each kernel. Candidates that a device cannot hold are passed over.
+    """
+    width, chosen = rows.shape[1], {}
+    for kernel in ("forward", "backward"):
+        by_width = TILES[architecture_of(rows.device), kernel, rows.element_size()]
+        served = next(limit for limit in by_width if width <= limit)
+        times = {}
+        for tile in {by_width[served], *CANDIDATES}:
+            by_width[served] = tile
+            try:
+                times[tile] = triton.testing.do_bench(lambda kernel=kernel: sweep(kernel), return_mode="median")
+            except (triton.OutOfResources, triton.CompilationError):
+                continue
+        chosen[kernel] = by_width[served] = min(times, key=times.__getitem__)
+    return chosen

@@ -1,0 +1,151 @@
+"""What is particular to the Triton kernels; the contract has the rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from mixcl_dist.kernels import forward, mixed_contrastive_loss, tuning
+from mixcl_dist.kernels.implementation import choose, obstacle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
+BLOCKS = {"uniform tiles": [0, 0, 1, 3, 3], "border inside a tile": [0] * 3 + [1] * 4, "all open": [3] * 4}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles of 32 rows and 16 columns even in small batches, so that every kind of them occurs."""
+    for key in tuning.TILES:
+        if key[0] == "interpreter":
+            monkeypatch.setitem(tuning.TILES, key, {1024: tuning.Tile(32, 16, 4, 1)})
+
+
+def rows(blocks: list[int], *, length: int, identity: str, d: int = 16, seed: int = 0) -> dict:
+    """Rows of one candidate set after another, as many of each as `length` says."""
+    candidate_set = torch.tensor(blocks).repeat_interleave(length)
+    n = len(candidate_set)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embeddings": normalize(torch.randn(n, d, generator=generator), dim=1),
+        "identity": {"pairs": torch.arange(n) // 2, "across": torch.arange(n) % (n // 2)}[identity],
+        "candidate_set": candidate_set,
+        "set_table": TABLE,
+    }
+
+
+def loss_and_gradient(arguments: dict, implementation: str, temperature: float) -> tuple[torch.Tensor, ...]:
+    device = DEVICE if implementation == "triton" else "cpu"
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    moved["embeddings"].requires_grad_()
+    out = mixed_contrastive_loss(**moved, temperature=temperature, implementation=implementation)
+    (gradient,) = torch.autograd.grad(out.loss, moved["embeddings"])
+    return tuple(value.detach().cpu().double() for value in (out.loss, out.lse, out.label_similarity, gradient))
+
+
+def double(arguments: dict) -> dict:
+    return arguments | {"embeddings": arguments["embeddings"].detach().double()}
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.01], ids=["narrow", "wide"])
+@pytest.mark.parametrize("identity", ["pairs", "across"])
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+def test_every_kind_of_tile(blocks, identity, temperature):
+    arguments = rows(blocks, length=32, identity=identity)
+    got = loss_and_gradient(arguments, "triton", temperature)
+    want = loss_and_gradient(double(arguments), "reference", temperature)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)], ids=["identity alone", "label alone"])
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+def test_one_relation_alone(blocks, weights):
+    arguments = rows(blocks, length=32, identity="pairs")
+    arguments |= {"identity_weight": weights[0], "label_weight": weights[1]}
+    got, want = loss_and_gradient(arguments, "triton", 0.2), loss_and_gradient(double(arguments), "reference", 0.2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("d", [48, 96, 160])
+def test_a_width_of_two_parts(d):
+    head, tail = tuning._split(d)
+    assert tail and head + tail == d
+    arguments = rows([0, 3], length=40, identity="pairs", d=d)
+    got, want = loss_and_gradient(arguments, "triton", 0.2), loss_and_gradient(double(arguments), "reference", 0.2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tile", [tuning.Tile(32, 32, 4, 1, step=16, out=32), tuning.Tile(32, 16, 4, 1, step=32, out=16)]
+)
+def test_rows_that_are_streamed_in_steps(tile, monkeypatch):
+    for key in tuning.TILES:
+        if key[0] == "interpreter":
+            monkeypatch.setitem(tuning.TILES, key, {1024: tile})
+    arguments = rows([0, 1, 3], length=32, identity="pairs", d=64)
+    got, want = loss_and_gradient(arguments, "triton", 0.2), loss_and_gradient(double(arguments), "reference", 0.2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_positive_does_not_swallow_the_negatives_of_other_tiles():
+    """A tile of 16 negatives adds less than half a unit in the last place of the positive's exponential."""
+    embeddings = torch.zeros(512, 16)
+    embeddings[:2, 0] = embeddings[2:, 1] = 1
+    arguments = rows([3] * 16, length=32, identity="pairs") | {"embeddings": embeddings}
+    temperature = forward.LOG2E / 28.25  # so the positive's exponent is exact
+    _, lse, *_ = loss_and_gradient(arguments, "triton", temperature)
+    excess = math.log1p(510 * 2**-28.25)
+    torch.testing.assert_close(lse[0, :2] - 1 / temperature, torch.full((2,), excess).double(), rtol=0.1, atol=0)
+
+
+def test_similarities_are_called_wide_when_a_float32_exponential_could_overflow():
+    unit = torch.eye(4)
+    temperatures = torch.tensor([0.02, 0.01])
+    assert [bool(forward.is_wide(unit, unit, temperature)) for temperature in temperatures] == [False, True]
+    assert forward.is_wide(10 * unit, unit, torch.tensor(0.1))
+
+
+# Where it runs
+
+
+def test_refusals_say_why():
+    cpu = torch.device("cpu")
+    assert "float64" in obstacle(cpu, torch.float64, 128)
+    assert "at most 1024 features, not 1025" in obstacle(cpu, torch.float32, 1025)
+    with pytest.raises(ValueError, match=r'implementation: "triton" takes .* not torch.float64; "auto" takes'):
+        choose("triton", torch.zeros(4, 4, dtype=torch.float64))
+
+
+def test_a_cpu_tensor_is_refused_outside_of_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match='implementation: "triton" needs a GPU, not a cpu tensor'):
+        mixed_contrastive_loss(*list(rows([0], length=4, identity="pairs").values()), implementation="triton")
+
+
+def test_auto_falls_back_with_one_line(caplog):
+    tensor = torch.zeros(4, 2000, device="meta")
+    with caplog.at_level(logging.WARNING):
+        assert [choose("auto", tensor), choose("auto", tensor)] == ["tiled", "tiled"]
+    assert [record.getMessage() for record in caplog.records] == [
+        'the mixed contrastive loss runs as plain PyTorch, as "triton" takes at most 1024 features, not 2000'
+    ]
+
+
+def test_every_width_and_dtype_has_a_tile():
+    architectures = {architecture for architecture, *_ in tuning.TILES}
+    for architecture in architectures:
+        for kernel in ("forward", "backward"):
+            for dtype in (torch.float16, torch.float32):
+                by_width = tuning.TILES[architecture, kernel, dtype.itemsize]
+                assert max(by_width) == 1024 and list(by_width) == sorted(by_width)
+                for width, tile in by_width.items():
+                    launch = tuning.fit(tile, width, dtype, architecture)
+                    assert (
+                        launch.width >= width
+                        and launch.width % launch.out == 0
+                        and launch.width % launch.head in (0, launch.tail)
+                    )
