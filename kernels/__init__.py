@@ -2,5 +2,6 @@
 
 from mixcl_dist.kernels.loss import MixedContrastiveLoss, mixed_contrastive_loss
 from mixcl_dist.kernels.output import MixedContrastiveOutput
+from mixcl_dist.kernels.statistics import alignment_and_uniformity
 
-__all__ = ["MixedContrastiveLoss", "MixedContrastiveOutput", "mixed_contrastive_loss"]
+__all__ = ["MixedContrastiveLoss", "MixedContrastiveOutput", "alignment_and_uniformity", "mixed_contrastive_loss"]

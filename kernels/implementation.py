@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "tiled", "triton")
-DENSE_ROWS = 640  #: up to so many, a CPU is faster with all pairs at once than with tiles
 OLDEST_TRITON = (3, 6)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_WIDTH = 1024

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixcl_dist.kernels.checks import check_arguments, check_values
 from mixcl_dist.kernels.distributed import name_of
-from mixcl_dist.kernels.implementation import DENSE_ROWS, IMPLEMENTATIONS
+from mixcl_dist.kernels.implementation import IMPLEMENTATIONS
 from mixcl_dist.kernels.op import compute_dtype, mixed_contrastive
 from mixcl_dist.kernels.output import MixedContrastiveOutput
 from mixcl_dist.kernels.reference import mixed_contrastive_reference
@@ -53,7 +53,7 @@ def mixed_contrastive_loss(
             the number of processes, as DDP and DeepSpeed take the mean.
         implementation: "triton", fused kernels for GPUs of float16, bfloat16 or float32 rows; "tiled", plain PyTorch;
             both O(N·D) memory and no second derivative; "reference", dense, O(N²) memory, one process; "auto", the
-            fastest of these that runs here.
+            first of these that runs here.
 
     Returns:
         :class:`MixedContrastiveOutput`. Without rows or anchors the loss is 0 with zero gradients; an
@@ -93,8 +93,6 @@ def mixed_contrastive_loss(
         label_weight,
     )
     name = name_of(process_group)
-    if implementation == "auto" and not name and embeddings.device.type == "cpu" and len(embeddings) <= DENSE_ROWS:
-        implementation = "reference"
     if name and implementation == "reference":
         raise ValueError('implementation: "reference" is for one process, got a process_group of several')
     with torch.autocast(embeddings.device.type, enabled=False):

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixcl_dist.kernels.positives import positives
-from mixcl_dist.kernels.relations import DIFF, Keys, sort_order
+from mixcl_dist.kernels.relations import DIFF, SAME, Keys, sort_order
 
 BLOCK = 512  #: a tile of float32 similarities then fits in a core's second-level cache
 
@@ -42,6 +41,7 @@ class Part(NamedTuple):
 
     relation: slice
     members: Tensor | bool  #: the pairs in the log-sum-exp: 1 or 0 as uint8, or True where all are
+    positives: Tensor | bool  #: the positive pairs: likewise, or False where none is
 
 
 class SortedRows(NamedTuple):
@@ -88,11 +88,9 @@ def log_sums(
         ``lse`` of 16 is off by 10⁻⁶, which is 1 % of a difference of 10⁻⁴.
     """
     pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
-    sorted_lse = (_log_sums if _is_unshifted(pairs) else _log_sums_wide)(pairs)
-    lse, positive = torch.empty_like(sorted_lse), torch.zeros_like(sorted_lse)
-    lse[:, pairs.rows.order] = sorted_lse
-    for relation in range(2)[MEMBERS[active]]:
-        positive[relation] = positives(relation, row_keys, columns, column_keys, relations).similarity(rows)
+    sorted_lse, sorted_positive = (_log_sums if _is_unshifted(pairs) else _log_sums_wide)(pairs)
+    lse, positive = torch.empty_like(sorted_lse), torch.empty_like(sorted_positive)
+    lse[:, pairs.rows.order], positive[:, pairs.rows.order] = sorted_lse, sorted_positive * temperature
     return lse, positive
 
 
@@ -120,15 +118,14 @@ def gradient(
     """
     pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
     weighted = _weighted_columns(pairs, row_scalars.of(pairs.rows.order), column_scalars.of(pairs.columns.order))
-    result = torch.empty_like(rows)
-    result[pairs.rows.order] = weighted.mul_(temperature.sqrt())
-    for relation in range(2)[MEMBERS[active]]:
-        pull = column_scalars.pull[relation]
-        of_relation = positives(relation, row_keys, columns, column_keys, relations, pull)
-        for chunk, part in of_relation.pull(rows, row_scalars.pull[relation]):
-            result[chunk] -= part
-    result *= scale
-    return result.to(dtype), torch.linalg.vecdot(rows, result).double()
+    weighted *= scale * temperature.sqrt()
+    result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    products = torch.empty_like(rows[:, 0], dtype=torch.float64)
+    for block in pairs.rows.blocks:
+        order = pairs.rows.order[block]
+        result[order] = weighted[block].to(dtype)
+        products[order] = torch.linalg.vecdot(rows[order], weighted[block]).double()
+    return result, products
 
 
 def _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active) -> Pairs:
@@ -150,34 +147,46 @@ def _sort_rows(embeddings: Tensor, keys: Keys, sets: int, temperature: Tensor) -
     return SortedRows(order, embeddings[order] / temperature.sqrt(), keys, blocks, sets_in_block)
 
 
-def _log_sums(pairs: Pairs) -> Tensor:
+def _log_sums(pairs: Pairs) -> tuple[Tensor, Tensor]:
     rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
-    sums = rows.new_zeros(2, len(rows))
+    sums, positive = rows.new_zeros(2, len(rows)), rows.new_zeros(2, len(rows), dtype=torch.float64)
     for left, right, parts, mirrored in _tiles(pairs):
-        e = (rows[left] @ columns[right].T).exp_()
+        s = rows[left] @ columns[right].T
+        _add_positives(positive, s, left, right, parts, mirrored)
+        e = s.exp_()
         for part in parts:
             terms = e * part.members if isinstance(part.members, Tensor) else e
             sums[part.relation, left] += terms.sum(1)
             if mirrored:
                 sums[part.relation, right] += terms.sum(0)
-    return sums.double().log_()
+    return sums.double().log_(), positive
 
 
-def _log_sums_wide(pairs: Pairs) -> Tensor:
+def _log_sums_wide(pairs: Pairs) -> tuple[Tensor, Tensor]:
     rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
     lse = rows.new_full((2, len(rows)), -torch.inf, dtype=torch.float64)
+    positive = torch.zeros_like(lse)
     for left, right, parts, mirrored in _tiles(pairs):
         s = (rows[left] @ columns[right].T).double()
+        _add_positives(positive, s, left, right, parts, mirrored)
         for part in parts:
             terms = s.masked_fill(part.members == 0, -torch.inf) if isinstance(part.members, Tensor) else s
             lse[part.relation, left] = torch.logaddexp(lse[part.relation, left], terms.logsumexp(1))
             if mirrored:
                 lse[part.relation, right] = torch.logaddexp(lse[part.relation, right], terms.logsumexp(0))
-    return lse
+    return lse, positive
+
+
+def _add_positives(positive: Tensor, s: Tensor, left: slice, right: slice, parts: list[Part], mirrored: bool) -> None:
+    for part in parts:
+        if part.positives is not False:
+            terms = s * part.positives if isinstance(part.positives, Tensor) else s
+            positive[part.relation, left] += terms.sum(1)
+            if mirrored:
+                positive[part.relation, right] += terms.sum(0)
 
 
 def _weighted_columns(pairs: Pairs, row_scalars: RowScalars, column_scalars: RowScalars) -> Tensor:
-    """Of sorted rows, the part of the gradient that log-sum-exps make: weights are softmaxes."""
     rows, columns = pairs.rows.embeddings, pairs.columns.embeddings
     result = torch.zeros_like(rows)
     unshifted = _is_unshifted(pairs)
@@ -195,6 +204,10 @@ def _weighted_columns(pairs: Pairs, row_scalars: RowScalars, column_scalars: Row
             weight = s.exp_().mul_(factors[0] if len(factors) == 1 else factors[0].add_(factors[1]))
         else:
             weight = _softmax_wide(s.double(), row_scalars.of(left), column_scalars.of(right), parts).to(rows.dtype)
+        for part in parts:
+            if part.positives is not False:
+                pull = row_scalars.pull[part.relation, left], column_scalars.pull[part.relation, right]
+                weight -= _pair_sum(*pull, part.positives)
         result[left].addmm_(weight, columns[right])
         if mirrored:
             result[right].addmm_(weight.T, rows[left])
@@ -237,12 +250,14 @@ def _tiles(pairs: Pairs) -> Iterator[tuple[slice, slice, list[Part], bool]]:
             if not uniform:
                 yield left, right, _masked_parts(pairs, left, right), mirrored
             elif uniform & pairs.active:
-                yield left, right, [Part(MEMBERS[uniform & pairs.active], True)], mirrored
+                yield left, right, [Part(MEMBERS[uniform & pairs.active], True, uniform == SAME)], mirrored
 
 
 def _uniform_relations(pairs: Pairs, number: int, first: int) -> list[int]:
     """The relation of a block of rows with blocks of columns from ``first`` on; 0 where pairs of the tile differ."""
     rows, columns = pairs.rows, pairs.columns
+    if rows is columns and first == len(rows.blocks) - 1:
+        return [0]  # the last on the diagonal, where rows meet themselves
     relations, here = pairs.relations[rows.sets_in_block[number]], columns.sets_in_block[first:]
     lowest = torch.where(here, relations.amin(0), DIFF).amin(1)
     highest = torch.where(here, relations.amax(0), 0).amax(1)
@@ -262,16 +277,17 @@ def _masked_parts(pairs: Pairs, left: slice, right: slice) -> list[Part]:
     # Bytes of 0 and 1: PyTorch combines them, and multiplies by them, many times faster than it compares or selects.
     twin = _equal(rows.identity, columns.identity)
     linked = twin if rows.group is None or columns.group is None else twin | _equal(rows.group, columns.group)
-    apart, in_identity, in_label = linked ^ 1, relation & 1, relation >> 1
-    masks = {0b01: twin | apart & in_identity, 0b10: in_label & (apart | in_identity ^ 1)}
+    apart, not_same, label = linked ^ 1, relation & 1, relation >> 1
+    same = label & (not_same ^ 1)
     parts = []
-    for bit, mask in masks.items():
+    for bit, members, positives in ((0b01, twin | apart & not_same, twin), (0b10, same | apart & label, same)):
         if bit & pairs.active:
-            if pairs.columns is not pairs.rows:
-                mask &= _equal(rows.position, columns.position) ^ 1
-            elif left == right:
-                mask.fill_diagonal_(0)
-            parts.append(Part(MEMBERS[bit], mask))
+            for mask in (members, positives):
+                if pairs.columns is not pairs.rows:
+                    mask &= _equal(rows.position, columns.position) ^ 1
+                elif left == right:
+                    mask.fill_diagonal_(0)
+            parts.append(Part(MEMBERS[bit], members, positives))
     return parts
 
 
