@@ -45,7 +45,8 @@ def gradient(
     launch = launch_for(rows, "backward")
     row_side, column_side, plan = prepare(rows, row_keys, columns, column_keys, relations, active, launch)
     # A power of two: it changes no bits but those that would be lost.
-    gain = torch.exp2((LARGEST_WEIGHT / 4 / column_scalars.share.max().clamp(min=1e-30)).log2().floor())
+    share = torch.maximum(row_scalars.share.max(), column_scalars.share.max())
+    gain = torch.exp2((LARGEST_WEIGHT / 4 / share.clamp(min=1e-30)).log2().floor())
     wide = is_wide(rows, columns, temperature)
     count, padded = len(rows), len(row_side.embeddings)
     parts = launch.width // launch.out

@@ -45,7 +45,7 @@ def row_keys(
     common, size = _common_classes(set_table)
     candidate_set = _first_equal_set(common, size)[candidate_set]
     rows_of_set = torch.zeros_like(size, dtype=torch.int64).index_add_(0, candidate_set, torch.ones_like(candidate_set))
-    order = torch.argsort(rows_of_set == 0, stable=True)
+    order = torch.argsort((rows_of_set == 0).to(torch.uint8), stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     numbers, members = number(identity)

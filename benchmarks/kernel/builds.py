@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mixcl_dist.kernels import backward, forward, tuning
+from mixcl_dist.kernels import backward, forward, plan, tuning
 from mixcl_dist.kernels.implementation import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +134,20 @@ def build(entry: Entry) -> Build:
     )
 
 
+def build_plan(architecture: str) -> str:
+    """Compile the small kernels that list tiles; they have nothing to measure."""
+    pointers = {"linked": "*u8"} | dict.fromkeys(("row_blocks", "column_blocks", "E", "count", "blocks"), "i32")
+    for function, constants in (
+        (plan._mark_kernel, {"BLOCK_ROWS": 128}),
+        (plan._list_kernel, {"ACTIVE": 3, "CHUNK": plan.CHUNK}),
+    ):
+        signature = {
+            name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in function.arg_names
+        }
+        triton.compile(ASTSource(function, signature, constants, {}), target=TARGETS[architecture])
+    return architecture
+
+
 def _inspect_cuda(compiled) -> tuple[int, int, list[str]]:
     """Registers, spilled words and the machine code, a label or an instruction a line."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -215,6 +229,7 @@ def main() -> int:
     committed, builds, failed = read_committed(), [], 0
     print(" ".join(f"{name:>12}" for name in Build._fields[:-1]))
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        planned = pool.map(build_plan, sorted({entry.architecture for entry in wanted}))
         for made in pool.imap(build, wanted):
             builds.append(made)
             wrong = complaints(made, {} if options.write else committed)
@@ -224,6 +239,7 @@ def main() -> int:
         COMMITTED.parent.mkdir(parents=True, exist_ok=True)
         with COMMITTED.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([Build._fields, *builds])
+    print(f"the kernels that list tiles: built for {', '.join(planned)}")
     print(f"{len(builds)} builds by triton {triton.__version__}, {failed} with complaints")
     return 1 if failed else 0
 
