@@ -25,7 +25,7 @@ LARGEST_WEIGHT = 2.0**14
 
 WEIGHTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-UNSORT_ROWS = 16384  #: rows of the result that are cast at a time: a cast of all would take as much memory again
+UNSORT_ROWS = 2048  #: rows of the result that are cast at a time: a cast of all would take as much memory again
 
 
 def gradient(
@@ -51,28 +51,32 @@ def gradient(
     count, padded = len(rows), len(row_side.embeddings)
     parts = launch.width // launch.out
     result = torch.empty(padded, launch.width, dtype=torch.float32, device=rows.device)
-    for is_wide_variant in (False, True):
-        backward_kernel[(len(plan.tiles), parts)](
-            row_side.embeddings,
-            column_side.embeddings,
-            row_side.keys,
-            column_side.keys,
-            *plan,
-            (LOG2E / temperature).float(),
-            wide,
-            _pair_scalars(row_side, row_scalars, gain, wide),
-            _pair_scalars(column_side, column_scalars, gain, wide),
-            result,
-            padded,
-            len(column_side.embeddings),
-            plan.tiles.shape[1],
-            len(relations),
-            HAS_GROUP=row_keys.group is not None,
-            WIDE=is_wide_variant,
-            OUT=launch.out,
-            WEIGHT=WEIGHTS[rows.dtype],
-            **launch.options(),
-        )
+    of_rows = of_columns = _pair_scalars(row_side, row_scalars, gain, wide)
+    if column_side is not row_side:
+        of_columns = _pair_scalars(column_side, column_scalars, gain, wide)
+    with torch.cuda.device_of(rows):
+        for is_wide_variant in (False, True):
+            backward_kernel[(len(plan.tiles), parts)](
+                row_side.embeddings,
+                column_side.embeddings,
+                row_side.keys,
+                column_side.keys,
+                *plan,
+                (LOG2E / temperature).float(),
+                wide,
+                of_rows,
+                of_columns,
+                result,
+                padded,
+                len(column_side.embeddings),
+                plan.tiles.shape[1],
+                len(relations),
+                HAS_GROUP=row_keys.group is not None,
+                WIDE=is_wide_variant,
+                OUT=launch.out,
+                WEIGHT=WEIGHTS[rows.dtype],
+                **launch.options(),
+            )
     order, scale = row_side.order, scale / gain
     del row_side, column_side  # as large as the embeddings, and so is what follows
     gradient = torch.empty(rows.shape, dtype=dtype, device=rows.device)
@@ -80,7 +84,7 @@ def gradient(
     for part, place in zip(result[:count].split(UNSORT_ROWS), order.split(UNSORT_ROWS), strict=True):
         values = part[:, : rows.shape[1]] * scale
         gradient[place] = values.to(dtype)
-        products[place] = (values * rows[place]).sum(1, dtype=torch.float64)
+        products[place] = torch.linalg.vecdot(values, rows[place].float()).double()
     return gradient, products
 
 
@@ -105,7 +109,7 @@ def _pair_scalars(side: Side, scalars: RowScalars, gain: Tensor, wide: Tensor) -
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_blocks", "S"])
 def backward_kernel(
     rows,  # (R, WIDTH) embeddings
     columns,  # (C, WIDTH)

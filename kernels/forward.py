@@ -39,24 +39,25 @@ def log_sums(
     # Bulk and special sums of both relations, their reference exponents, sums over positives.
     out = torch.zeros(10, padded, dtype=torch.float32, device=rows.device)
     wide = is_wide(rows, columns, temperature)
-    for is_wide_variant in (False, True):
-        forward_kernel[(len(plan.tiles),)](
-            row_side.embeddings,
-            column_side.embeddings,
-            row_side.keys,
-            column_side.keys,
-            *plan,
-            (LOG2E / temperature).float(),
-            wide,
-            out,
-            padded,
-            len(column_side.embeddings),
-            plan.tiles.shape[1],
-            len(relations),
-            HAS_GROUP=row_keys.group is not None,
-            WIDE=is_wide_variant,
-            **launch.options(),
-        )
+    with torch.cuda.device_of(rows):
+        for is_wide_variant in (False, True):
+            forward_kernel[(len(plan.tiles),)](
+                row_side.embeddings,
+                column_side.embeddings,
+                row_side.keys,
+                column_side.keys,
+                *plan,
+                (LOG2E / temperature).float(),
+                wide,
+                out,
+                padded,
+                len(column_side.embeddings),
+                plan.tiles.shape[1],
+                len(relations),
+                HAS_GROUP=row_keys.group is not None,
+                WIDE=is_wide_variant,
+                **launch.options(),
+            )
     sums, exponent, positive = out[:, :count].double().split([4, 4, 2])
     parts = math.log(2) * (sums.log2() + exponent)
     parts = torch.where(sums > 0, parts, torch.where(sums == 0, -torch.inf, torch.nan))
@@ -75,7 +76,7 @@ def is_wide(rows: Tensor, columns: Tensor, temperature: Tensor) -> Tensor:
     return row * column / temperature >= UNSHIFTED_LIMIT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_blocks", "S"])
 def forward_kernel(
     rows,  # (R, WIDTH) embeddings
     columns,  # (C, WIDTH)
@@ -254,7 +255,8 @@ def pair_masks(
     first_set = tl.maximum(tl.load(column_keys + start), 0)  # of a step with rows at all the first is one
     row_set = tl.maximum(tl.load(row_keys + row), 0)
     word = tl.load(packed_relations + row_set.to(tl.int64) * S + first_set)
-    relation = (word[:, None] >> (2 * (column_set - first_set))[None, :]) & 3
+    shift = 2 * tl.maximum(column_set - first_set, 0)  # padding has set −1
+    relation = (word[:, None] >> shift[None, :]) & 3
     real = (tl.load(row_keys + 3 * R + row)[:, None] != tl.load(column_keys + 3 * C + column)[None, :]) & (
         column_set >= 0
     )[None, :]

@@ -40,9 +40,8 @@ def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None
         return f"takes float16, bfloat16 and float32, not {dtype}"
     if width > LARGEST_WIDTH:
         return f"takes at most {LARGEST_WIDTH} features, not {width}"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    version = _triton_version()
+    if version is None:
         return "needs the package triton, which is not installed"
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
         return f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or newer, not {version}"
@@ -53,6 +52,14 @@ def obstacle(device: torch.device, dtype: torch.dtype, width: int) -> str | None
     if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0 or higher, not {torch.cuda.get_device_name(device)}"
     return None
+
+
+@functools.lru_cache
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_interpreted() -> bool:

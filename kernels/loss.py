@@ -32,6 +32,7 @@ def mixed_contrastive_loss(
     label_weight: float = 1.0,
     process_group: ProcessGroup | None = None,
     implementation: str = "auto",
+    validate: bool = False,
 ) -> MixedContrastiveOutput:
     """Contrast rows by identity and by what is known of their class (``kernels/README.md`` has the formulas).
 
@@ -54,6 +55,7 @@ def mixed_contrastive_loss(
         implementation: "triton", fused kernels for GPUs of float16, bfloat16 or float32 rows; "tiled", plain PyTorch;
             both O(N·D) memory and no second derivative; "reference", dense, O(N²) memory, one process; "auto", the
             first of these that runs here.
+        validate: check contents of tensors on a GPU, too, which waits for it; on a CPU they always are.
 
     Returns:
         :class:`MixedContrastiveOutput`. Without rows or anchors the loss is 0 with zero gradients; an
@@ -95,9 +97,10 @@ def mixed_contrastive_loss(
     name = name_of(process_group)
     if name and implementation == "reference":
         raise ValueError('implementation: "reference" is for one process, got a process_group of several')
+    if validate or implementation == "reference":
+        check_values(candidate_set, set_table, temperature, row_weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         if implementation == "reference":
-            check_values(candidate_set, set_table, temperature, row_weight)
             return mixed_contrastive_reference(*arguments)
         loss, losses, lse, anchors, floors, similarities = mixed_contrastive(*arguments, name, implementation)
     return MixedContrastiveOutput._make([loss, *losses, lse.to(loss.dtype), *anchors, *floors, *similarities])

@@ -95,30 +95,29 @@ def mixed_contrastive_backward(
     tau = temperature.to(compute_dtype(embeddings))
     batch = _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, tau.dtype)
     rows = embeddings if sweeps == "triton" else embeddings.to(tau.dtype)
-    gradient = torch.zeros_like(embeddings)
+    gradient: Tensor | None = None
     product = torch.zeros((), dtype=torch.float64, device=rows.device)
     if batch.active:
-        share = batch.share * tau.new_tensor(weights)[:, None]
+        share = torch.stack([weight * part for weight, part in zip(weights, batch.share, strict=True)])
         scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / batch.positives.clamp(min=1))
         own = rows, batch.keys.of(peers.own), scalars.of(peers.own)
         # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
         scale = peers.size * upstream / tau
         constant = batch.relations, tau, batch.active, scale, tau.dtype if peers.use_ring(rows) else embeddings.dtype
-        parts: list[Tensor] = []
         for block, columns in peers.blocks(rows):
             if len(rows) and len(columns):
                 others = columns, batch.keys.of(block), scalars.of(block)
                 part, products = _SWEEPS[sweeps]().gradient(*own, *others, *constant)
-                parts = [part if not parts else parts[0].add_(part)]
+                gradient = part if gradient is None else gradient.add_(part)
                 product += products.sum()
-        gradient = parts[0].to(embeddings.dtype) if parts else gradient
     # Every similarity is z_i·z_j / τ, so scaling all rows and scaling 1/√τ are the same move.
+    gradient = embeddings.new_zeros(embeddings.shape) if gradient is None else gradient.to(embeddings.dtype)
     return gradient, (-product / (2 * tau)).to(temperature.dtype)
 
 
 @mixed_contrastive_backward.register_fake
 def _(upstream, lse, embeddings, identity, candidate_set, set_table, group, temperature, *rest):
-    return torch.empty_like(embeddings), torch.empty_like(temperature)
+    return embeddings.new_empty(embeddings.shape), torch.empty_like(temperature)
 
 
 class _Batch(NamedTuple):
@@ -136,7 +135,9 @@ def _batch(peers, identity, candidate_set, set_table, group, row_weight, weights
     group = None if group is None else peers.gather(group.long())
     keys, relations, count = row_keys(identity, candidate_set, set_table, group)
     on = [weight > 0 for weight in weights]
-    count *= count.new_tensor(on)[:, None]
+    for relation in range(2):
+        if not on[relation]:
+            count[relation] = 0
     weight = (count > 0).double()
     if row_weight is not None:
         weight *= peers.gather(row_weight.double())

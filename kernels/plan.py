@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixcl_dist.kernels.implementation import is_interpreted
-from mixcl_dist.kernels.relations import Keys, sort_order
+from mixcl_dist.kernels.relations import Keys, occurring_first, sort_order
 
 if TYPE_CHECKING:
     from mixcl_dist.kernels.tuning import Launch, Tile
@@ -54,6 +54,10 @@ def prepare(
     launch: Launch,
 ) -> tuple[Side, Side, Plan]:
     """Sort rows and columns, and list their tiles; arguments as for :func:`mixcl_dist.kernels.tiled.log_sums`."""
+    if columns is not rows:  # sets of sorted columns have to be consecutive, see SPECIAL
+        order, place = occurring_first(column_keys.candidate_set, len(relations))
+        relations = relations[order][:, order].contiguous()
+        row_keys, column_keys = (k._replace(candidate_set=place[k.candidate_set]) for k in (row_keys, column_keys))
     tile = launch.tile
     row_side = column_side = sort_side(rows, row_keys, tile.rows, launch.width)
     if columns is not rows or tile.rows % tile.columns:
@@ -119,10 +123,10 @@ def _areas(relations: Tensor) -> Tensor:
 
 
 def _pack_relations(relations: Tensor) -> Tensor:
-    sets = len(relations)
-    padded = torch.cat([relations.int(), relations.new_zeros(sets, SPECIAL - 1, dtype=torch.int32)], dim=1)
-    shift = 2 * torch.arange(SPECIAL, device=relations.device, dtype=torch.int32)
-    return (padded.unfold(1, SPECIAL, 1) << shift).sum(2, dtype=torch.int64).to(torch.int32)
+    packed = relations.int()
+    for step in range(1, SPECIAL):
+        packed[:, :-step] |= relations[:, step:].int() << 2 * step
+    return packed
 
 
 def _mark_linked(linked: Tensor, rows: Side, columns: Side, key: int, tile: Tile) -> None:
@@ -141,7 +145,7 @@ def _mark_linked(linked: Tensor, rows: Side, columns: Side, key: int, tile: Tile
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def _mark_kernel(linked, row_key, start, column_key, block, following, count, blocks, BLOCK_ROWS: tl.constexpr):
     row_block = tl.program_id(0)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -158,7 +162,7 @@ def _mark_kernel(linked, row_key, start, column_key, block, following, count, bl
         going &= tl.load(column_key + place, mask=going, other=-1) == key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_blocks", "column_blocks", "E"])
 def _list_kernel(
     linked,  # (row_blocks, column_blocks) uint8
     row_sets,  # (2, row_blocks) int32, first and last

@@ -45,9 +45,7 @@ def row_keys(
     common, size = _common_classes(set_table)
     candidate_set = _first_equal_set(common, size)[candidate_set]
     rows_of_set = torch.zeros_like(size, dtype=torch.int64).index_add_(0, candidate_set, torch.ones_like(candidate_set))
-    order = torch.argsort((rows_of_set == 0).to(torch.uint8), stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
+    order, place = occurring_first(candidate_set, len(size))
     numbers, members = number(identity)
     same_class = torch.where(size == 1, rows_of_set - 1, 0)[candidate_set]
     keys = Keys(
@@ -58,6 +56,15 @@ def row_keys(
     )
     relations = _relations(common, size)[order][:, order].contiguous()
     return keys, relations, torch.stack([members - 1, same_class])
+
+
+def occurring_first(candidate_set: Tensor, sets: int) -> tuple[Tensor, Tensor]:
+    """(S,) int64 the order of sets in which those that rows have come first, and the place of each set in it."""
+    absent = torch.ones(sets, dtype=torch.uint8, device=candidate_set.device).index_fill(0, candidate_set, 0)
+    order = torch.argsort(absent, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(sets, device=order.device)
+    return order, place
 
 
 def relation_table(set_table: Tensor) -> Tensor:

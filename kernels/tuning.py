@@ -55,6 +55,8 @@ class Launch(NamedTuple):
             "PRECISION": self.precision,
             "num_warps": self.tile.warps,
             "num_stages": self.tile.stages,
+            # A fused multiply-add of one sweep and a rounded product of the other would make a similarity two numbers.
+            "enable_fp_fusion": False,
         }
 
 
@@ -181,15 +183,20 @@ def autotune(rows: Tensor, sweep: Callable[[str], object]) -> dict[str, Tile]:
         The chosen tile of each kernel. Candidates that a device cannot hold are passed over.
     """
     width, chosen = rows.shape[1], {}
+    architecture = architecture_of(rows.device)
+    candidates = [tile for tile in CANDIDATES if architecture != "sm_90" or tile.warps == 8]
     for kernel in ("forward", "backward"):
-        by_width = TILES[architecture_of(rows.device), kernel, rows.element_size()]
-        served = next(limit for limit in by_width if width <= limit)
+        key = architecture, kernel, rows.element_size()
+        by_width, before = TILES[key], launch_for(rows, kernel).tile
         times = {}
-        for tile in {by_width[served], *CANDIDATES}:
-            by_width[served] = tile
-            try:
-                times[tile] = triton.testing.do_bench(lambda kernel=kernel: sweep(kernel), return_mode="median")
-            except (triton.OutOfResources, triton.CompilationError):
-                continue
-        chosen[kernel] = by_width[served] = min(times, key=times.__getitem__)
+        try:
+            for tile in (before, *candidates):
+                TILES[key] = dict(sorted((by_width | {width: tile}).items()))
+                try:
+                    times[tile] = triton.testing.do_bench(functools.partial(sweep, kernel), return_mode="median")
+                except (triton.TritonError, RuntimeError):  # it does not fit this device, or does not compile
+                    continue
+        finally:
+            chosen[kernel] = min(times, key=times.__getitem__, default=before)
+            TILES[key] = dict(sorted((by_width | {width: chosen[kernel]}).items()))
     return chosen

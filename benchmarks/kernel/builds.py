@@ -116,7 +116,7 @@ def build(entry: Entry) -> Build:
     compiled = triton.compile(
         source,
         target=TARGETS[entry.architecture],
-        options={name: options[name] for name in ("num_warps", "num_stages")},
+        options={name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")},
     )
     inspect = _inspect_hip if entry.architecture == "hip" else _inspect_cuda
     registers, spills, code = inspect(compiled)

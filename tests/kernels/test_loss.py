@@ -95,6 +95,17 @@ def test_operator_keeps_the_rules_of_the_dispatcher(optional, dtype):
     torch.library.opcheck(mixed_contrastive_backward, inputs)
 
 
+def test_the_gradient_of_a_transposed_matrix_is_laid_out_as_the_compiler_was_told():
+    embeddings = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)).T.requires_grad_()
+    inputs = embeddings, *rows()[1:], TABLE, None, torch.tensor(0.1), None, 1.0, 0.5, "", "tiled"
+    torch.library.opcheck(mixed_contrastive, inputs)
+
+
+def test_contents_are_validated_on_request():
+    with pytest.raises(ValueError, match=r"candidate_set: .* got -1 in row 0"):
+        mixed_contrastive_loss(rows()[0], rows()[1], rows()[2] - 1, TABLE, validate=True)
+
+
 @pytest.mark.parametrize("learnable", [True, False])
 def test_compiles_without_a_graph_break(learnable):
     module = MixedContrastiveLoss(TABLE, learnable_temperature=learnable, implementation="tiled")

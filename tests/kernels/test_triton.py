@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import forward, mixed_contrastive_loss, tuning
+from mixcl_dist.kernels import forward, mixed_contrastive_loss, tiled, tuning
 from mixcl_dist.kernels.implementation import choose, obstacle
+from mixcl_dist.kernels.relations import Keys, row_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
@@ -107,6 +108,38 @@ def test_similarities_are_called_wide_when_a_float32_exponential_could_overflow(
     temperatures = torch.tensor([0.02, 0.01])
     assert [bool(forward.is_wide(unit, unit, temperature)) for temperature in temperatures] == [False, True]
     assert forward.is_wide(10 * unit, unit, torch.tensor(0.1))
+
+
+def test_columns_that_lack_sets_between_theirs():
+    """As on a ring, where a block has one process's rows: 16 of its columns may hold the first and the last set."""
+    sets = torch.arange(320) % 20
+    sets[:16] = torch.tensor([0, 19]).repeat(8)
+    z = normalize(torch.randn(320, 16, generator=torch.Generator().manual_seed(0)), dim=1).to(DEVICE)
+    keys, relations, _ = row_keys(torch.arange(320) // 2, sets, torch.eye(20, dtype=torch.bool), None)
+    keys, relations = Keys(*(None if key is None else key.to(DEVICE) for key in keys)), relations.to(DEVICE)
+    columns = z[:16].clone(), keys.of(slice(16))
+    arguments = z, keys, *columns, relations, torch.tensor(0.2, device=DEVICE), 0b11
+    torch.testing.assert_close(forward.log_sums(*arguments), tiled.log_sums(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_autotune_changes_the_table_for_its_width_alone(monkeypatch):
+    """Whatever it is that fails on the way."""
+    monkeypatch.setattr(tuning, "TILES", {key: dict(value) for key, value in tuning.TILES.items()})
+    monkeypatch.setattr(tuning, "CANDIDATES", [tuning.Tile(64, 32, 8, 2), tuning.Tile(64, 64, 8, 2)])
+    rows = torch.zeros(64, 32)
+    key = tuning.architecture_of(rows.device), "forward", 4
+    before = dict(tuning.TILES[key])
+
+    def bench(sweep, return_mode):
+        tile = tuning.launch_for(rows, "forward").tile
+        if tile.columns == 64:
+            raise RuntimeError("PassManager::run failed")
+        return -tile.columns
+
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
+    assert tuning.autotune(rows, lambda kernel: None)["forward"] == tuning.Tile(64, 32, 8, 2)
+    assert tuning.TILES[key] == {32: tuning.Tile(64, 32, 8, 2)} | before
+    assert list(tuning.TILES[key]) == sorted(tuning.TILES[key])
 
 
 # Where it runs
