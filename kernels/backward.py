@@ -50,10 +50,10 @@ def gradient(
     wide = is_wide(rows, columns, temperature)
     count, padded = len(rows), len(row_side.embeddings)
     parts = launch.width // launch.out
-    result = torch.empty(padded, launch.width, dtype=torch.float32, device=rows.device)
     of_rows = of_columns = _pair_scalars(row_side, row_scalars, gain, wide)
     if column_side is not row_side:
         of_columns = _pair_scalars(column_side, column_scalars, gain, wide)
+    result = torch.empty(padded, launch.width, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):
         for is_wide_variant in (False, True):
             backward_kernel[(len(plan.tiles), parts)](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import forward, mixed_contrastive_loss, tiled, tuning
+from mixcl_dist.kernels import backward, forward, mixed_contrastive_loss, plan, tiled, tuning
 from mixcl_dist.kernels.implementation import choose, obstacle
 from mixcl_dist.kernels.relations import Keys, row_keys
 
@@ -140,6 +141,45 @@ def test_autotune_changes_the_table_for_its_width_alone(monkeypatch):
     assert tuning.autotune(rows, lambda kernel: None)["forward"] == tuning.Tile(64, 32, 8, 2)
     assert tuning.TILES[key] == {32: tuning.Tile(64, 32, 8, 2)} | before
     assert list(tuning.TILES[key]) == sorted(tuning.TILES[key])
+
+
+class Skipped:
+    """Stands for a Triton kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory; benchmarks/kernel/run.py measures a GPU's")
+def test_memory_around_the_kernels_stays_below_four_times_the_embeddings(monkeypatch):
+    """What PyTorch holds beside 65,536 rows of 128 features, cut as for an H100; kernels themselves hold nothing."""
+    for module, name in (
+        (forward, "forward_kernel"),
+        (backward, "backward_kernel"),
+        (plan, "_mark_kernel"),
+        (plan, "_list_kernel"),
+    ):
+        monkeypatch.setattr(module, name, Skipped())
+    monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
+    arguments = rows([0, 1, 2, 3], length=16384, identity="pairs", d=128)
+    arguments["embeddings"] = arguments["embeddings"].half().requires_grad_()
+    peaks = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = mixed_contrastive_loss(**arguments, implementation="triton").loss
+    peaks.append(peak_bytes(profile))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss.backward()
+    peaks.append(peak_bytes(profile))
+    assert max(peaks) < 4 * 65536 * 128 * 2
+
+
+def peak_bytes(profile) -> int:
+    """The most that was allocated at once, beyond what was before."""
+    events = sorted(
+        (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 # Where it runs
