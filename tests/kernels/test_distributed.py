@@ -46,13 +46,13 @@ gather_and_ring = pytest.mark.parametrize("ring", [False, True], ids=["gather", 
 # What a rank does
 
 
-def contrast(arguments: dict, *, group: str = "all", ring: bool = False, backward: bool = True) -> dict:
+def contrast(arguments: dict, *, group: str = "all", ring: bool = False, backward: bool = True, upstream=1.0) -> dict:
     """Outputs and gradients of the rank's rows."""
     distributed.RING_ABOVE = -1 if ring else 2**40
     leaves = {name: arguments[name].clone().requires_grad_() for name in ("embeddings", "temperature")}
     out = mixed_contrastive_loss(**arguments | leaves, process_group=GROUPS[group])
     if backward:
-        out.loss.backward()
+        (upstream * out.loss).backward()
     return out._asdict() | {"loss": out.loss.detach()} | {f"d_{name}": leaf.grad for name, leaf in leaves.items()}
 
 
@@ -346,8 +346,12 @@ def test_rows_without_anchors_have_loss_zero(ranks):
 
 @with_ranks(3)
 @gather_and_ring
-def test_an_embedding_that_is_not_finite_makes_the_loss_nan_on_every_rank(ranks, ring):
+@pytest.mark.parametrize("seen", [True, False])
+def test_an_embedding_that_is_not_finite_makes_the_loss_nan_on_every_rank(ranks, seen, ring):
     arguments = rows()
+    if not seen:  # no row is a partner or a negative of another
+        arguments |= {"identity": torch.full((ROWS,), -1), "group": torch.zeros(ROWS, dtype=torch.int64)}
+        arguments["candidate_set"] = torch.full((ROWS,), 4)
     arguments["embeddings"][3, 2] = torch.inf
     parts = split(arguments, SPLITS["even"](3))
     assert all(answer["loss"].isnan() for answer in ranks(contrast, [{"arguments": own} for own in parts], ring=ring))
@@ -528,6 +532,14 @@ def test_a_rank_in_the_forward_does_not_meet_one_in_the_backward(ranks):
 
 
 @with_ranks(2)
+def test_the_gradients_that_come_to_the_loss_have_to_be_equal(ranks):
+    parts = split(rows(), [48, 48])
+    answers = ranks(contrast, [{"arguments": own, "upstream": 1.0 + rank} for rank, own in enumerate(parts)])
+    for error in answers:
+        assert isinstance(error, ValueError) and "upstream gradient is 1.0 on rank 0 and 2.0 on rank 1" in str(error)
+
+
+@with_ranks(2)
 def test_calls_leave_nothing_behind_in_the_store(ranks):
     parts = [{"arguments": own} for own in split(rows(), [48, 48])]
     ranks(contrast, parts)
@@ -554,6 +566,18 @@ def test_blocks_come_round_whole_while_ranks_are_slow(ranks, dtype):
         for owner, (start, stop, block) in zip(owners, blocks, strict=True):
             assert (start, stop) == (starts[owner], starts[owner] + counts[owner])
             assert block.dtype == dtype and torch.equal(block, pieces[owner])
+
+
+@with_ranks(4)
+def test_the_ring_rounds_the_gradient_once(ranks):
+    arguments = rows(400, 32, dtype=torch.bfloat16)
+    parts = [{"arguments": own} for own in split(arguments, [100] * 4)]
+    want = gradient(arguments)
+    at_once, block_by_block = (
+        (torch.cat([answer["d_embeddings"] for answer in ranks(contrast, parts, ring=ring)]) / 4 - want).norm()
+        for ring in (False, True)
+    )
+    assert block_by_block < 1.05 * at_once
 
 
 @with_ranks(3)
