@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mixcl_dist.kernels.forward import LOG2E, is_wide, load_rows, load_tile, pair_masks, similarity
-from mixcl_dist.kernels.plan import Side, prepare
-from mixcl_dist.kernels.relations import Keys
+from mixcl_dist.kernels.plan import Side, own_tiles, prepare
+from mixcl_dist.kernels.relations import Contrast
 from mixcl_dist.kernels.tiled import RowScalars
 from mixcl_dist.kernels.tuning import launch_for
 
@@ -29,25 +29,16 @@ UNSORT_ROWS = 2048  #: rows of the result that are cast at a time: a cast of all
 
 
 def gradient(
-    rows: Tensor,
-    row_keys: Keys,
-    row_scalars: RowScalars,
-    columns: Tensor,
-    column_keys: Keys,
-    column_scalars: RowScalars,
-    relations: Tensor,
-    temperature: Tensor,
-    active: int,
-    scale: Tensor,
-    dtype: torch.dtype,
+    contrast: Contrast, row_scalars: RowScalars, column_scalars: RowScalars, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As :func:`mixcl_dist.kernels.tiled.gradient`, on a GPU, for float16, bfloat16 and float32."""
+    rows, temperature = contrast.rows, contrast.temperature
     launch = launch_for(rows, "backward")
-    row_side, column_side, plan = prepare(rows, row_keys, columns, column_keys, relations, active, launch)
+    row_side, column_side, plan = prepare(contrast, launch)
     # A power of two: it changes no bits but those that would be lost.
     share = torch.maximum(row_scalars.share.max(), column_scalars.share.max())
     gain = torch.exp2((LARGEST_WEIGHT / 4 / share.clamp(min=1e-30)).log2().floor())
-    wide = is_wide(rows, columns, temperature)
+    wide = is_wide(rows, contrast.columns, temperature)
     count, padded = len(rows), len(row_side.embeddings)
     parts = launch.width // launch.out
     of_rows = of_columns = _pair_scalars(row_side, row_scalars, gain, wide)
@@ -70,8 +61,8 @@ def gradient(
                 padded,
                 len(column_side.embeddings),
                 plan.tiles.shape[1],
-                len(relations),
-                HAS_GROUP=row_keys.group is not None,
+                len(contrast.relations),
+                HAS_GROUP=contrast.row_keys.group is not None,
                 WIDE=is_wide_variant,
                 OUT=launch.out,
                 WEIGHT=WEIGHTS[rows.dtype],
@@ -142,13 +133,9 @@ def backward_kernel(
 ):
     if (tl.load(wide) != 0) != WIDE:
         return
-    row_block = tl.program_id(0)
+    row_block, tiles, bulk_end, same_end, mixed_start = own_tiles(tiles, counts, column_blocks)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows += row_block.to(tl.int64) * BLOCK_ROWS * WIDTH
-    tiles += row_block.to(tl.int64) * column_blocks
-    bulk_end = tl.load(counts + row_block * 3)
-    same_end = bulk_end + tl.load(counts + row_block * 3 + 1)
-    mixed_start = column_blocks - tl.load(counts + row_block * 3 + 2)
     scale = tl.load(scale)
     head, tail = load_rows(rows, BLOCK_ROWS, WIDTH, HEAD, TAIL, RESIDENT)
     FIRST: tl.constexpr = HEAD if RESIDENT else OUT
@@ -156,56 +143,35 @@ def backward_kernel(
     result_head = tl.zeros((BLOCK_ROWS, FIRST), tl.float32)
     result_tail = tl.zeros((BLOCK_ROWS, TAIL if TAIL > 0 else 1), tl.float32)
 
-    for number in range(0, bulk_end):
-        entry = tl.load(tiles + number)
-        block = columns + (entry // 4).to(tl.int64) * BLOCK_COLUMNS * WIDTH
-        column = (entry // 4) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        s, column_head, column_tail = similarity(
-            rows, head, tail, block, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, HEAD, TAIL, RESIDENT, PRECISION
-        )
-        kind = entry % 4 - 1  # 0 OPEN, 2 DIFF
-        weight = softmax_pair(s * scale, row_scalars + kind * R + row, R, column_scalars + kind * C + column, C, WIDE)
-        result_head, result_tail = multiply(
-            weight,
-            block + out_start,
-            column_head,
-            column_tail,
-            result_head,
-            result_tail,
-            BLOCK_COLUMNS,
-            WIDTH,
-            OUT,
-            TAIL,
-            RESIDENT,
-            WEIGHT,
-            PRECISION,
-        )
-
-    for number in range(bulk_end, same_end):
-        entry = tl.load(tiles + number)
-        block = columns + (entry // 4).to(tl.int64) * BLOCK_COLUMNS * WIDTH
-        column = (entry // 4) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-        s, column_head, column_tail = similarity(
-            rows, head, tail, block, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, HEAD, TAIL, RESIDENT, PRECISION
-        )
-        weight = softmax_pair(s * scale, row_scalars + R + row, R, column_scalars + C + column, C, WIDE)
-        # Positives are subtracted before the weight is rounded: near convergence it is a small difference.
-        weight -= pull_pair(row_scalars + 7 * R + row, column_scalars + 7 * C + column)
-        result_head, result_tail = multiply(
-            weight,
-            block + out_start,
-            column_head,
-            column_tail,
-            result_head,
-            result_tail,
-            BLOCK_COLUMNS,
-            WIDTH,
-            OUT,
-            TAIL,
-            RESIDENT,
-            WEIGHT,
-            PRECISION,
-        )
+    for part in tl.static_range(2):  # two loops, of bulk tiles and of SAME tiles
+        for number in range(0 if part == 0 else bulk_end, bulk_end if part == 0 else same_end):
+            entry = tl.load(tiles + number)
+            block = columns + (entry // 4).to(tl.int64) * BLOCK_COLUMNS * WIDTH
+            column = (entry // 4) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+            s, column_head, column_tail = similarity(
+                rows, head, tail, block, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH, HEAD, TAIL, RESIDENT, PRECISION
+            )
+            kind = entry % 4 - 1  # 0 OPEN, 1 SAME, 2 DIFF
+            of_row, of_column = row_scalars + kind * R + row, column_scalars + kind * C + column
+            weight = softmax_pair(s * scale, of_row, R, of_column, C, WIDE)
+            if part == 1:
+                # Positives are subtracted before the weight is rounded: near convergence it is a small difference.
+                weight -= pull_pair(row_scalars + 7 * R + row, column_scalars + 7 * C + column)
+            result_head, result_tail = multiply(
+                weight,
+                block + out_start,
+                column_head,
+                column_tail,
+                result_head,
+                result_tail,
+                BLOCK_COLUMNS,
+                WIDTH,
+                OUT,
+                TAIL,
+                RESIDENT,
+                WEIGHT,
+                PRECISION,
+            )
 
     STEPS: tl.constexpr = BLOCK_COLUMNS // SPECIAL
     for number in range(mixed_start * STEPS, column_blocks * STEPS):

@@ -15,30 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.plan import prepare
-from mixcl_dist.kernels.relations import Keys
+from mixcl_dist.kernels.plan import own_tiles, prepare
+from mixcl_dist.kernels.relations import Contrast
 from mixcl_dist.kernels.tiled import UNSHIFTED_LIMIT
 from mixcl_dist.kernels.tuning import launch_for
 
 LOG2E = math.log2(math.e)
 
 
-def log_sums(
-    rows: Tensor,
-    row_keys: Keys,
-    columns: Tensor,
-    column_keys: Keys,
-    relations: Tensor,
-    temperature: Tensor,
-    active: int,
-) -> tuple[Tensor, Tensor]:
+def log_sums(contrast: Contrast) -> tuple[Tensor, Tensor]:
     """As :func:`mixcl_dist.kernels.tiled.log_sums`, on a GPU, for float16, bfloat16 and float32."""
+    rows, temperature = contrast.rows, contrast.temperature
     launch = launch_for(rows, "forward")
-    row_side, column_side, plan = prepare(rows, row_keys, columns, column_keys, relations, active, launch)
+    row_side, column_side, plan = prepare(contrast, launch)
     count, padded = len(rows), len(row_side.embeddings)
     # Bulk and special sums of both relations, their reference exponents, sums over positives.
     out = torch.zeros(10, padded, dtype=torch.float32, device=rows.device)
-    wide = is_wide(rows, columns, temperature)
+    wide = is_wide(rows, contrast.columns, temperature)
     with torch.cuda.device_of(rows):
         for is_wide_variant in (False, True):
             forward_kernel[(len(plan.tiles),)](
@@ -53,8 +46,8 @@ def log_sums(
                 padded,
                 len(column_side.embeddings),
                 plan.tiles.shape[1],
-                len(relations),
-                HAS_GROUP=row_keys.group is not None,
+                len(contrast.relations),
+                HAS_GROUP=contrast.row_keys.group is not None,
                 WIDE=is_wide_variant,
                 **launch.options(),
             )
@@ -65,7 +58,7 @@ def log_sums(
     lse[:, row_side.order] = torch.logaddexp(parts[:2], parts[2:])
     result[:, row_side.order] = positive
     for relation in range(2):
-        if not active >> relation & 1:  # mixed tiles make both
+        if not contrast.active >> relation & 1:  # mixed tiles make both
             lse[relation], result[relation] = -torch.inf, 0
     return lse, result
 
@@ -105,13 +98,9 @@ def forward_kernel(
 ):
     if (tl.load(wide) != 0) != WIDE:
         return
-    row_block = tl.program_id(0)
+    row_block, tiles, bulk_end, same_end, mixed_start = own_tiles(tiles, counts, column_blocks)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows += row_block.to(tl.int64) * BLOCK_ROWS * WIDTH
-    tiles += row_block.to(tl.int64) * column_blocks
-    bulk_end = tl.load(counts + row_block * 3)
-    same_end = bulk_end + tl.load(counts + row_block * 3 + 1)
-    mixed_start = column_blocks - tl.load(counts + row_block * 3 + 2)
     scale = tl.load(scale)
     head, tail = load_rows(rows, BLOCK_ROWS, WIDTH, HEAD, TAIL, RESIDENT)
 
@@ -247,8 +236,8 @@ def pair_masks(
 ):
     """Of pairs with the SPECIAL columns from `start` on: members of both relations, then positives of both.
 
-    Sorted columns hold consecutive sets, so a word of packed relations has a row's relations with all of them.
-    Gathering each pair's relation from a table instead spills registers.
+    Sorted columns hold consecutive sets, so a word of packed relations has a row's relations with all of them, and no
+    table is looked up for a pair.
     """
     column = start + tl.arange(0, SPECIAL)
     column_set = tl.load(column_keys + column)

@@ -53,8 +53,8 @@ def mixed_contrastive_loss(
             contents are not compared). All have to call, and to go backward. The gradient is multiplied by
             the number of processes, as DDP and DeepSpeed take the mean.
         implementation: "triton", fused kernels for GPUs of float16, bfloat16 or float32 rows; "tiled", plain PyTorch;
-            both O(N·D) memory and no second derivative; "reference", dense, O(N²) memory, one process; "auto", the
-            first of these that runs here.
+            neither holds an N×N matrix nor has a second derivative; "reference", dense, O(N²) memory, one process;
+            "auto", the first of these that runs here.
         validate: check contents of tensors on a GPU, too, which waits for it; on a CPU they always are.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from mixcl_dist.kernels import tiled
 from mixcl_dist.kernels.checks import check_values
 from mixcl_dist.kernels.distributed import join
 from mixcl_dist.kernels.implementation import choose
-from mixcl_dist.kernels.relations import Keys, row_keys
+from mixcl_dist.kernels.relations import Contrast, Keys, row_keys
 from mixcl_dist.kernels.tiled import RowScalars
 
 
@@ -38,20 +38,19 @@ def mixed_contrastive(
     if embeddings.device.type == "cpu":  # elsewhere the checks would wait for the device
         check_values(candidate_set, set_table, temperature, row_weight)
     weights = identity_weight, label_weight
-    sweeps = choose(implementation, embeddings)
-    peers = join(process_group, embeddings, _settings("forward", sweeps, set_table, temperature, weights, group))
+    implementation = choose(implementation, embeddings)
+    peers = join(
+        process_group, embeddings, _settings("forward", implementation, set_table, temperature, weights, group)
+    )
     tau = temperature.to(compute_dtype(embeddings))
     batch = _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, tau.dtype)
-    rows = embeddings if sweeps == "triton" else embeddings.to(tau.dtype)
+    rows = embeddings if implementation == "triton" else embeddings.to(tau.dtype)
     lse = torch.full((2, len(rows)), -torch.inf, dtype=torch.float64, device=rows.device)
     positive = torch.zeros_like(lse)
-    if batch.active:
-        log_sums = _SWEEPS[sweeps]().log_sums
-        own = batch.keys.of(peers.own)
-        for block, columns in peers.blocks(rows):
-            if len(rows) and len(columns):
-                part = log_sums(rows, own, columns, batch.keys.of(block), batch.relations, tau, batch.active)
-                lse, positive = torch.logaddexp(lse, part[0]), positive + part[1]
+    log_sums, _ = _sweeps(implementation)
+    for _, contrast in _contrasts(peers, batch, rows, tau):
+        part = log_sums(contrast)
+        lse, positive = torch.logaddexp(lse, part[0]), positive + part[1]
     count, share = batch.positives[:, peers.own], batch.share[:, peers.own]
     cosine = positive / count.clamp(min=1)
     terms = torch.where(count > 0, lse - cosine / tau.double(), 0)
@@ -89,27 +88,24 @@ def mixed_contrastive_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the embeddings and the temperature, of which frameworks take the mean over processes."""
     weights = identity_weight, label_weight
-    sweeps = choose(implementation, embeddings)
-    settings = _settings("backward", sweeps, set_table, temperature, weights, group)
+    implementation = choose(implementation, embeddings)
+    settings = _settings("backward", implementation, set_table, temperature, weights, group)
     peers = join(process_group, embeddings, settings | {"upstream gradient": upstream})
     tau = temperature.to(compute_dtype(embeddings))
     batch = _batch(peers, identity, candidate_set, set_table, group, row_weight, weights, tau.dtype)
-    rows = embeddings if sweeps == "triton" else embeddings.to(tau.dtype)
+    rows = embeddings if implementation == "triton" else embeddings.to(tau.dtype)
     gradient: Tensor | None = None
     product = torch.zeros((), dtype=torch.float64, device=rows.device)
-    if batch.active:
-        share = torch.stack([weight * part for weight, part in zip(weights, batch.share, strict=True)])
-        scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / batch.positives.clamp(min=1))
-        own = rows, batch.keys.of(peers.own), scalars.of(peers.own)
-        # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
-        scale = peers.size * upstream / tau
-        constant = batch.relations, tau, batch.active, scale, tau.dtype if peers.use_ring(rows) else embeddings.dtype
-        for block, columns in peers.blocks(rows):
-            if len(rows) and len(columns):
-                others = columns, batch.keys.of(block), scalars.of(block)
-                part, products = _SWEEPS[sweeps]().gradient(*own, *others, *constant)
-                gradient = part if gradient is None else gradient.add_(part)
-                product += products.sum()
+    share = torch.stack([weight * part for weight, part in zip(weights, batch.share, strict=True)])
+    scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / batch.positives.clamp(min=1))
+    # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
+    scale = peers.size * upstream / tau
+    dtype = tau.dtype if peers.use_ring(rows) else embeddings.dtype
+    _, weigh = _sweeps(implementation)
+    for block, contrast in _contrasts(peers, batch, rows, tau):
+        part, products = weigh(contrast, scalars.of(peers.own), scalars.of(block), scale, dtype)
+        gradient = part if gradient is None else gradient.add_(part)
+        product += products.sum()
     # Every similarity is z_i·z_j / τ, so scaling all rows and scaling 1/√τ are the same move.
     gradient = embeddings.new_zeros(embeddings.shape) if gradient is None else gradient.to(embeddings.dtype)
     return gradient, (-product / (2 * tau)).to(temperature.dtype)
@@ -145,11 +141,11 @@ def _batch(peers, identity, candidate_set, set_table, group, row_weight, weights
     return _Batch(keys, relations, on[0] * 0b01 | on[1] * 0b10, count, share.to(dtype))
 
 
-def _settings(name, sweeps, set_table, temperature, weights, group) -> dict[str, object]:
+def _settings(name, implementation, set_table, temperature, weights, group) -> dict[str, object]:
     """What has to be the same on all processes."""
     return {
         "pass": name,
-        "implementation": sweeps,
+        "implementation": implementation,
         "set_table": set_table,
         "temperature": temperature,
         "identity_weight": weights[0],
@@ -158,18 +154,22 @@ def _settings(name, sweeps, set_table, temperature, weights, group) -> dict[str,
     }
 
 
-class _Sweeps(NamedTuple):
-    log_sums: Callable
-    gradient: Callable
+def _contrasts(peers, batch, rows, tau) -> Iterator[tuple[slice, Contrast]]:
+    """Own rows against the columns of all processes, as many at a time as travel together, and which those are."""
+    if batch.active:
+        own = batch.keys.of(peers.own)
+        for block, columns in peers.blocks(rows):
+            if len(rows) and len(columns):
+                yield block, Contrast(rows, own, columns, batch.keys.of(block), batch.relations, tau, batch.active)
 
 
-def _triton_sweeps() -> _Sweeps:
+def _sweeps(implementation: str) -> tuple[Callable, Callable]:
+    """What computes log-sum-exps, and what computes the gradient."""
+    if implementation == "tiled":
+        return tiled.log_sums, tiled.gradient
     from mixcl_dist.kernels import backward, forward
 
-    return _Sweeps(forward.log_sums, backward.gradient)
-
-
-_SWEEPS = {"tiled": lambda: _Sweeps(tiled.log_sums, tiled.gradient), "triton": _triton_sweeps}
+    return forward.log_sums, backward.gradient
 
 
 def _save(ctx, inputs, output):

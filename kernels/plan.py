@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixcl_dist.kernels.implementation import is_interpreted
-from mixcl_dist.kernels.relations import Keys, occurring_first, sort_order
+from mixcl_dist.kernels.relations import Contrast, Keys, occurring_first, sort_order
 
 if TYPE_CHECKING:
     from mixcl_dist.kernels.tuning import Launch, Tile
@@ -44,21 +44,14 @@ class Plan(NamedTuple):
     packed_relations: Tensor  #: (S, S) int32: [a, b] has the relations of set a with sets b to b + 15, two bits each
 
 
-def prepare(
-    rows: Tensor,
-    row_keys: Keys,
-    columns: Tensor,
-    column_keys: Keys,
-    relations: Tensor,
-    active: int,
-    launch: Launch,
-) -> tuple[Side, Side, Plan]:
-    """Sort rows and columns, and list their tiles; arguments as for :func:`mixcl_dist.kernels.tiled.log_sums`."""
+def prepare(contrast: Contrast, launch: Launch) -> tuple[Side, Side, Plan]:
+    """Sort rows and columns, and list their tiles."""
+    rows, row_keys, columns, column_keys, relations, _, active = contrast
+    tile = launch.tile
     if columns is not rows:  # sets of sorted columns have to be consecutive, see SPECIAL
         order, place = occurring_first(column_keys.candidate_set, len(relations))
         relations = relations[order][:, order].contiguous()
         row_keys, column_keys = (k._replace(candidate_set=place[k.candidate_set]) for k in (row_keys, column_keys))
-    tile = launch.tile
     row_side = column_side = sort_side(rows, row_keys, tile.rows, launch.width)
     if columns is not rows or tile.rows % tile.columns:
         column_side = sort_side(columns, column_keys, tile.columns, launch.width)
@@ -220,3 +213,13 @@ def _list_kernel(
     tl.store(counts + row_block * 3, bulk)
     tl.store(counts + row_block * 3 + 1, same)
     tl.store(counts + row_block * 3 + 2, mixed)
+
+
+@triton.jit
+def own_tiles(tiles, counts, column_blocks):
+    """A program's block of rows, its list of tiles, and where in it bulk and SAME tiles end and mixed ones begin."""
+    row_block = tl.program_id(0)
+    bulk_end = tl.load(counts + row_block * 3)
+    same_end = bulk_end + tl.load(counts + row_block * 3 + 1)
+    mixed_start = column_blocks - tl.load(counts + row_block * 3 + 2)
+    return row_block, tiles + row_block.to(tl.int64) * column_blocks, bulk_end, same_end, mixed_start

@@ -28,6 +28,18 @@ class Keys(NamedTuple):
         return Keys(self.identity[rows], group, self.candidate_set[rows], self.position[rows])
 
 
+class Contrast(NamedTuple):
+    """Rows, and the columns that they are contrasted with; both the very same tensor where a batch meets itself."""
+
+    rows: Tensor  #: (N, D)
+    row_keys: Keys
+    columns: Tensor  #: (M, D) of the same dtype
+    column_keys: Keys
+    relations: Tensor  #: (S, S) uint8, see :func:`relation_table`
+    temperature: Tensor  #: 0-d
+    active: int  #: bits of the relations that are switched on, 0b01 identity and 0b10 label
+
+
 def row_keys(
     identity: Tensor, candidate_set: Tensor, set_table: Tensor, group: Tensor | None
 ) -> tuple[Keys, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixcl_dist.kernels.relations import DIFF, SAME, Keys, sort_order
+from mixcl_dist.kernels.relations import DIFF, SAME, Contrast, Keys, sort_order
 
 BLOCK = 512  #: a tile of float32 similarities then fits in a core's second-level cache
 
@@ -64,61 +64,38 @@ class Pairs(NamedTuple):
     keys: int  #: more than the largest identity or group
 
 
-def log_sums(
-    rows: Tensor,
-    row_keys: Keys,
-    columns: Tensor,
-    column_keys: Keys,
-    relations: Tensor,
-    temperature: Tensor,
-    active: int,
-) -> tuple[Tensor, Tensor]:
+def log_sums(contrast: Contrast) -> tuple[Tensor, Tensor]:
     """Each row's ``lse`` over the columns, and its sum of similarities with positives among them.
 
-    Args:
-        rows: (N, D) float32 or float64.
-        columns: (M, D) of the same dtype; the very tensor ``rows`` where both are one batch.
-        relations: (S, S) uint8, see :func:`~mixcl_dist.kernels.relations.relation_table`.
-        temperature: 0-d.
-        active: bits of the relations that are switched on, 0b01 identity and 0b10 label.
+    Rows are float32 or float64.
 
     Returns:
         (2, N) float64 ``lse`` of both relations, −inf for one that is not active, and (2, N) the sums of z_i·z_p.
         Float64, because near convergence the gradient is the small difference of a softmax and 1: a float32
         ``lse`` of 16 is off by 10⁻⁶, which is 1 % of a difference of 10⁻⁴.
     """
-    pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
+    pairs = _sort_pairs(contrast)
     sorted_lse, sorted_positive = (_log_sums if _is_unshifted(pairs) else _log_sums_wide)(pairs)
     lse, positive = torch.empty_like(sorted_lse), torch.empty_like(sorted_positive)
-    lse[:, pairs.rows.order], positive[:, pairs.rows.order] = sorted_lse, sorted_positive * temperature
+    lse[:, pairs.rows.order], positive[:, pairs.rows.order] = sorted_lse, sorted_positive * contrast.temperature
     return lse, positive
 
 
 def gradient(
-    rows: Tensor,
-    row_keys: Keys,
-    row_scalars: RowScalars,
-    columns: Tensor,
-    column_keys: Keys,
-    column_scalars: RowScalars,
-    relations: Tensor,
-    temperature: Tensor,
-    active: int,
-    scale: Tensor,
-    dtype: torch.dtype,
+    contrast: Contrast, row_scalars: RowScalars, column_scalars: RowScalars, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Each row's weighted sum of columns, the weights being derivatives of the loss by similarities.
 
-    Arguments as for :func:`log_sums`, whose ``lse`` over all columns of the batch is part of the scalars, and a 0-d
-    factor and the dtype of the result.
+    The ``lse`` in the scalars is that over all columns of the batch; ``scale`` (0-d) and ``dtype`` are the result's.
 
     Returns:
         (N, D) scale · Σ_j (g_ij + g_ji) z_j over the columns, where g_ij is the derivative of the loss by s_ij, and
         (N,) float64, its inner products with the rows.
     """
-    pairs = _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active)
+    pairs = _sort_pairs(contrast)
     weighted = _weighted_columns(pairs, row_scalars.of(pairs.rows.order), column_scalars.of(pairs.columns.order))
-    weighted *= scale * temperature.sqrt()
+    weighted *= scale * contrast.temperature.sqrt()
+    rows = contrast.rows
     result = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     products = torch.empty_like(rows[:, 0], dtype=torch.float64)
     for block in pairs.rows.blocks:
@@ -128,7 +105,8 @@ def gradient(
     return result, products
 
 
-def _sort_pairs(rows, row_keys, columns, column_keys, relations, temperature, active) -> Pairs:
+def _sort_pairs(contrast: Contrast) -> Pairs:
+    rows, row_keys, columns, column_keys, relations, temperature, active = contrast
     row_side = column_side = _sort_rows(rows, row_keys, len(relations), temperature)
     if columns is not rows:
         column_side = _sort_rows(columns, column_keys, len(relations), temperature)
@@ -227,7 +205,7 @@ def _softmax_wide(s: Tensor, rows: RowScalars, columns: RowScalars, parts: list[
         for r in range(2)[part.relation]:
             terms = rows.share[r, :, None] * torch.exp(s - rows.lse[r, :, None])
             terms += columns.share[r] * torch.exp(s - columns.lse[r])
-            # A pair that is no member may overflow, and where() drops what masked_fill would keep as inf · 0.
+            # A pair that is no member may overflow: it is left out, as inf times 0 would be no number.
             total += torch.where(part.members > 0, terms, 0) if isinstance(part.members, Tensor) else terms
     return total
 

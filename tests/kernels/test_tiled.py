@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from mixcl_dist.kernels import mixed_contrastive_loss, tiled
-from mixcl_dist.kernels.relations import row_keys
+from mixcl_dist.kernels.relations import Contrast, row_keys
 
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
 
@@ -53,7 +53,7 @@ def test_every_kind_of_tile(weights, candidate_set, identity, range_of_s, monkey
 def sorted_pairs(candidate_set: list[int], active: int) -> tiled.Pairs:
     embeddings, identity, candidate_set, table = rows(candidate_set).values()
     keys, relations, _ = row_keys(identity, candidate_set, table, None)
-    return tiled._sort_pairs(embeddings, keys, embeddings, keys, relations, torch.tensor(0.2), active)
+    return tiled._sort_pairs(Contrast(embeddings, keys, embeddings, keys, relations, torch.tensor(0.2), active))
 
 
 def test_uniform_tiles_get_no_mask(monkeypatch):

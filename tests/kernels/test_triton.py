@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from mixcl_dist.kernels import backward, forward, mixed_contrastive_loss, plan, tiled, tuning
 from mixcl_dist.kernels.implementation import choose, obstacle
-from mixcl_dist.kernels.relations import Keys, row_keys
+from mixcl_dist.kernels.relations import Contrast, Keys, row_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
@@ -119,8 +119,8 @@ def test_columns_that_lack_sets_between_theirs():
     keys, relations, _ = row_keys(torch.arange(320) // 2, sets, torch.eye(20, dtype=torch.bool), None)
     keys, relations = Keys(*(None if key is None else key.to(DEVICE) for key in keys)), relations.to(DEVICE)
     columns = z[:16].clone(), keys.of(slice(16))
-    arguments = z, keys, *columns, relations, torch.tensor(0.2, device=DEVICE), 0b11
-    torch.testing.assert_close(forward.log_sums(*arguments), tiled.log_sums(*arguments), rtol=1e-4, atol=1e-5)
+    contrast = Contrast(z, keys, *columns, relations, torch.tensor(0.2, device=DEVICE), 0b11)
+    torch.testing.assert_close(forward.log_sums(contrast), tiled.log_sums(contrast), rtol=1e-4, atol=1e-5)
 
 
 def test_autotune_changes_the_table_for_its_width_alone(monkeypatch):
