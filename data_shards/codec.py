@@ -55,6 +55,14 @@ def decode(payload: bytes, shape: Sequence[int], dtype: npt.DTypeLike) -> np.nda
     return array
 
 
+def decode_into(member: str, payload: bytes | memoryview, out: np.ndarray) -> None:
+    """Write the array that `payload`, stored as `member` of a sample, holds over `out`, which is in C order.
+
+    Raises `ValueError` unless the payload states exactly the size of `out`.
+    """
+    out[...] = decode(bytes(payload), out.shape, out.dtype)
+
+
 def digest(payload: bytes) -> str:
     """xxh3 of 64 bits as 16 hexadecimal digits; finds accidents, not forgery."""
     return xxhash.xxh3_64_hexdigest(payload)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mixcl_dist.data_shards.shard import read_index, verify_shard
 from mixcl_dist.data_shards.storage import publish
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
+CASES_FILE, CLASSES_FILE = "sample-cases.npy", "sample-classes.npy"
 HU_BINS = (-1024, 3072, 64)
 """First edge, last edge and number of the histogram's bins; values outside count in the outermost."""
 
@@ -52,6 +53,8 @@ class ShardRecord:
     samples: int
     bytes: int
     xxh3: str
+    index_xxh3: str
+    """Digest of the index beside it."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,15 @@ class Manifest:
     hu_histogram: tuple[int, ...]
     """Voxels of all volumes, cropped to the body, in the bins of `HU_BINS`."""
     versions: dict[str, str]
+    tables: dict[str, str]
+    """File → xxh3 of what is known of every sample, in the order of the shards: `sample-cases.npy`, (N,) uint32, is
+    the position of its case in `cases`; `sample-classes.npy`, (N, ⌈C / 8⌉) uint8, has bit k - 1 (little-endian) set
+    where a voxel has label k."""
 
     @cached_property
     def digest(self) -> str:
         """xxh3 of 128 bits over the canonical JSON; two builds with one digest have the same samples."""
-        content = _MANIFEST.dump_python(self, mode="json")
-        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+        return xxhash.xxh3_128_hexdigest(_MANIFEST.dump_json(self))
 
     @property
     def patches(self) -> int:
@@ -92,18 +98,24 @@ class Manifest:
         """Read `folder`/manifest.json; raises `ManifestError`."""
         path = Path(folder) / FILE_NAME
         try:
-            content = json.loads(path.read_bytes())
+            return cls.parse(path.read_bytes(), path)
         except OSError as error:
             raise ManifestError(
                 f"{path}: {error.strerror}; finish the build with `mixcl shards build`, or give another folder"
             ) from None
-        except ValueError:
-            raise ManifestError(f"{path}: is not JSON; build the shards again") from None
-        version = content.get("version") if isinstance(content, dict) else None
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ManifestError(f"{path}: has format {version}, newer than {FORMAT_VERSION}; update mixcl-dist")
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path | str) -> Manifest:
+        """The manifest that `content`, read from `path`, holds; raises `ManifestError`."""
         try:
-            return _MANIFEST.validate_python(content)
+            version = _VERSION.validate_json(content).version
+        except ValidationError:
+            raise ManifestError(f"{path}: is not a manifest; build the shards again") from None
+        if version != FORMAT_VERSION:
+            cure = "update mixcl-dist" if version > FORMAT_VERSION else "build the shards again"
+            raise ManifestError(f"{path}: has format {version}, this version reads {FORMAT_VERSION}; {cure}")
+        try:
+            return _MANIFEST.validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "content"
@@ -113,8 +125,20 @@ class Manifest:
         with publish(Path(folder) / FILE_NAME) as file:
             file.write(_MANIFEST.dump_json(self, indent=1))
 
+    def check_table(self, name: str, content: bytes, path: Path | str) -> np.ndarray:
+        """The table `name` in `content`, read from `path`; raises `ManifestError` unless it is the manifest's."""
+        if xxhash.xxh3_64_hexdigest(content) != self.tables.get(name):
+            raise ManifestError(f"{path}: is not the table that the manifest names; build the shards again")
+        return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class _Version:
+    version: int
+
 
 _MANIFEST = TypeAdapter(Manifest)
+_VERSION = TypeAdapter(_Version)
 
 
 def case_of(key: str) -> str:

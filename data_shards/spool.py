@@ -54,6 +54,8 @@ class Spooled:
 
     record: CaseRecord
     hu_histogram: tuple[int, ...]
+    present: tuple[tuple[int, ...], ...]
+    """Labels in each patch; none where the case has no label."""
 
 
 Outcome = Spooled | Quarantined
@@ -134,7 +136,11 @@ def spool_case(case: Case, catalogue: Catalogue, config: BuildConfig, folder: Pa
         volume = read_case(case, catalogue, config.spacing_mm)
         body = crop_to_body(volume, config.body_margin_mm)
         source_digest = _voxel_digest(volume)
-        samples = list(_samples(case, volume, pad_to(body, config.patch_size), source_digest, config))
+        padded = pad_to(body, config.patch_size)
+        origins = patch_origins(padded, config.patch_size, config.overlap, config.min_body_fraction)
+        patches = [cut(padded, origin, config.patch_size) for origin in origins]
+        for number, patch in enumerate(patches):
+            samples.append((f"{case.name}_{number:04d}", _sample(case, volume, patch, source_digest)))
         if not samples:
             raise _refused(case, "every patch is almost only air", "lower build.min_body_fraction, or leave it out")
         record = CaseRecord(
@@ -147,7 +153,8 @@ def spool_case(case: Case, catalogue: Catalogue, config: BuildConfig, folder: Pa
             spacing_mm=volume.spacing,
             source_digest=source_digest,
         )
-        outcome: Outcome = Spooled(record, _hu_histogram(body.hu))
+        present = tuple(() if patch.label is None else tuple(np.unique(patch.label).tolist()) for patch in patches)
+        outcome: Outcome = Spooled(record, _hu_histogram(body.hu), present)
     except CaseError as error:
         outcome = Quarantined.of(case.name, error)
     except Exception as error:  # one unreadable file of a million must not end the build
@@ -158,30 +165,24 @@ def spool_case(case: Case, catalogue: Catalogue, config: BuildConfig, folder: Pa
     _publish_outcome(folder, case.name, outcome)
 
 
-def _samples(
-    case: Case, volume: Volume, body: Volume, source_digest: str, config: BuildConfig
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The patches of `body`, which is `volume` cropped and padded, as samples of a shard."""
-    to_volume = np.linalg.inv(volume.affine)
-    origins = patch_origins(body, config.patch_size, config.overlap, config.min_body_fraction)
-    for number, origin in enumerate(origins):
-        patch = cut(body, origin, config.patch_size)
-        arrays = {"ct.b2": patch.hu} | ({} if patch.label is None else {"seg.b2": patch.label})
-        payloads = {member: encode(array) for member, array in arrays.items()}
-        description = {
-            "case": case.name,
-            "dataset": case.dataset,
-            "split": case.split,
-            "annotated": case.reliable,
-            "shape": config.patch_size,
-            "dtype": {member: array.dtype.name for member, array in arrays.items()},
-            "spacing_mm": patch.spacing,
-            "affine": patch.affine.tolist(),
-            "offset_voxels": [round(index) for index in (to_volume @ patch.affine)[:3, 3]],
-            "source_digest": source_digest,
-            "xxh3": {member: digest(payload) for member, payload in payloads.items()},
-        }
-        yield f"{case.name}_{number:04d}", {**payloads, "json": json.dumps(description).encode()}
+def _sample(case: Case, volume: Volume, patch: Volume, source_digest: str) -> dict[str, bytes]:
+    """The members of `patch`, which was cut from `volume`."""
+    arrays = {"ct.b2": patch.hu} | ({} if patch.label is None else {"seg.b2": patch.label})
+    payloads = {member: encode(array) for member, array in arrays.items()}
+    description = {
+        "case": case.name,
+        "dataset": case.dataset,
+        "split": case.split,
+        "annotated": case.reliable,
+        "shape": patch.hu.shape,
+        "dtype": {member: array.dtype.name for member, array in arrays.items()},
+        "spacing_mm": patch.spacing,
+        "affine": patch.affine.tolist(),
+        "offset_voxels": [round(index) for index in (np.linalg.inv(volume.affine) @ patch.affine)[:3, 3]],
+        "source_digest": source_digest,
+        "xxh3": {member: digest(payload) for member, payload in payloads.items()},
+    }
+    return {**payloads, "json": json.dumps(description).encode()}
 
 
 def _voxel_digest(volume: Volume) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mixcl_dist.data_shards.build import build
-from mixcl_dist.data_shards.manifest import Manifest, ManifestError, inspect, verify
-from mixcl_dist.data_shards.shard import index_path, read_index
+from mixcl_dist.data_shards.codec import decode
+from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, Manifest, ManifestError, inspect, verify
+from mixcl_dist.data_shards.shard import index_path, read_index, read_sample
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_manifest_comes_back_as_it_was_saved_with_the_same_digest(built, tmp_p
 def test_the_digest_follows_the_content_and_not_its_layout(copy):
     before = Manifest.load(copy).digest
     content = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps(content, sort_keys=True, indent=7))
+    (copy / "manifest.json").write_text(json.dumps(content, indent=7))
     assert Manifest.load(copy).digest == before
     content["shards"][0]["xxh3"] = "0" * 16
     (copy / "manifest.json").write_text(json.dumps(content))
@@ -43,10 +44,11 @@ def test_the_digest_follows_the_content_and_not_its_layout(copy):
     ("content", "message"),
     [
         (None, "No such file or directory; finish the build"),
-        ("{", "is not JSON"),
-        ("[]", "build the shards again"),
-        ('{"version": 2}', "has format 2, newer than 1; update mixcl-dist"),
-        ('{"version": 1}', "patch_size: Field required; build the shards again"),
+        ("{", "is not a manifest; build the shards again"),
+        ("[]", "is not a manifest; build the shards again"),
+        ('{"version": 3}', "has format 3, this version reads 2; update mixcl-dist"),
+        ('{"version": 1}', "has format 1, this version reads 2; build the shards again"),
+        ('{"version": 2}', "patch_size: Field required; build the shards again"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused_in_one_line(tmp_path, content, message):
@@ -156,3 +158,24 @@ def _flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 1
     path.write_bytes(content)
+
+
+def test_the_tables_say_of_every_sample_its_case_and_the_classes_in_it(built):
+    manifest = Manifest.load(built)
+    cases, classes = (
+        manifest.check_table(name, (built / name).read_bytes(), built / name) for name in (CASES_FILE, CLASSES_FILE)
+    )
+    samples = [(shard.file, key) for shard in manifest.shards for key in read_index(built / shard.file).samples]
+    assert len(cases) == len(classes) == len(samples) == manifest.patches
+    for row, (file, key) in enumerate(samples):
+        assert manifest.cases[cases[row]].name == key.rpartition("_")[0]
+        members = read_index(built / file).samples[key]
+        seg = read_sample(built / file, key, {"seg.b2": members["seg.b2"]})["seg.b2"] if "seg.b2" in members else None
+        has_core = seg is not None and bool((decode(seg, manifest.patch_size, np.uint8) == 1).any())
+        assert bool(classes[row, 0] & 1) == has_core
+    assert 0 < (classes & 1).sum() < len(samples)
+
+
+def test_a_table_of_other_shards_is_refused(built):
+    with pytest.raises(ManifestError, match="is not the table that the manifest names"):
+        Manifest.load(built).check_table(CASES_FILE, b"other", built / CASES_FILE)
