@@ -63,6 +63,6 @@ def decode_into(member: str, payload: bytes | memoryview, out: np.ndarray) -> No
     out[...] = decode(bytes(payload), out.shape, out.dtype)
 
 
-def digest(payload: bytes) -> str:
+def digest(payload: bytes | memoryview) -> str:
     """xxh3 of 64 bits as 16 hexadecimal digits; finds accidents, not forgery."""
     return xxhash.xxh3_64_hexdigest(payload)

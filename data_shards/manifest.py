@@ -14,7 +14,7 @@ import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mixcl_dist.data_shards.shard import read_index, verify_shard
-from mixcl_dist.data_shards.storage import publish
+from mixcl_dist.data_shards.storage import StorageError, Store, open_store, publish
 
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
@@ -94,15 +94,14 @@ class Manifest:
         return tuple((float(axis.min()), float(axis.max())) for axis in spacings.T)
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read `folder`/manifest.json; raises `ManifestError`."""
-        path = Path(folder) / FILE_NAME
+    def load(cls, shards: Path | str | Store) -> Manifest:
+        """Read the manifest of a folder or URL; raises `ManifestError`, and `StorageError` for an unusable URL."""
+        store = shards if isinstance(shards, Store) else open_store(shards)
         try:
-            return cls.parse(path.read_bytes(), path)
-        except OSError as error:
-            raise ManifestError(
-                f"{path}: {error.strerror}; finish the build with `mixcl shards build`, or give another folder"
-            ) from None
+            return cls.parse(store.read(FILE_NAME), store.path(FILE_NAME))
+        except StorageError as error:
+            cure = "finish the build with `mixcl shards build`, or give another folder"
+            raise ManifestError(f"{error}; {cure}") from None
 
     @classmethod
     def parse(cls, content: bytes, path: Path | str) -> Manifest:

@@ -73,13 +73,19 @@ def read_index(path: Path) -> ShardIndex:
     """The index beside the shard `path`; raises `ShardError`."""
     beside = index_path(path)
     try:
-        index = _INDEX.validate_json(beside.read_bytes())
+        return parse_index(beside.read_bytes(), beside)
     except FileNotFoundError:
         raise ShardError(f"{beside}: is missing; build the shards again") from None
+
+
+def parse_index(content: bytes, where: Path | str) -> ShardIndex:
+    """The index that `content`, read from `where`, holds; raises `ShardError`."""
+    try:
+        index = _INDEX.validate_json(content)
     except ValidationError:
-        raise ShardError(f"{beside}: is damaged; build the shards again") from None
+        raise ShardError(f"{where}: is damaged; build the shards again") from None
     if index.version > INDEX_VERSION:
-        raise ShardError(f"{beside}: has format {index.version}, newer than {INDEX_VERSION}; update mixcl-dist")
+        raise ShardError(f"{where}: has format {index.version}, newer than {INDEX_VERSION}; update mixcl-dist")
     return index
 
 

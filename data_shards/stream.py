@@ -1,32 +1,50 @@
-"""Shards → batches for one rank, endlessly, in an order that can be taken up again at any batch."""
+"""Shards → batches for one rank, endlessly, in an order that can be taken up again at any step, by any number of ranks.
+
+order.py     slot of the run → number of a sample
+reader.py    number of a sample → decoded, in place
+ring.py      worker processes that run readers, and the memory they share with the trainer
+stream.py    joins them: batches as tensors, bad samples replaced, the position to go on from
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-import random
-import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import logging
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mixcl_dist.data_shards.catalogue import Catalogue
-from mixcl_dist.data_shards.codec import decode, digest
-from mixcl_dist.data_shards.manifest import Manifest, case_of
-from mixcl_dist.data_shards.shard import Member, ShardError, check_sample, read_index
+from mixcl_dist.data_shards.codec import digest
+from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, CaseRecord, Manifest, case_of
+from mixcl_dist.data_shards.order import Deck, Order
+from mixcl_dist.data_shards.reader import Outcome, SampleReader, Wanted
+from mixcl_dist.data_shards.ring import Filled, Ring, StreamError
+from mixcl_dist.data_shards.storage import CacheConfig, Store, open_store
+
+__all__ = ["Batch", "Mixture", "PatchStream", "StreamError"]
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 100
+"""Replacements of one slot before the stream gives up."""
 
 
-class StreamError(ValueError):
-    """A stream that cannot be set up or continued as asked; the message is one line with the cure."""
+@dataclass(frozen=True)
+class Mixture:
+    """How samples are drawn, beyond each of them once an epoch."""
+
+    labelled_fraction: float | None = None
+    """Share of every batch, held exactly, that shows cases whose labels may be read; None leaves it to chance."""
+    class_aware: bool = True
+    """Within that share every annotated class is shown equally often, whatever the number of patches that hold it."""
+    upsampling: Mapping[str, float] = field(default_factory=dict)
+    """Data set → how often its samples come in an epoch, on average; 1 where it is not named."""
 
 
 @dataclass
@@ -42,237 +60,302 @@ class Batch:
     spacing: torch.Tensor
     """(B, 3) float32, mm."""
     keys: list[str]
+    slots: list[int]
+    """The place of each patch in the run: what its augmentation's random numbers are to depend on."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; copies from pinned memory do not wait for it."""
+        image, label, candidate_bits, spacing = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.image, self.label, self.candidate_bits, self.spacing)
+        )
+        return Batch(image, label, candidate_bits, spacing, self.keys, self.slots)
 
 
 class PatchStream:
-    """Patches in batches of `batch_size` for this rank, over epochs without end.
+    """Patches in batches for this rank, over epochs without end.
 
-    An epoch puts the shards in a random order and gives each worker of each rank an equal run of the samples in it,
-    which the worker shuffles through a buffer of `shuffle_buffer` samples. What then does not fill a batch is left
-    out until the next epoch's order. No sample comes twice in an epoch, on any rank, and all ranks' epochs have the
-    same length. The order is a pure function of (manifest digest, selected cases, seed, epoch, batch_size, workers,
-    shuffle_buffer, world_size); `workers` 0 reads in this process, in the order of one worker.
+    The run's slots are numbered: step s of a global batch of `batch_size` samples holds the slots s·B … s·B + B - 1,
+    of which each of `accumulation_steps` parts gives every rank its share, in the order of ranks. What a slot shows is
+    a pure function of (manifest digest, selection, mixture, seed, batch_size, slot); neither ranks nor workers nor
+    accumulation enter. Without a mixture an epoch shows every selected sample exactly once, and the next begins in the
+    middle of a batch where the number of samples is no multiple of it.
 
-    `cases` are those whose patches come (None: all). Labels come of `label_cases` alone: another case's label is not
-    even read, its voxels are 0 and may be anything.
+    `shards` is a folder or URL. `cases` are those whose patches come (None: all). Labels come of `label_cases` alone:
+    another case's label is not even read, its voxels are 0 and may be anything. `workers` 0 reads in this process.
+    Batches are on `device`; in the CPU's memory they are used again once their tensors are gone.
 
-    Raises `ManifestError` or `ShardError` for shards that are not whole, `StreamError` for a case that they do not
-    hold and for fewer samples than one batch for every worker. While iterating, a damaged sample raises `ShardError`
-    that names shard and key.
+    A sample that cannot be read is replaced by one that depends on the slot alone, reported to the log and, one JSON
+    line each, to the file `quarantine`; beyond a share of `max_bad_fraction` of the selected samples the stream stops.
+
+    Raises `ManifestError` or `StorageError` for shards that cannot be read, `StreamError` for a case or data set that
+    they do not hold, a share that does not fit into a batch, and while iterating for too many bad samples, and for a
+    worker process that died.
     """
 
     def __init__(
         self,
-        shards: Path,
+        shards: Path | str,
         *,
         batch_size: int,
         seed: int,
         workers: int,
         label_cases: Collection[str],
         cases: Collection[str] | None = None,
-        shuffle_buffer: int = 256,
+        mixture: Mixture = Mixture(),
         rank: int = 0,
         world_size: int = 1,
+        accumulation_steps: int = 1,
+        device: torch.device | None = None,
+        cache: CacheConfig | None = None,
+        quarantine: Path | None = None,
+        max_bad_fraction: float = 0.001,
     ) -> None:
-        shards = Path(shards)
-        manifest = Manifest.load(shards)
-        if unknown := set(cases or ()) - {case.name for case in manifest.cases}:
-            raise StreamError(f"{shards}: has no case {min(unknown)}; `mixcl shards inspect` lists what it holds")
-        self._reader = _Reader(
-            shards=shards,
-            manifest=manifest,
-            cases=None if cases is None else frozenset(cases),
-            label_cases=frozenset(label_cases),
-            batch_size=batch_size,
-            seed=seed,
-            workers=max(1, workers),
-            shuffle_buffer=shuffle_buffer,
-            rank=rank,
-            world_size=world_size,
-        )
-        self._in_this_process = workers == 0
-        self._consumed = 0
-        self.batches_per_epoch = self._reader.batches * self._reader.workers
-        if self.batches_per_epoch == 0:
+        if batch_size % (world_size * accumulation_steps):
             raise StreamError(
-                f"{shards}: {sum(self._reader.samples)} samples do not fill one batch of {batch_size} for each of "
-                f"{max(1, workers)} workers on {world_size} ranks; lower the batch size or data.workers"
+                f"a batch of {batch_size} cannot be shared by {world_size} ranks in {accumulation_steps} parts; "
+                "make it a multiple"
             )
+        self._store = open_store(shards, cache)
+        self._manifest = Manifest.load(self._store)
+        self._samples = _Samples(self._store, self._manifest, cases, label_cases)
+        self._order = _order(self._samples, mixture, batch_size, seed)
+        self._batch_size = batch_size
+        self._share = batch_size // (world_size * accumulation_steps)
+        self._rank, self._world_size = rank, world_size
+        self._workers = workers
+        self._device = device or torch.device("cpu")
+        self._bad = _BadSamples(quarantine, max_bad_fraction, len(self._samples.selected), self._store)
+        self._slot = 0
+        selection = [sorted(cases) if cases is not None else None, sorted(label_cases)]
+        drawing = [mixture.labelled_fraction, mixture.class_aware, sorted(mixture.upsampling.items())]
+        self._identity: dict[str, int | str] = {
+            "manifest": self._manifest.digest,
+            "selection": digest(json.dumps(selection).encode()),
+            "mixture": digest(json.dumps(drawing).encode()),
+            "seed": seed,
+            "batch_size": batch_size,
+        }
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from `position()` on."""
-        reader = dataclasses.replace(self._reader, first=self._consumed)
-        workers = 0 if self._in_this_process else reader.workers
-        # Its own generator: the loader would otherwise draw from, and so change, the caller's random numbers.
-        loader = DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator())
-        for batch in loader:
-            if isinstance(batch, ShardError):
-                raise batch
-            self._consumed += 1
-            yield batch
+    @property
+    def samples_per_epoch(self) -> int:
+        """Draws until every selected sample has come once; with a labelled share, every sample outside of it."""
+        return self._order.epoch_size
 
     def position(self) -> dict[str, int | str]:
-        """Where the batches taken so far have led, and all that the order depends on; the same on every rank."""
-        epoch, batch = divmod(self._consumed, self.batches_per_epoch)
-        return {"epoch": epoch, "batch": batch} | self._reader.identity()
+        """How many slots have been taken, by all ranks, and all that the order depends on; the same on every rank."""
+        return {"slot": self._slot} | self._identity
 
     def seek(self, position: Mapping[str, int | str]) -> None:
         """Make the next iteration begin at `position`; raises `StreamError` when this stream has another order."""
-        for name, mine in self._reader.identity().items():
+        for name, mine in self._identity.items():
             if position.get(name) != mine:
                 raise StreamError(
                     f"cannot continue the stream: {name} was {position.get(name)} and is {mine}; "
                     "go on with the same shards and settings, or start a new run"
                 )
-        self._consumed = int(position["epoch"]) * self.batches_per_epoch + int(position["batch"])
+        slot = int(position["slot"])
+        if slot % (self._share * self._world_size):
+            raise StreamError(f"cannot continue the stream: slot {slot} lies within a step; start a new run")
+        self._slot = slot
 
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from `position()` on."""
+        batches = self._on_device() if self._device.type == "cuda" else self._in_memory()
+        with closing(batches):
+            for batch in batches:
+                self._slot += self._share * self._world_size
+                yield batch
 
-@dataclass(frozen=True, eq=False)
-class _Reader(IterableDataset):
-    """What one worker process of the loader runs: its share of every epoch, decoded into batches."""
-
-    shards: Path
-    manifest: Manifest
-    cases: frozenset[str] | None
-    label_cases: frozenset[str]
-    batch_size: int
-    seed: int
-    workers: int
-    shuffle_buffer: int
-    rank: int
-    world_size: int
-    first: int = 0
-    """Batches that all workers of this rank together have already given."""
-
-    @cached_property
-    def samples(self) -> tuple[int, ...]:
-        """Samples of the selected cases in each shard."""
-        if self.cases is None:
-            return tuple(shard.samples for shard in self.manifest.shards)
-        indices = (read_index(self.shards / shard.file).samples for shard in self.manifest.shards)
-        return tuple(sum(case_of(key) in self.cases for key in index) for index in indices)
-
-    @property
-    def share(self) -> int:
-        """Samples of an epoch for each worker of each rank."""
-        return sum(self.samples) // (self.world_size * self.workers)
-
-    @property
-    def batches(self) -> int:
-        """Batches of an epoch from each worker."""
-        return self.share // self.batch_size
-
-    def identity(self) -> dict[str, int | str]:
-        """All that the order of samples depends on, beside the epoch."""
-        selection = [None if self.cases is None else sorted(self.cases), sorted(self.label_cases)]
-        return {
-            "manifest": self.manifest.digest,
-            "selection": digest(json.dumps(selection).encode()),
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "workers": self.workers,
-            "shuffle_buffer": self.shuffle_buffer,
-            "world_size": self.world_size,
-        }
-
-    def __iter__(self) -> Iterator[Batch | ShardError]:
-        """Endless batches; an error comes as an item, because raised here the loader would wrap it in a traceback.
-
-        The loader takes from its processes in turn, beginning with the first: after `first` batches that one does
-        the work of the worker whose turn it was.
-        """
-        info = get_worker_info()
-        worker = ((info.id if info else 0) + self.first) % self.workers
-        epoch, done = divmod(self.first, self.batches * self.workers)
-        skipped = len(range(worker, done, self.workers))
-        try:
+    def _in_memory(self) -> Generator[Batch, None, None]:
+        """Batches in memory that the worker processes filled, as many ahead as the ring wants."""
+        reader = SampleReader(self._store, self._manifest)
+        shape, labels = self._manifest.patch_size, self._samples.has_labels
+        with closing(Ring(reader, shape, self._share, labels, self._workers, self._replace)) as ring:
+            if self._device.type == "cuda":
+                _pin(ring)
+            next_slot = self._slot
             while True:
-                yield from self._batches(epoch, worker, skipped)
-                epoch, skipped = epoch + 1, 0
-        except ShardError as error:
-            yield error
+                while len(ring) < ring.ahead:
+                    first = next_slot + self._rank * self._share
+                    ring.submit(self._wanted(first, self._order.draw(first, self._share)))
+                    next_slot += self._share * self._world_size
+                yield self._batch(ring.take())
 
-    def _batches(self, epoch: int, worker: int, skipped: int) -> Iterator[Batch]:
-        """This worker's batches of one epoch, after the first `skipped`, whose samples are not decoded."""
-        reader = self.rank * self.workers + worker
-        stream = itertools.chain.from_iterable(itertools.starmap(self._read, self._runs(epoch, reader)))
-        rng = random.Random(f"{self.manifest.digest} {self.seed} {epoch} {reader}")
-        shuffled = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(stream)
-        for number in range(self.batches):
-            stored = list(itertools.islice(shuffled, self.batch_size))
-            if number >= skipped:
-                yield self._collate(stored)
+    def _on_device(self) -> Generator[Batch, None, None]:
+        """Batches on the GPU: while one is used, the next crosses on a stream of its own."""
+        copying = torch.cuda.Stream(self._device)
+        crossing: tuple[Batch, Batch] | None = None
+        with closing(self._in_memory()) as batches:
+            for host in batches:
+                arrived, crossing = crossing, None
+                if arrived:
+                    torch.cuda.current_stream(self._device).wait_stream(copying)
+                    copying.synchronize()  # its host memory may be filled anew once it is let go of
+                with torch.cuda.stream(copying):
+                    crossing = (host.to(self._device), host)
+                if arrived:
+                    for tensor in (arrived[0].image, arrived[0].label, arrived[0].candidate_bits, arrived[0].spacing):
+                        tensor.record_stream(torch.cuda.current_stream(self._device))
+                    yield arrived[0]
 
-    def _runs(self, epoch: int, reader: int) -> Iterator[tuple[str, int, int]]:
-        """Shards, with first and end sample, that make up the share of `reader` in the order of `epoch`."""
-        order = list(range(len(self.samples)))
-        random.Random(f"{self.manifest.digest} {self.seed} {epoch}").shuffle(order)
-        position, begin, end = 0, reader * self.share, (reader + 1) * self.share
-        for shard in order:
-            first, last = max(begin - position, 0), min(end - position, self.samples[shard])
-            if first < last:
-                yield self.manifest.shards[shard].file, first, last
-            position += self.samples[shard]
+    def _wanted(self, first: int, samples: np.ndarray) -> list[Wanted]:
+        labelled = self._samples.may_read_label(samples)
+        return [
+            Wanted(row, first + row, 0, int(sample), bool(label))
+            for row, (sample, label) in enumerate(zip(samples, labelled, strict=True))
+        ]
 
-    def _read(self, shard: str, first: int, end: int) -> Iterator[_Stored]:
-        """Samples `first` to `end` of the selected ones in a shard, each checked against the index.
+    def _replace(self, outcome: Outcome) -> Wanted:
+        """What a row that could not be filled shows instead; raises `StreamError` when there are too many of them."""
+        self._bad.add(outcome)
+        slot, attempt = outcome.wanted.slot, outcome.wanted.attempt + 1
+        if attempt > MAX_ATTEMPTS:
+            raise StreamError(f"{MAX_ATTEMPTS} samples in turn cannot be read ({outcome.cause}); check the shards")
+        sample = self._order.replacement(slot, attempt)
+        (label,) = self._samples.may_read_label(np.array([sample]))
+        return Wanted(outcome.wanted.row, slot, attempt, sample, bool(label))
 
-        webdataset ends in silence at a damaged header; here every sample that is in the index must come.
-        """
-        path = self.shards / shard
-        index = read_index(path).samples
-        expected = [key for key in index if self.cases is None or case_of(key) in self.cases][first:end]
-        if len(expected) < end - first:
-            raise ShardError(f"{path}: its index does not match the manifest; run `mixcl shards verify`")
-        try:
-            with path.open("rb") as file:
-                members = tar_file_expander([{"url": shard, "stream": file}], select_files=self._is_wanted)
-                samples = itertools.islice(group_by_keys(members), first, end)
-                for key, sample in itertools.zip_longest(expected, samples):
-                    wanted = {name: place for name, place in index[key].items() if self._is_wanted(f"{key}.{name}")}
-                    if sample is None or sample["__key__"] != key or not wanted.keys() <= sample.keys():
-                        raise ShardError(f"{path}: {key} is not whole; run `mixcl shards verify`")
-                    yield _Stored(path, key, sample, wanted)
-        except OSError as error:
-            raise ShardError(f"{path}: {error.strerror or 'cannot be read'}; run `mixcl shards verify`") from error
-        except tarfile.TarError as error:
-            raise ShardError(f"{path}: is cut off or damaged; run `mixcl shards verify`") from error
-
-    def _is_wanted(self, member: str) -> bool:
-        key, _, name = member.partition(".")
-        case = case_of(key)
-        return (self.cases is None or case in self.cases) and (name != "seg.b2" or case in self.label_cases)
-
-    def _collate(self, stored: Sequence[_Stored]) -> Batch:
-        shape = self.manifest.patch_size
-        images, labels, spacings = [], [], []
-        for path, key, payloads, places in stored:
-            check_sample(path, key, payloads, places)
-            images.append(decode(payloads["ct.b2"], shape, np.int16))
-            has_label = "seg.b2" in places
-            labels.append(decode(payloads["seg.b2"], shape, np.uint8) if has_label else np.zeros(shape, np.uint8))
-            spacings.append(json.loads(payloads["json"])["spacing_mm"])
+    def _batch(self, filled: Filled) -> Batch:
+        cases = [self._samples.case_of(outcome.wanted.sample) for outcome in filled.outcomes]
+        for outcome, case in zip(filled.outcomes, cases, strict=True):
+            if case_of(outcome.key) != case.name:
+                where = f"{self._store.path(outcome.shard)}: {outcome.key}"
+                raise StreamError(f"{where} lies where the manifest has {case.name}; build the shards again")
+        image = torch.from_numpy(filled.image)[:, None]
+        shape = (len(cases), *self._manifest.patch_size)
         return Batch(
-            image=torch.from_numpy(np.stack(images)[:, None]),
-            label=torch.from_numpy(np.stack(labels)),
-            candidate_bits=torch.from_numpy(np.stack([self._bits(case_of(s.key)) for s in stored])),
-            spacing=torch.tensor(spacings, dtype=torch.float32),
-            keys=[s.key for s in stored],
+            image=image,
+            label=torch.zeros((), dtype=torch.uint8).expand(shape)
+            if filled.label is None
+            else torch.from_numpy(filled.label),
+            candidate_bits=torch.from_numpy(np.stack([self._samples.candidate_bits(case.name) for case in cases])),
+            spacing=torch.tensor([case.spacing_mm for case in cases], dtype=torch.float32),
+            keys=[outcome.key for outcome in filled.outcomes],
+            slots=[outcome.wanted.slot for outcome in filled.outcomes],
         )
 
-    def _bits(self, case: str) -> np.ndarray:
-        reliable = self._reliable[case] if case in self.label_cases else None
+
+class _Samples:
+    """Which samples are selected, and what the manifest knows of each."""
+
+    def __init__(
+        self, store: Store, manifest: Manifest, cases: Collection[str] | None, label_cases: Collection[str]
+    ) -> None:
+        self.manifest, self._store = manifest, store
+        self._number = {case.name: number for number, case in enumerate(manifest.cases)}
+        if unknown := (set(cases or ()) | set(label_cases)) - self._number.keys():
+            where = store.path("manifest.json")
+            raise StreamError(f"{where}: has no case {min(unknown)}; `mixcl shards inspect` lists what it holds")
+        self._case = manifest.check_table(CASES_FILE, store.read(CASES_FILE), store.path(CASES_FILE))
+        self._label_case = self._mask(label_cases)
+        self.first_of_shard = np.cumsum([0] + [shard.samples for shard in manifest.shards])
+        everything = np.arange(len(self._case), dtype=np.uint32)
+        self.selected = everything if cases is None else everything[self._mask(cases)[self._case]]
+        self.has_labels = bool(label_cases)
+
+    def _mask(self, names: Collection[str]) -> np.ndarray:
+        """(cases,) bool: those of `names`."""
+        mask = np.zeros(len(self._number), dtype=bool)
+        mask[[self._number[name] for name in names]] = True
+        return mask
+
+    def may_read_label(self, samples: np.ndarray) -> np.ndarray:
+        """(N,) bool."""
+        return self._label_case[self._case[samples]]
+
+    def case_of(self, sample: int) -> CaseRecord:
+        return self.manifest.cases[self._case[sample]]
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the stream
+    def candidate_bits(self, case: str) -> np.ndarray:
+        number = self._number[case]
+        reliable = self.manifest.cases[number].reliable if self._label_case[number] else None
         return Catalogue(self.manifest.classes).candidate_bits(reliable)
 
-    @cached_property
-    def _reliable(self) -> dict[str, tuple[str, ...]]:
-        return {case.name: case.reliable for case in self.manifest.cases}
+    def copies(self, samples: np.ndarray, upsampling: Mapping[str, float]) -> np.ndarray | None:
+        """How often each of `samples` comes in an epoch."""
+        if not upsampling:
+            return None
+        datasets = {case.dataset for case in self.manifest.cases}
+        if unknown := set(upsampling) - datasets:
+            raise StreamError(
+                f"upsampling names data set {min(unknown)}; the shards hold {', '.join(sorted(datasets))}"
+            )
+        factor = np.array([upsampling.get(case.dataset, 1.0) for case in self.manifest.cases])
+        return factor[self._case[samples]]
+
+    def by_class(self, samples: np.ndarray) -> list[np.ndarray]:
+        """Of `samples`, those that hold each class that is reliably annotated in their case; no empty ones."""
+        stored = self._store.read(CLASSES_FILE)
+        present = self.manifest.check_table(CLASSES_FILE, stored, self._store.path(CLASSES_FILE))[samples]
+        classes = len(self.manifest.classes)
+        reliable = np.zeros((len(self.manifest.cases), classes), dtype=bool)
+        for row, case in enumerate(self.manifest.cases):
+            reliable[row, [self.manifest.classes.index(name) for name in case.reliable]] = True
+        holds = np.unpackbits(present, axis=1, count=classes, bitorder="little").astype(bool)
+        holds &= reliable[self._case[samples]]
+        return [samples[column] for column in holds.T if column.any()]
 
 
-class _Stored(NamedTuple):
-    """A sample as it lies in its shard, with the members that the index promises."""
+class _BadSamples:
+    """Keeps count of samples that could not be read, and tells of each once."""
 
-    path: Path
-    key: str
-    payloads: dict[str, bytes]
-    places: dict[str, Member]
+    def __init__(self, quarantine: Path | None, max_fraction: float, population: int, store: Store) -> None:
+        self._quarantine, self._max_fraction, self._population = quarantine, max_fraction, population
+        self._store = store
+        self._seen: set[int] = set()
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.wanted.sample in self._seen:
+            return
+        self._seen.add(outcome.wanted.sample)
+        shard, key = self._store.path(outcome.shard), outcome.key or f"sample {outcome.wanted.sample}"
+        logger.warning("%s: %s cannot be used, another sample stands in for it: %s", shard, key, outcome.cause)
+        if self._quarantine:
+            entry = {"shard": shard, "key": key, "cause": outcome.cause, "slot": outcome.wanted.slot}
+            with self._quarantine.open("a") as file:  # one write, so that ranks may share the file
+                file.write(json.dumps(entry) + "\n")
+        if len(self._seen) > self._max_fraction * self._population:
+            listed = f", listed in {self._quarantine}" if self._quarantine else ""
+            raise StreamError(
+                f"{shard}: {key}: {outcome.cause}; {len(self._seen)} of {self._population} samples cannot be read"
+                f"{listed}, more than data.max_bad_fraction {self._max_fraction:g} allows; run `mixcl shards verify`"
+            )
+
+
+def _order(samples: _Samples, mixture: Mixture, batch_size: int, seed: int) -> Order:
+    def deck(name: str, chosen: np.ndarray) -> Deck:
+        key = f"{samples.manifest.digest} {seed} {name}"
+        return Deck(chosen, samples.first_of_shard, key, samples.copies(chosen, mixture.upsampling))
+
+    if mixture.labelled_fraction is None:
+        rest, labelled, quota = samples.selected, [], 0
+    else:
+        quota = round(mixture.labelled_fraction * batch_size)
+        if abs(quota - mixture.labelled_fraction * batch_size) > 1e-6:
+            raise StreamError(
+                f"a share of {mixture.labelled_fraction} of a batch of {batch_size} is no whole number of samples; "
+                f"the nearest is {quota / batch_size:g}"
+            )
+        has_label = samples.may_read_label(samples.selected)
+        rest, of_label = samples.selected[~has_label], samples.selected[has_label]
+        parts = samples.by_class(of_label) if mixture.class_aware else [of_label]
+        labelled = [deck(f"class {number}", part) for number, part in enumerate(parts) if len(part)]
+    lacks = None
+    if quota and not labelled:
+        lacks = "no labels may be read"
+    elif len(rest) < batch_size - quota:
+        lacks = f"fewer than {batch_size - quota} patches without labels" if quota else f"{len(rest)} patches"
+    if lacks:
+        cure = "lower the batch size, or change data.labelled_fraction"
+        raise StreamError(f"the selected cases do not fill a batch of {batch_size}: {lacks}; {cure}")
+    return Order(deck("samples", rest), batch_size, seed, labelled, quota)
+
+
+def _pin(ring: Ring) -> None:
+    """Let the GPU read the ring's memory directly; where it may not, copies are only slower."""
+    address, size = np.frombuffer(ring.memory, np.uint8).ctypes.data, len(ring.memory)
+    error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+    if int(error) != 0:
+        logger.warning("the memory of batches could not be pinned (CUDA error %s)", int(error))

@@ -21,6 +21,7 @@ from mixcl_dist.cluster.checkpoint import CheckpointConfig
 from mixcl_dist.cluster.engine import EngineConfig
 from mixcl_dist.cluster.trials import TrialsConfig
 from mixcl_dist.data_shards.build import BuildConfig
+from mixcl_dist.data_shards.storage import CacheConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -38,8 +39,17 @@ class DataConfig:
     """How patches are streamed from shards."""
 
     workers: Annotated[int, Field(ge=0)] = 1
-    shuffle_buffer: Count = 256
-    """Samples held to be drawn from at random; shards are already shuffled across volumes when written."""
+    """Processes of each rank that read and decode; the order of samples does not depend on it."""
+    labelled_fraction: Fraction | None = None
+    """Share of every batch that shows cases of the label budget, held exactly; None draws all cases alike."""
+    class_aware: bool = True
+    """Within that share every annotated class is shown equally often."""
+    upsampling: dict[str, Positive] = field(default_factory=dict)
+    """Data set → how often its patches come in an epoch, e.g. {rare: 4}; 1 where it is not named."""
+    max_bad_fraction: Fraction = 0.001
+    """Share of samples that may turn out unreadable, and be replaced, before the run stops."""
+    cache: CacheConfig | None = None
+    """Where to keep what was read from a remote store, e.g. {folder: /scratch/mixcl, max_bytes: 2e11}."""
 
 
 @dataclass(frozen=True)

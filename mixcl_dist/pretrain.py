@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,7 +14,8 @@ from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch, world_size
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
 from mixcl_dist.data_shards.manifest import Manifest
-from mixcl_dist.data_shards.stream import PatchStream
+from mixcl_dist.data_shards.stream import Mixture, PatchStream
+from mixcl_dist.draws import Draws
 from mixcl_dist.networks import PretrainNetwork
 from mixcl_dist.objective import mixcl_loss
 from mixcl_dist.precision import autocast
@@ -26,14 +26,18 @@ from mixcl_dist.run import RunError, read_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.views import make_views
 
-FREE_ON_RESUME = ("checkpoint.", "pretrain.log_every", "pretrain.sample_every")
+FREE_ON_RESUME = (
+    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "engine.accumulation_steps",
+    "data.workers", "data.max_bad_fraction", "data.cache",
+)  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt."""
 
 
-def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -> None:
+def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = False) -> None:
     """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
 
-    Labels are read only of the cases in the budget (`config.budget`); the run records who they are. With `resume`
+    `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
+    who they are. With `resume`
     the newest whole checkpoint in `run` is continued exactly: same samples, same views.
     Raises `RunError`, `ConfigError` or the stream's errors, each one line with the cure.
     """
@@ -43,7 +47,7 @@ def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -
     torch.manual_seed(config.pretrain.seed)
     network = PretrainNetwork(config.network)
     engine = _launch(network, config)
-    stream = _stream(config, shards, manifest, label_cases, engine)
+    stream = _stream(config, shards, run, manifest, label_cases, engine)
     first = _resume(run, engine, stream) if resume else 0
     recorder = Recorder(run, config, manifest, label_cases, engine)
     recorder.forget_after(first)
@@ -53,18 +57,18 @@ def pretrain(config: Config, *, shards: Path, run: Path, resume: bool = False) -
     if engine.rank == 0:
         steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
     for step in steps:
-        for part in range(config.engine.accumulation_steps):
+        for _ in range(config.engine.accumulation_steps):
             with recorder.waiting():
                 batch = next(batches)
-            generator = _generator(engine, config.pretrain.seed, step, part)
-            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, generator)
+            draws = Draws(config.pretrain.seed, batch.slots, engine.device)
+            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
             rows = sample_rows(
                 views.patch_from_view,
                 config.views.size,
                 batch.label,
                 batch.candidate_bits,
                 config.rows,
-                generator,
+                draws,
             )
             with autocast(engine.device):
                 output = engine(views.image, rows.voxel_index)
@@ -131,17 +135,24 @@ def _micro_batch_size(config: Config, world_size: int) -> int:
     return config.pretrain.batch_size // parts
 
 
-def _stream(config: Config, shards: Path, manifest: Manifest, label_cases: list[str], engine: Engine) -> PatchStream:
+def _stream(
+    config: Config, shards: Path | str, run: Path, manifest: Manifest, label_cases: list[str], engine: Engine
+) -> PatchStream:
     return PatchStream(
         shards,
-        batch_size=_micro_batch_size(config, engine.world_size),
+        batch_size=config.pretrain.batch_size,
         seed=config.pretrain.seed,
         workers=config.data.workers,
-        shuffle_buffer=config.data.shuffle_buffer,
         cases=set(_training_cases(manifest)),
         label_cases=set(label_cases),
+        mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
         rank=engine.rank,
         world_size=engine.world_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        device=engine.device,
+        cache=config.data.cache,
+        quarantine=run / "quarantine.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
     )
 
 
@@ -160,12 +171,6 @@ def _launch(network: PretrainNetwork, config: Config) -> Engine:
         micro_batch_size=_micro_batch_size(config, world_size()),
         config=config.engine,
     )
-
-
-def _generator(engine: Engine, seed: int, step: int, part: int) -> torch.Generator:
-    """All randomness of one backward pass is a pure function of (seed, step, part, rank), so resuming repeats it."""
-    words = np.random.SeedSequence([seed, step, part, engine.rank]).generate_state(2, np.uint32)
-    return torch.Generator(engine.device).manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mixcl_dist.config import RowsConfig
+from mixcl_dist.draws import Draws
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ def sample_rows(
     label: torch.Tensor,
     candidate_bits: torch.Tensor,
     config: RowsConfig,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Rows:
     """Draw up to `config.per_view_pair` points a patch where both views see it, and say what each may be.
 
     `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 1) int64 with one bit for
-    each of C + 2 classes; all on the generator's device. Fewer rows come out where the overlap holds fewer points.
+    each of C + 2 classes; all on the draws' device. Fewer rows come out where the overlap holds fewer points.
     """
     patch_from_view = patch_from_view.double()
-    point, patch = _draw_points(torch.linalg.inv(patch_from_view), view_size, label, config, generator)
+    point, patch = _draw_points(torch.linalg.inv(patch_from_view), view_size, label, config, draws)
     view = torch.cat([patch, patch + len(label)])
     voxel = _apply(torch.linalg.inv(patch_from_view)[view], point.repeat(2, 1)).round()
     # A row may be what the label says at its own voxel's centre, or at its twin's: they differ at borders.
@@ -66,19 +67,19 @@ def _draw_points(
     view_size: tuple[int, int, int],
     label: torch.Tensor,
     config: RowsConfig,
-    generator: torch.Generator,
+    draws: Draws,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Points (P, 3) float64, voxel centres of their patches, and the patch (P,) of each; no two of one cell."""
     wanted = round(config.border_fraction * config.per_view_pair)
-    anywhere, border, has_border = _cell_points(label, config.min_spacing, generator)
+    anywhere, border, has_border = _cell_points(label, config.min_spacing, draws)
     seen = _in_both_views(view_from_patch, view_size, border) & has_border
     weight = _class_balance(label, border, seen)
-    border_cell, chosen = _draw(weight, wanted, generator)
+    border_cell, chosen = _draw(weight, wanted, draws)
     border_point = _pick(border, border_cell)
 
     free = _in_both_views(view_from_patch, view_size, anywhere) & _inside(anywhere, label.shape[1:])
     free &= ~torch.zeros_like(seen).scatter(1, border_cell, chosen)
-    cell, also_chosen = _draw(free.double(), config.per_view_pair, generator)
+    cell, also_chosen = _draw(free.double(), config.per_view_pair, draws)
     left = config.per_view_pair - chosen.sum(dim=1, keepdim=True)
     also_chosen &= torch.arange(cell.shape[1], device=cell.device) < left
 
@@ -88,7 +89,7 @@ def _draw_points(
 
 
 def _cell_points(
-    label: torch.Tensor, min_spacing: int, generator: torch.Generator
+    label: torch.Tensor, min_spacing: int, draws: Draws
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A random voxel of each cell (B, K, 3), a random one near a border (B, K, 3), whether the cell has one (B, K).
 
@@ -98,11 +99,11 @@ def _cell_points(
     """
     edge = 2 * min_spacing - 1
     device = label.device
-    phase = torch.randint(edge, (len(label), 1, 3), generator=generator, device=device)
+    phase = (edge * draws.uniform(1, 3)).long()
     corner = edge * _lattice([size // edge + 2 for size in label.shape[1:]], device) - phase
     cube = _lattice([min_spacing] * 3, device)
     voxel = corner[:, :, None] + cube
-    noise = torch.rand(voxel.shape[:3], generator=generator, device=device)
+    noise = draws.uniform(*voxel.shape[1:3], dtype=torch.float32)
     near = _lookup(_near_border(label), voxel) & _inside(voxel, label.shape[1:])
     anywhere = corner + cube[noise.argmax(dim=2)]
     border = corner + cube[(noise * near).argmax(dim=2)]
@@ -132,13 +133,13 @@ def _class_balance(label: torch.Tensor, point: torch.Tensor, usable: torch.Tenso
     return usable / count.gather(1, value).clamp(min=1)
 
 
-def _draw(weight: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(weight: torch.Tensor, count: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """Up to `count` columns of each row, drawn without replacement in proportion to `weight` (B, K).
 
     Returns (B, count) columns and which of them count: fewer where fewer weights are positive.
     """
     # The smallest of exponential waiting times, each with its own rate: weighted drawing without replacement.
-    waiting = torch.empty_like(weight).exponential_(generator=generator) / weight
+    waiting = draws.exponential(weight.shape[1]) / weight
     time, column = waiting.topk(min(count, weight.shape[1]), dim=1, largest=False)
     return column, time.isfinite()
 

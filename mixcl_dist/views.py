@@ -1,7 +1,7 @@
 """Two degraded, overlapping views of every patch of a batch, and the exact mapping of their voxels to the patch.
 
-All randomness comes from the generator given, on its device: equal generators make equal views. Call outside autocast,
-as intensities need float32.
+All randomness comes from the draws given, on their device, patch by patch. Call outside autocast, as intensities need
+float32.
 
 Legend: B patches, V = 2·B views (row b is the first, row B + b the second view of patch b), (X, Y, Z) patch size,
 (x, y, z) view size.
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from mixcl_dist.config import ViewsConfig
+from mixcl_dist.draws import Draws
 from mixcl_dist.intensity import normalise
 
 MASKED_VALUE = -1.0  # air: no tissue inside a body looks like a cube of it, and outside there is nothing to restore
@@ -40,54 +41,51 @@ def make_views(
     spacing: torch.Tensor,
     config: ViewsConfig,
     window_hu: tuple[float, float],
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Views:
     """Cut two views from each patch and degrade them.
 
-    `image` is (B, 1, X, Y, Z) in HU, `spacing` (B, 3) in mm; both on the generator's device. Raises `ValueError`
+    `image` is (B, 1, X, Y, Z) in HU, `spacing` (B, 3) in mm; both on the draws' device. Raises `ValueError`
     where a view is larger than the patch. Views are not flipped, since anatomical classes have sides.
     """
     patch_size = tuple(image.shape[2:])
     if any(edge > patch for edge, patch in zip(config.size, patch_size, strict=True)):
         raise ValueError(f"views.size {config.size} exceeds the patch size {patch_size}; choose a smaller view")
-    patch_from_view = _draw_geometry(patch_size, spacing, config, generator)
+    patch_from_view = _draw_geometry(patch_size, spacing, config, draws)
     hu = _resample(image.float().repeat(2, 1, 1, 1, 1), patch_from_view, config.size)
-    mask = _draw_mask(len(hu), config, generator)
-    degraded = normalise(_degrade(hu, config, generator), window_hu).masked_fill(mask, MASKED_VALUE)
+    mask = _draw_mask(config, draws)
+    degraded = normalise(_degrade(hu, config, draws), window_hu).masked_fill(mask, MASKED_VALUE)
     return Views(degraded, normalise(hu, window_hu), mask, patch_from_view.float())
 
 
 def _draw_geometry(
-    patch_size: tuple[int, ...], spacing: torch.Tensor, config: ViewsConfig, generator: torch.Generator
+    patch_size: tuple[int, ...], spacing: torch.Tensor, config: ViewsConfig, draws: Draws
 ) -> torch.Tensor:
     """(V, 4, 4) float64: turn and scale about the view's centre in mm, then move to the view's place in the patch."""
     spacing = spacing.double().repeat(2, 1)
     size = spacing.new_tensor(config.size)
     low, high = config.scale
-    scale = low + (high - low) * _uniform((len(spacing), 1), generator)
+    scale = low + (high - low) * _of_views(draws.uniform(2, 1))
     # S⁻¹ R S: a rotation in mm, written in voxels
-    turn = _draw_rotations(len(spacing), config.rotation_deg, generator)
+    turn = _draw_rotations(config.rotation_deg, draws)
     linear = scale[..., None] * turn * spacing[:, None, :] / spacing[:, :, None]
     centre = (size - 1) / 2
     matrix = torch.eye(4, dtype=torch.float64, device=spacing.device).repeat(len(spacing), 1, 1)
     matrix[:, :3, :3] = linear
-    matrix[:, :3, 3] = _draw_origins(patch_size, scale, config, generator) + centre - linear @ centre
+    matrix[:, :3, 3] = _draw_origins(patch_size, scale, config, draws) + centre - linear @ centre
     return matrix
 
 
-def _draw_rotations(count: int, largest_deg: float, generator: torch.Generator) -> torch.Tensor:
-    """(count, 3, 3) float64: turns about a uniformly random axis (Rodrigues' formula)."""
-    axis = torch.randn(count, 3, generator=generator, device=generator.device, dtype=torch.float64)
-    axis = F.normalize(axis, dim=1)
-    angle = torch.deg2rad(largest_deg * (2 * _uniform((count, 1, 1), generator) - 1))
+def _draw_rotations(largest_deg: float, draws: Draws) -> torch.Tensor:
+    """(V, 3, 3) float64: turns about a uniformly random axis (Rodrigues' formula)."""
+    axis = F.normalize(_of_views(draws.normal(2, 3)), dim=1)
+    angle = torch.deg2rad(largest_deg * (2 * _of_views(draws.uniform(2, 1, 1)) - 1))
     identity = torch.eye(3, dtype=axis.dtype, device=axis.device)
     cross = torch.linalg.cross(axis[:, None, :], identity[None], dim=-1).mT
     return identity + angle.sin() * cross + (1 - angle.cos()) * cross @ cross
 
 
-def _draw_origins(
-    patch_size: tuple[int, ...], scale: torch.Tensor, config: ViewsConfig, generator: torch.Generator
-) -> torch.Tensor:
+def _draw_origins(patch_size: tuple[int, ...], scale: torch.Tensor, config: ViewsConfig, draws: Draws) -> torch.Tensor:
     """(V, 3) float64 whole voxels: first corner of each view before it is turned and scaled about its centre.
 
     Scaled boxes lie inside the patch where they fit, else in its middle; two boxes share at least `min_overlap`.
@@ -100,11 +98,10 @@ def _draw_origins(
     fits, middle = low <= high, (room / 2).floor()
     low, high = torch.where(fits, low, middle), torch.where(fits, high, middle)
     # Overlap by volume is a product over axes: its logarithm is shared out among them at random.
-    share = low.new_empty(pairs, 3).exponential_(generator=generator)
-    share = share / share.sum(dim=1, keepdim=True)
+    share = F.normalize(draws.exponential(3), p=1, dim=1)
     reach = ((1 - config.min_overlap**share) * size).floor()
-    first = _uniform_whole(low, high, generator)
-    second = _uniform_whole(torch.maximum(low, first - reach), torch.minimum(high, first + reach), generator)
+    first = draws.whole(low, high)
+    second = draws.whole(torch.maximum(low, first - reach), torch.minimum(high, first + reach))
     return torch.cat([first, second])
 
 
@@ -121,26 +118,25 @@ def _resample(image: torch.Tensor, patch_from_view: torch.Tensor, size: tuple[in
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def _draw_mask(count: int, config: ViewsConfig, generator: torch.Generator) -> torch.Tensor:
-    """(count, 1, x, y, z) bool: the same number of blocks in every view, `mask_fraction` of them."""
+def _draw_mask(config: ViewsConfig, draws: Draws) -> torch.Tensor:
+    """(V, 1, x, y, z) bool: the same number of blocks in every view, `mask_fraction` of them."""
     blocks = [-(-edge // config.mask_block) for edge in config.size]
     total = blocks[0] * blocks[1] * blocks[2]
-    rank = _uniform((count, total), generator).argsort(dim=1).argsort(dim=1)
-    mask = (rank < round(config.mask_fraction * total)).view(count, 1, *blocks)
+    rank = _of_views(draws.uniform(2, total)).argsort(dim=1).argsort(dim=1)
+    mask = (rank < round(config.mask_fraction * total)).view(len(rank), 1, *blocks)
     for axis, edge in enumerate(config.size, start=2):
         mask = mask.repeat_interleave(config.mask_block, dim=axis).narrow(axis, 0, edge)
     return mask
 
 
-def _degrade(hu: torch.Tensor, config: ViewsConfig, generator: torch.Generator) -> torch.Tensor:
+def _degrade(hu: torch.Tensor, config: ViewsConfig, draws: Draws) -> torch.Tensor:
     """Blur and coarsen each axis of each view differently (as slice thickness does), then add noise and a shift."""
-    count = len(hu)
-    sigma = config.blur_sigma * _uniform((count, 3), generator).float()
-    factor = 1 + (config.low_resolution - 1) * _uniform((count, 3), generator).float()
+    sigma = config.blur_sigma * _of_views(draws.uniform(2, 3)).float()
+    factor = 1 + (config.low_resolution - 1) * _of_views(draws.uniform(2, 3)).float()
     smooth = (_smoothing(edge, sigma[:, a], factor[:, a]) for a, edge in enumerate(config.size))
     hu = torch.einsum("vcijk,vxi,vyj,vzk->vcxyz", hu, *smooth)
-    deviation, shift = _uniform((2, count, 1, 1, 1, 1), generator).float()
-    noise = torch.randn(hu.shape, generator=generator, device=hu.device)
+    deviation, shift = _of_views(draws.uniform(2, 2, 1, 1, 1, 1)).float().unbind(1)
+    noise = _of_views(draws.normal(2, *hu.shape[1:], dtype=torch.float32))
     return hu + noise * (config.noise_hu * deviation) + config.shift_hu * (2 * shift - 1)
 
 
@@ -157,10 +153,6 @@ def _smoothing(edge: int, sigma: torch.Tensor, factor: torch.Tensor) -> torch.Te
     return (keep / keep.sum(2, keepdim=True)) @ (blur / blur.sum(2, keepdim=True))
 
 
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
-
-
-def _uniform_whole(low: torch.Tensor, high: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Whole numbers, each of `low` … `high` inclusive equally likely."""
-    return low + (_uniform(tuple(low.shape), generator) * (high - low + 1)).floor()
+def _of_views(drawn: torch.Tensor) -> torch.Tensor:
+    """(B, 2, …), two for each patch, in the order of views: (V, …)."""
+    return drawn.transpose(0, 1).flatten(0, 1)

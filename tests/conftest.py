@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# How long an example takes says more of the machine's other work than of the code.
+settings.register_profile("mixcl", deadline=None)
+settings.load_profile("mixcl")
 
 # Without a GPU the Triton kernels are interpreted; Triton reads this when they are imported.
 if not torch.cuda.is_available():

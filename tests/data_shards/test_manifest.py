@@ -43,7 +43,7 @@ def test_the_digest_follows_the_content_and_not_its_layout(copy):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file or directory; finish the build"),
+        (None, "is missing; finish the build"),
         ("{", "is not a manifest; build the shards again"),
         ("[]", "is not a manifest; build the shards again"),
         ('{"version": 3}', "has format 3, this version reads 2; update mixcl-dist"),

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mixcl_dist.config import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
+from mixcl_dist.draws import Draws
 from mixcl_dist.networks import NetworkOutput, PretrainNetwork
 from mixcl_dist.objective import mixcl_loss
 from mixcl_dist.rows import Rows, sample_rows
@@ -21,16 +22,16 @@ LABELLED = [0b1100, 0b0001, 0b0010]
 
 def step(bits: list[int], objective: ObjectiveConfig, network: PretrainNetwork | None = None):
     """One pass of two patients through views, rows, network and loss."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
+    draws = Draws(0, range(2))
+    generator = torch.manual_seed(0)
     config = ViewsConfig(size=(16, 16, 16), mask_block=4)
     image = torch.randint(-1000, 1000, (2, 1, 24, 24, 24), generator=generator).to(torch.int16)
     label = torch.zeros(2, 24, 24, 24, dtype=torch.uint8)
     if bits != UNLABELLED:
         label[:, 4:20, 4:12], label[:, 4:20, 12:20] = 1, 2
-    views = make_views(image, torch.tensor([[1.0, 1.0, 2.5]] * 2), config, (-1000, 1000), generator)
+    views = make_views(image, torch.tensor([[1.0, 1.0, 2.5]] * 2), config, (-1000, 1000), draws)
     candidate_bits = torch.tensor([bits, bits])
-    rows = sample_rows(views.patch_from_view, (16,) * 3, label, candidate_bits, RowsConfig(), generator)
+    rows = sample_rows(views.patch_from_view, (16,) * 3, label, candidate_bits, RowsConfig(), draws)
     network = network or PretrainNetwork(NetworkConfig(filters=(4, 6, 8)))
     return mixcl_loss(network(views.image, rows.voxel_index), views, rows, objective)
 

@@ -8,6 +8,7 @@ import torch
 from scipy import ndimage
 
 from mixcl_dist.config import ViewsConfig
+from mixcl_dist.draws import Draws
 from mixcl_dist.intensity import normalise
 from mixcl_dist.views import MASKED_VALUE, Views, _smoothing, make_views
 
@@ -19,7 +20,7 @@ STILL = {"rotation_deg": 0.0, "scale": (1.0, 1.0)}
 
 def views_of(image: torch.Tensor, config: ViewsConfig, seed: int = 0) -> Views:
     spacing = torch.tensor(SPACING).repeat(len(image), 1)
-    return make_views(image, spacing, config, WINDOW, torch.Generator().manual_seed(seed))
+    return make_views(image, spacing, config, WINDOW, Draws(seed, range(len(image))))
 
 
 def random_patches(count: int = 2, size: tuple[int, ...] = (20, 24, 18), seed: int = 0) -> torch.Tensor:
@@ -31,12 +32,22 @@ def origins(views: Views) -> torch.Tensor:
     return views.patch_from_view[:, :3, 3]
 
 
-def test_equal_generators_make_equal_views():
+def test_equal_draws_make_equal_views():
     config = ViewsConfig(size=(16, 16, 16))
     first, again, other = (views_of(random_patches(), config, seed) for seed in (1, 1, 2))
     for a, b in zip(vars(first).values(), vars(again).values(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.image, other.image)
+
+
+def test_views_of_a_patch_do_not_depend_on_the_patches_beside_it():
+    """So a run makes the same views on any number of ranks and accumulation steps."""
+    patches, spacing = random_patches(4), torch.tensor(SPACING).repeat(4, 1)
+    config = ViewsConfig(size=(16, 16, 16))
+    whole = make_views(patches, spacing, config, WINDOW, Draws(5, [10, 11, 12, 13]))
+    half = make_views(patches[2:], spacing[2:], config, WINDOW, Draws(5, [12, 13]))
+    for one, part in zip(vars(whole).values(), vars(half).values(), strict=True):
+        torch.testing.assert_close(one[[2, 3, 6, 7]], part)
 
 
 def test_without_turn_and_scale_a_view_is_a_box_of_the_patch():

@@ -1,0 +1,158 @@
+"""Samples by number → arrays: found by the index, read in few requests, checked against their digests, decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mixcl_dist.data_shards.codec import decode_into, digest
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.order import WINDOW_SHARDS
+from mixcl_dist.data_shards.shard import Member, ShardError, parse_index
+from mixcl_dist.data_shards.storage import Span, StorageError, Store
+
+MAX_GAP = 1 << 16
+"""Bytes that may lie between two members of a sample; there are only headers and `.json` between them."""
+
+
+class Wanted(NamedTuple):
+    """One row of a batch that is to be filled."""
+
+    row: int
+    slot: int
+    attempt: int
+    """0 for the slot's own sample, n for its n-th replacement."""
+    sample: int
+    """Number of the sample, counted through all shards."""
+    label: bool
+    """Whether its label is to be read; else the label is 0."""
+
+
+class Outcome(NamedTuple):
+    """What became of a row."""
+
+    wanted: Wanted
+    key: str
+    """Empty where the sample's name could not be read."""
+    shard: str
+    cause: str | None
+    """Why the row was not filled, in one line; None where it was."""
+
+
+class SampleReader:
+    """Reads samples of one set of shards; each worker process has its own."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self._store = store
+        self._shape = manifest.patch_size
+        # Only what is needed of the manifest: this object is sent to every worker.
+        self._files = [shard.file for shard in manifest.shards]
+        self._bytes = [shard.bytes for shard in manifest.shards]
+        self._index_digests = [shard.index_xxh3 for shard in manifest.shards]
+        self._first_of_shard = np.cumsum([0] + [shard.samples for shard in manifest.shards])
+
+    def read(self, wanted: Sequence[Wanted], image: np.ndarray, label: np.ndarray | None) -> list[Outcome]:
+        """Fill the rows of `image`, (rows, X, Y, Z) int16, and `label`, the same in uint8, that are wanted.
+
+        `label` None reads no labels. What cannot be read says so in its outcome, and its row holds anything.
+        """
+        places = [self._place(one) for one in wanted]
+        found = [place for place in places if isinstance(place, _Place)]
+        payloads = iter(self._store.read_spans([place.span for place in found]))
+        outcomes = []
+        for one, place in zip(wanted, places, strict=True):
+            if isinstance(place, Outcome):
+                outcomes.append(place)
+                continue
+            row_label = None if label is None else label[one.row]
+            cause = self._fill(place, next(payloads), image[one.row], row_label)
+            outcomes.append(Outcome(one, place.key, place.span.file, cause))
+        return outcomes
+
+    def _place(self, one: Wanted) -> _Place | Outcome:
+        shard = int(np.searchsorted(self._first_of_shard, one.sample, side="right")) - 1
+        file = self._files[shard]
+        try:
+            key, members = self._index(shard)[one.sample - self._first_of_shard[shard]]
+            return _Place.of(file, key, members, one.label, math.prod(self._shape), self._bytes[shard])
+        except (ShardError, StorageError) as error:
+            return Outcome(one, "", file, str(error))
+
+    @lru_cache(maxsize=3 * WINDOW_SHARDS)  # noqa: B019 - a reader lives as long as its process
+    def _index(self, shard: int) -> list[tuple[str, dict[str, Member]]]:
+        name = self._files[shard].removesuffix(".tar") + ".index.json"
+        content, where = self._store.read(name), self._store.path(name)
+        if digest(content) != self._index_digests[shard]:
+            raise ShardError(f"{where}: is not the index that the manifest names; build the shards again")
+        samples = list(parse_index(content, where).samples.items())
+        if len(samples) != self._first_of_shard[shard + 1] - self._first_of_shard[shard]:
+            raise ShardError(f"{where}: has {len(samples)} samples, unlike the manifest; build the shards again")
+        return samples
+
+    def _fill(
+        self, place: _Place, content: bytes | memoryview | StorageError, image: np.ndarray, label: np.ndarray | None
+    ) -> str | None:
+        """Decode one sample into its row; returns why that failed."""
+        cause = place.decode(content, image, label)
+        if cause and not isinstance(content, StorageError):
+            # Read once more, past a cache: the bytes may have been damaged on their way.
+            self._store.forget(place.span)
+            (content,) = self._store.read_spans([place.span])
+            cause = place.decode(content, image, label)
+        return cause
+
+
+class _Place(NamedTuple):
+    """Where the payloads of a sample lie."""
+
+    key: str
+    span: Span
+    image: tuple[str, Member]
+    label: tuple[str, Member] | None
+
+    @classmethod
+    def of(
+        cls, file: str, key: str, members: Mapping[str, Member], label: bool, voxels: int, shard_bytes: int
+    ) -> _Place:
+        """Raises `ShardError` for an index whose sizes no such sample can have, before anything of them is read."""
+        image = _only("ct.", members)
+        if image is None:
+            raise ShardError(f"{file}: {key} has no image; build the shards again")
+        chosen = _only("seg.", members) if label else None
+        parts = [image[1]] + ([chosen[1]] if chosen else [])
+        begin, end = min(part.offset for part in parts), max(part.offset + part.size for part in parts)
+        stored = sum(part.size for part in parts)
+        if not (
+            0 < stored <= 4 * voxels + MAX_GAP and end - begin <= stored + MAX_GAP and 0 <= begin < end <= shard_bytes
+        ):
+            raise ShardError(f"{file}: {key} has impossible sizes in the index; build the shards again")
+        return cls(key, Span(file, begin, end), image, chosen)
+
+    def decode(
+        self, content: bytes | memoryview | StorageError, image: np.ndarray, label: np.ndarray | None
+    ) -> str | None:
+        if isinstance(content, StorageError):
+            return str(content)
+        view = memoryview(content)
+        for place, out in ((self.image, image), (self.label, label)):
+            if place is None or out is None:
+                continue
+            name, member = place
+            payload = view[member.offset - self.span.start :][: member.size]
+            if digest(payload) != member.xxh3:
+                return f"{self.key}.{name} is damaged"
+            try:
+                decode_into(name, payload, out)
+            except ValueError as error:
+                return f"{self.key}.{name}: {error}"
+        if self.label is None and label is not None:
+            label[...] = 0
+        return None
+
+
+def _only(prefix: str, members: Mapping[str, Member]) -> tuple[str, Member] | None:
+    return next((item for item in members.items() if item[0].startswith(prefix)), None)
