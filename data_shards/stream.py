@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -120,7 +120,7 @@ class PatchStream:
         self._manifest = Manifest.load(self._store)
         self._samples = _Samples(self._store, self._manifest, cases, label_cases)
         self._order = _order(self._samples, mixture, batch_size, seed)
-        self._batch_size = batch_size
+        self._mixture = mixture
         self._share = batch_size // (world_size * accumulation_steps)
         self._rank, self._world_size = rank, world_size
         self._workers = workers
@@ -175,12 +175,16 @@ class PatchStream:
             if self._device.type == "cuda":
                 _pin(ring)
             next_slot = self._slot
+            count = self._count()
             while True:
                 while len(ring) < ring.ahead:
                     first = next_slot + self._rank * self._share
                     ring.submit(self._wanted(first, self._order.draw(first, self._share)))
                     next_slot += self._share * self._world_size
-                yield self._batch(ring.take())
+                filled = ring.take()
+                if count:
+                    count.add(filled.outcomes)
+                yield self._batch(filled)
 
     def _on_device(self) -> Generator[Batch, None, None]:
         """Batches on the GPU: while one is used, the next crosses on a stream of its own."""
@@ -198,6 +202,13 @@ class PatchStream:
                     for tensor in (arrived[0].image, arrived[0].label, arrived[0].candidate_bits, arrived[0].spacing):
                         tensor.record_stream(torch.cuda.current_stream(self._device))
                     yield arrived[0]
+
+    def _count(self) -> _EpochCount | None:
+        """A mixture has no epochs in which each sample must come once."""
+        if self._mixture.labelled_fraction is not None or self._mixture.upsampling:
+            return None
+        samples, selected = self._manifest.patches, len(self._samples.selected)
+        return _EpochCount(samples, selected, self._slot, self._rank, self._world_size, self._share)
 
     def _wanted(self, first: int, samples: np.ndarray) -> list[Wanted]:
         labelled = self._samples.may_read_label(samples)
@@ -296,6 +307,42 @@ class _Samples:
         holds = np.unpackbits(present, axis=1, count=classes, bitorder="little").astype(bool)
         holds &= reliable[self._case[samples]]
         return [samples[column] for column in holds.T if column.any()]
+
+
+class _EpochCount:
+    """Asserts that an epoch shows no sample twice, and as many on this rank as it has slots."""
+
+    def __init__(self, samples: int, selected: int, first_slot: int, rank: int, world_size: int, share: int) -> None:
+        self._size, self._first_slot = selected, first_slot
+        self._rank, self._world_size, self._share = rank, world_size, share
+        self._epoch, self._shown = first_slot // selected, 0
+        self._seen = np.zeros(samples, dtype=bool)
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Count rows in the order of their slots; raises `StreamError`."""
+        for wanted, *_ in outcomes:
+            epoch = wanted.slot // self._size
+            if epoch > self._epoch:
+                self._close()
+                self._epoch, self._shown = epoch, 0
+                self._seen[:] = False
+            self._shown += 1
+            if wanted.attempt == 0:  # a replacement may well come in its own place, too
+                if self._seen[wanted.sample]:
+                    raise StreamError(f"epoch {epoch} shows sample {wanted.sample} twice: a defect, please report it")
+                self._seen[wanted.sample] = True
+
+    def _close(self) -> None:
+        begin = max(self._first_slot, self._epoch * self._size)
+        expected = self._mine_before((self._epoch + 1) * self._size) - self._mine_before(begin)
+        if self._shown != expected:
+            what = f"epoch {self._epoch} showed {self._shown} samples where {expected} belong to rank {self._rank}"
+            raise StreamError(f"{what}: a defect, please report it")
+
+    def _mine_before(self, slot: int) -> int:
+        """This rank's slots before `slot`."""
+        rounds, rest = divmod(slot, self._share * self._world_size)
+        return rounds * self._share + min(max(rest - self._rank * self._share, 0), self._share)
 
 
 class _BadSamples:

@@ -213,7 +213,9 @@ def _add_shards(verbs: Any) -> None:
 def _add_training(verbs: Any) -> None:
     example = "mixcl pretrain --data shards --run runs/pretrained --pretrain.steps 2000"
     add = _verb(verbs, "pretrain", _pretrain, "pre-train a network on shards", example)
-    add("--data", type=Path, required=True, metavar="SHARDS", help="folder made by `mixcl shards build`")
+    add(
+        "--data", required=True, metavar="SHARDS", help="folder made by `mixcl shards build`, or its http, s3 or gs URL"
+    )
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
     add("--resume", choices=["latest"], help="go on from its newest whole checkpoint, with its settings")
 

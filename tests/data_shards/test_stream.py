@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from mixcl_dist.data_shards.build import build
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.codec import decode
 from mixcl_dist.data_shards.manifest import Manifest, ManifestError, case_of
+from mixcl_dist.data_shards.order import Order
 from mixcl_dist.data_shards.shard import read_index
-from mixcl_dist.data_shards.stream import Mixture, PatchStream, StreamError
+from mixcl_dist.data_shards.stream import Batch, Mixture, PatchStream, StreamError
 
 
 def stream_of(shards: Path, **changes) -> PatchStream:
@@ -170,6 +173,29 @@ class TestOrder:
         before = torch.get_rng_state(), np.random.get_state()[1].tolist()
         next(iter(stream_of(built)))
         assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist()
+
+
+class TestCounts:
+    @pytest.mark.parametrize(("world_size", "rank", "start"), [(1, 0, 0), (3, 1, 0), (2, 1, 6), (3, 2, 60)])
+    def test_epochs_pass_on_every_rank_from_any_start(self, built, world_size, rank, start):
+        stream = stream_of(built, batch_size=6, world_size=world_size, rank=rank)
+        stream.seek(stream.position() | {"slot": start})
+        keys_of(stream, 3 * stream.samples_per_epoch // 6)
+
+    def test_a_sample_that_comes_twice_is_a_defect_that_stops_the_run(self, built, monkeypatch):
+        monkeypatch.setattr(Order, "draw", lambda self, first, count: np.arange(first, first + count) % 7)
+        with pytest.raises(StreamError, match="epoch 0 shows sample 0 twice: a defect"):
+            epoch_of(built)
+
+    def test_slots_that_are_left_out_are_a_defect_that_stops_the_run(self, built, monkeypatch):
+        stream = stream_of(built, batch_size=1)
+        wanted = stream._wanted
+        skip = 5
+        monkeypatch.setattr(stream, "_wanted", lambda first, samples: [
+            one._replace(slot=one.slot + (first > skip)) for one in wanted(first, samples)
+        ])  # fmt: skip
+        with pytest.raises(StreamError, match=r"epoch 0 showed (\d+) samples where \d+ belong to rank 0"):
+            keys_in(stream, stream.samples_per_epoch + 2)
 
 
 class TestMixture:
@@ -426,3 +452,24 @@ def _children() -> list[int]:
     import psutil
 
     return [p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_batches_cross_to_a_gpu_one_ahead_in_the_same_order(built, monkeypatch):
+    """With stand-ins for CUDA: that the next batch crosses while one is used, and none is let go before it has."""
+    events = []
+
+    class CopyStream:
+        def synchronize(self):
+            events.append("arrived")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: CopyStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *region: 0))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(Batch, "to", lambda batch, device: events.append(batch.keys) or batch)
+    stream, expected = stream_of(built, device=torch.device("cuda")), keys_of(stream_of(built), 7)
+    for number, batch in enumerate(islice(stream, 6)):
+        assert batch.keys == expected[number]
+        assert events[-1] == expected[number + 1] and events.count("arrived") == number + 1
+        assert stream.position()["slot"] == 3 * (number + 1), "what crossed ahead is not taken yet"
