@@ -13,7 +13,7 @@ from mixcl_dist.data_shards.codec import decode_into, digest
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.order import WINDOW_SHARDS
 from mixcl_dist.data_shards.shard import Member, ShardError, parse_index
-from mixcl_dist.data_shards.storage import Span, StorageError, Store
+from mixcl_dist.data_shards.storage import Span, StorageError, Store, UnreachableError
 
 MAX_GAP = 1 << 16
 """Bytes that may lie between two members of a sample; there are only headers and `.json` between them."""
@@ -41,6 +41,8 @@ class Outcome(NamedTuple):
     shard: str
     cause: str | None
     """Why the row was not filled, in one line; None where it was."""
+    unreachable: bool = False
+    """Whether the bytes may well be there, but could not be had now."""
 
 
 class SampleReader:
@@ -67,10 +69,9 @@ class SampleReader:
         for one, place in zip(wanted, places, strict=True):
             if isinstance(place, Outcome):
                 outcomes.append(place)
-                continue
-            row_label = None if label is None else label[one.row]
-            cause = self._fill(place, next(payloads), image[one.row], row_label)
-            outcomes.append(Outcome(one, place.key, place.span.file, cause))
+            else:
+                row_label = None if label is None else label[one.row]
+                outcomes.append(self._fill(one, place, next(payloads), image[one.row], row_label))
         return outcomes
 
     def _place(self, one: Wanted) -> _Place | Outcome:
@@ -80,7 +81,7 @@ class SampleReader:
             key, members = self._index(shard)[one.sample - self._first_of_shard[shard]]
             return _Place.of(file, key, members, one.label, math.prod(self._shape), self._bytes[shard])
         except (ShardError, StorageError) as error:
-            return Outcome(one, "", file, str(error))
+            return Outcome(one, "", file, str(error), isinstance(error, UnreachableError))
 
     @lru_cache(maxsize=3 * WINDOW_SHARDS)  # noqa: B019 - a reader lives as long as its process
     def _index(self, shard: int) -> list[tuple[str, dict[str, Member]]]:
@@ -94,16 +95,22 @@ class SampleReader:
         return samples
 
     def _fill(
-        self, place: _Place, content: bytes | memoryview | StorageError, image: np.ndarray, label: np.ndarray | None
-    ) -> str | None:
-        """Decode one sample into its row; returns why that failed."""
-        cause = place.decode(content, image, label)
-        if cause and not isinstance(content, StorageError):
-            # Read once more, past a cache: the bytes may have been damaged on their way.
+        self,
+        one: Wanted,
+        place: _Place,
+        content: memoryview | StorageError,
+        image: np.ndarray,
+        label: np.ndarray | None,
+    ) -> Outcome:
+        """Decode one sample into its row."""
+        cause = None if isinstance(content, StorageError) else place.decode(content, image, label)
+        if cause:  # read once more, past a cache: the bytes may have been damaged on their way
             self._store.forget(place.span)
             (content,) = self._store.read_spans([place.span])
-            cause = place.decode(content, image, label)
-        return cause
+            cause = None if isinstance(content, StorageError) else place.decode(content, image, label)
+        if isinstance(content, StorageError):
+            return Outcome(one, place.key, place.span.file, str(content), isinstance(content, UnreachableError))
+        return Outcome(one, place.key, place.span.file, cause)
 
 
 class _Place(NamedTuple):
@@ -132,17 +139,13 @@ class _Place(NamedTuple):
             raise ShardError(f"{file}: {key} has impossible sizes in the index; build the shards again")
         return cls(key, Span(file, begin, end), image, chosen)
 
-    def decode(
-        self, content: bytes | memoryview | StorageError, image: np.ndarray, label: np.ndarray | None
-    ) -> str | None:
-        if isinstance(content, StorageError):
-            return str(content)
-        view = memoryview(content)
+    def decode(self, content: memoryview, image: np.ndarray, label: np.ndarray | None) -> str | None:
+        """Fill a row; returns why that failed."""
         for place, out in ((self.image, image), (self.label, label)):
             if place is None or out is None:
                 continue
             name, member = place
-            payload = view[member.offset - self.span.start :][: member.size]
+            payload = content[member.offset - self.span.start :][: member.size]
             if digest(payload) != member.xxh3:
                 return f"{self.key}.{name} is damaged"
             try:

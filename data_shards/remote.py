@@ -11,8 +11,9 @@ import logging
 import os
 import random
 import re
+import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -55,6 +56,9 @@ class RemoteStore(Store):
     def __init__(self, url: str, cache: CacheConfig | None = None) -> None:
         self._url = url
         self._scheme, _, self._root = url.partition("://")
+        if not _names_a_place(url):
+            examples = "give one like https://server/path or s3://bucket/path"
+            raise StorageError(f"{without_credentials(url)} is not a URL; {examples}")
         self._public = without_credentials(url).rstrip("/")
         if self._scheme in ("s3", "gs") and self._public != url.rstrip("/"):
             raise StorageError(f"{self._public}: was given with credentials or options; set them in the environment")
@@ -165,7 +169,8 @@ class RemoteStore(Store):
             except TimeoutError:
                 what = f"there was no whole answer within {time_limit_s:.3g} s"
             else:
-                self._identities[block.file] = answer.identity
+                if answer.body:
+                    self._identities[block.file] = answer.identity
                 return answer.body
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1)) * _JITTER.uniform(0.5, 1)
             if attempt == ATTEMPTS or time.monotonic() + pause - began > PATIENCE_S:
@@ -197,7 +202,7 @@ class _RefusedError(Exception):
 
 
 def _failure(status: int, code: str = "") -> Exception:
-    """What a status of 400 or more means; `code` is S3's name for it."""
+    """What a status without the bytes means; `code` is S3's name for it."""
     answer = f"HTTP {status}" if code in ("", str(status)) else f"HTTP {status} {code}"
     if status in (408, 425, 429) or status >= 500 or code == "RequestTimeout":
         return _PassingError(f"the server answered {answer}")
@@ -253,6 +258,8 @@ async def _get_by(
         raise _RefusedError(f"no trusted connection ({type(error).__name__}); check the server's certificate") from None
     except aiohttp.ClientConnectorError as error:
         number = error.os_error.errno or 0
+        if number == socket.EAI_NONAME:
+            raise _RefusedError("no server has this name; check the URL") from None
         why = os.strerror(number) if number > 0 else error.os_error.strerror  # negative: of the name's look-up
         raise _PassingError(f"no connection ({why})") from None
     except (aiohttp.ClientPayloadError, asyncio.IncompleteReadError):
@@ -268,22 +275,29 @@ async def _get_by(
 async def _checked(response: aiohttp.ClientResponse, wanted: tuple[int, int] | None) -> _Answer:
     """The answer whose header has come, once all of its body has."""
     headers = response.headers
-    if response.status == 416 and wanted:
-        return _Answer(b"", None)
-    if response.status >= 400:
+    if wanted and (response.status == 416 or (response.status == 200 and response.content_length == 0)):
+        return _Answer(b"", None)  # the file ends before, or is empty
+    if response.status not in (200, 206):
         raise _failure(response.status)
-    modified = f"{headers.get('Last-Modified')} {headers.get('Content-Range', '').rpartition('/')[2]}"
-    identity = headers.get("x-goog-generation") or headers.get("ETag") or ("Last-Modified" in headers and modified)
     if wanted is None:
         if response.content_length is None and "Transfer-Encoding" not in headers:
             raise _RefusedError("the server does not say how long it is, and a cut would pass unseen")
-        return _Answer(await response.read(), identity or None)
+        return _Answer(await response.read(), _identity(headers))
     if response.status != 206:
         raise _RefusedError("the server ignores ranges; serve the shards from one that supports them")
     length = _length(wanted, headers.get("Content-Range"))
     if response.content_length not in (None, length):
         raise _PassingError(f"the server sent {response.content_length} bytes instead of {length}")
-    return _Answer(await response.content.readexactly(length), identity or None)
+    return _Answer(await response.content.readexactly(length), _identity(headers))
+
+
+def _identity(headers: Mapping[str, str]) -> str | None:
+    """Google's number of the version, else the ETag, else date and size, which miss two changes in one second."""
+    if version := headers.get("x-goog-generation") or headers.get("ETag"):
+        return version
+    if modified := headers.get("Last-Modified"):
+        return f"{modified}, {headers.get('Content-Range', '').rpartition('/')[2]} bytes"
+    return None
 
 
 async def _get_s3(connection: Any, address: str, wanted: tuple[int, int] | None) -> _Answer:
@@ -313,7 +327,7 @@ async def _get_s3(connection: Any, address: str, wanted: tuple[int, int] | None)
         raise _PassingError("the body was cut") from None
     except (boto.HTTPClientError, boto.ConnectionError, aiohttp.ClientError, ConnectionError) as error:
         raise _PassingError(f"the connection broke ({type(error).__name__})") from None
-    except boto.BotoCoreError as error:
+    except (boto.BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
         raise _RefusedError(f"{error}; check the credentials and AWS settings".replace("\n", " ")) from None
 
 
@@ -330,6 +344,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": CONCURRENT_REQUESTS}},
     "gs": {},
 }
+
+
+def _names_a_place(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # A bucket's name may have colons.
+        return bool(parts.netloc) and (parts.scheme in ("s3", "gs") or parts.port != 0)
+    except ValueError:
+        return False
 
 
 def _address(scheme: str, root: str, name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 _MAX_GAP = 1 << 16
@@ -167,8 +167,7 @@ class Store(ABC):
 
     def _unsafe(self, name: str) -> StorageError | None:
         """Names may come from a manifest that nobody vouches for."""
-        path = PurePosixPath(name)
-        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             return StorageError(f"{self.path('')}: {name!r} is not the name of a file in it")
         return None
 
@@ -195,14 +194,10 @@ def _blocks(spans: Sequence[Span], positions: Iterable[int]) -> list[Block]:
     blocks: list[Block] = []
     for position in sorted(positions, key=spans.__getitem__):
         file, start, end = spans[position]
-        last = blocks[-1] if blocks else None
-        if (
-            last
-            and last.file == file
-            and start <= last.end + _MAX_GAP
-            and max(end, last.end) <= last.start + _MAX_BLOCK
-        ):
-            last.end = max(end, last.end)
+        last = blocks[-1] if blocks else Block("", 0, 0)
+        both_end = max(end, last.end)
+        if last.file == file and start <= last.end + _MAX_GAP and both_end <= last.start + _MAX_BLOCK:
+            last.end = both_end
             last.positions.append(position)
         else:
             blocks.append(Block(file, start, end, [position]))

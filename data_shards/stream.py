@@ -219,6 +219,8 @@ class PatchStream:
 
     def _replace(self, outcome: Outcome) -> Wanted:
         """What a row that could not be filled shows instead; raises `StreamError` when there are too many of them."""
+        if outcome.unreachable:  # to show another sample would make the run depend on the network
+            raise StreamError(f"{outcome.cause}; when it is there again, run again with --resume latest")
         self._bad.add(outcome)
         slot, attempt = outcome.wanted.slot, outcome.wanted.attempt + 1
         if attempt > MAX_ATTEMPTS:
