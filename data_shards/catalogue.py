@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_CLASSES = 255
+IGNORED = 255
+"""In a label: a voxel of which nobody knows the class."""
+MAX_CLASSES = IGNORED - 1
 """Labels are stored as uint8."""
 MAX_CANDIDATES = 60
 """Candidate sets are int64 bit masks: one bit for each class, two for everything else, none for the sign."""
@@ -16,7 +18,7 @@ MAX_CANDIDATES = 60
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Class names in label order: label k > 0 is `classes[k - 1]`, 0 is everything else."""
+    """Class names in label order: label k > 0 is `classes[k - 1]`, 0 is everything else, `IGNORED` is unknown."""
 
     classes: tuple[str, ...]
 
@@ -34,22 +36,23 @@ class Catalogue:
             raise KeyError(unknown_name("class", name, self.classes)) from None
 
     def candidate_bits(self, annotated: Sequence[str] | None) -> np.ndarray:
-        """Which classes a voxel of each label may belong to, as a (C + 1,) int64 bit mask.
+        """Which classes a voxel of each label may belong to, as a (C + 2,) int64 bit mask.
 
+        Entry k is of label k, the last one of `IGNORED`: a label `l` is looked up as `bits[np.minimum(l, C + 1)]`.
         Class k has bit k - 1; bits C and C + 1 stand for "none of the catalogue". They are two because two
         voxels that are both none of the catalogue need not be the same tissue. An annotated label is that
-        class alone; the background is anything but the annotated classes; without annotation every voxel may
-        be anything.
+        class alone; the background is anything but the annotated classes; an ignored voxel, and without
+        annotation every voxel, may be anything.
         """
         everything = (1 << (len(self.classes) + 2)) - 1
         if not annotated:
-            return np.full(len(self.classes) + 1, -1 if everything >= 1 << 63 else everything, dtype=np.int64)
+            return np.full(len(self.classes) + 2, -1 if everything >= 1 << 63 else everything, dtype=np.int64)
         if len(self.classes) > MAX_CANDIDATES:
             raise ValueError(
                 f"{len(self.classes)} classes; labels can guide pre-training for at most {MAX_CANDIDATES}: "
                 "build shards from fewer classes, or stream without labels"
             )
-        bits = np.full(len(self.classes) + 1, everything, dtype=np.int64)
+        bits = np.full(len(self.classes) + 2, everything, dtype=np.int64)
         for label in map(self.index, annotated):
             bits[label] = 1 << (label - 1)
             bits[0] &= ~bits[label]

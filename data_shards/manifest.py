@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,22 @@ import numpy as np
 import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mixcl_dist.data_shards.shard import read_index, verify_shard
-from mixcl_dist.data_shards.storage import StorageError, Store, open_store, publish
+from mixcl_dist.data_shards.storage import MissingError, Store, open_store, publish
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 CASES_FILE, CLASSES_FILE = "sample-cases.npy", "sample-classes.npy"
+FINGERPRINTS_FILE = "case-fingerprints.npy"
 HU_BINS = (-1024, 3072, 64)
 """First edge, last edge and number of the histogram's bins; values outside count in the outermost."""
+SPACING_EDGES_MM = (0.0, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, math.inf)
+"""Edges of the bins of `Manifest.spacing_histogram`; a bin holds its lower edge."""
+
+_TABLE_DTYPES: dict[str, np.dtype[Any]] = {
+    CASES_FILE: np.dtype("<u4"),
+    CLASSES_FILE: np.dtype("u1"),
+    FINGERPRINTS_FILE: np.dtype("i1"),
+}
 
 
 class ManifestError(ValueError):
@@ -42,7 +51,11 @@ class CaseRecord:
     patches: int
     spacing_mm: tuple[float, float, float]
     source_digest: str
-    """Of the voxels as they were read: equal for copies of one scan, whatever their file is called."""
+    """Of the voxels as they were read, before resampling: equal for copies of one scan, whatever their file's name."""
+    label_digest: str | None
+    """Of the label as it was read, in the numbers of `Manifest.classes`; None without one."""
+    shows_face: bool
+    """Whether a face could be rendered from it."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,17 @@ class Manifest:
     codec: dict[str, str]
     hu_histogram: tuple[int, ...]
     """Voxels of all volumes, cropped to the body, in the bins of `HU_BINS`."""
+    spacing_histogram: tuple[tuple[int, ...], ...]
+    """Cases along X, Y and Z in the bins of `SPACING_EDGES_MM`."""
+    annotated: dict[str, dict[str, int]]
+    """Data set → class → number of its cases in which the class's label may be relied on."""
+    settings: dict[str, Any]
+    """How the shards were built: `BuildConfig` without what they do not depend on."""
     versions: dict[str, str]
     tables: dict[str, str]
-    """File → xxh3 of what is known of every sample, in the order of the shards: `sample-cases.npy`, (N,) uint32, is
-    the position of its case in `cases`; `sample-classes.npy`, (N, ⌈C / 8⌉) uint8, has bit k - 1 (little-endian) set
-    where a voxel has label k."""
+    """File → xxh3 of its array's bytes. Of every sample, in the order of the shards, `sample-cases.npy`, (N,) uint32,
+    has the position of its case in `cases`; `sample-classes.npy`, (N, ⌈C / 8⌉) uint8, has bit k - 1 (little-endian)
+    set where a voxel has label k. Of every case `case-fingerprints.npy`, (cases, F) int8, has its `fingerprint`."""
 
     @cached_property
     def digest(self) -> str:
@@ -99,7 +118,7 @@ class Manifest:
         store = shards if isinstance(shards, Store) else open_store(shards)
         try:
             return cls.parse(store.read(FILE_NAME), store.path(FILE_NAME))
-        except StorageError as error:
+        except MissingError as error:
             cure = "finish the build with `mixcl shards build`, or give another folder"
             raise ManifestError(f"{error}; {cure}") from None
 
@@ -125,10 +144,56 @@ class Manifest:
             file.write(_MANIFEST.dump_json(self, indent=1))
 
     def check_table(self, name: str, content: bytes, path: Path | str) -> np.ndarray:
-        """The table `name` in `content`, read from `path`; raises `ManifestError` unless it is the manifest's."""
-        if xxhash.xxh3_64_hexdigest(content) != self.tables.get(name):
+        """The table `name` in `content`, read from `path`; raises `ManifestError` unless it is the manifest's.
+
+        Rows and columns beyond this manifest's are left out: they are of an append whose own manifest is to follow.
+        """
+        rows, dtype = len(self.cases) if name == FINGERPRINTS_FILE else self.patches, _TABLE_DTYPES[name]
+        table = _stored_array(content, dtype)
+        if table is None or table.ndim != (1 if name == CASES_FILE else 2) or len(table) < rows:
+            raise ManifestError(f"{path}: is not a table of {rows} rows; build the shards again")
+        table = table[:rows, : math.ceil(len(self.classes) / 8)] if name == CLASSES_FILE else table[:rows]
+        if table_digest(table) != self.tables.get(name):
             raise ManifestError(f"{path}: is not the table that the manifest names; build the shards again")
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        if name == CASES_FILE and rows and table.max() >= len(self.cases):
+            raise ManifestError(f"{path}: names a case that the manifest does not have; build the shards again")
+        return np.ascontiguousarray(table)
+
+
+def table_digest(table: np.ndarray) -> str:
+    """As `Manifest.tables` has it."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(table).data)
+
+
+def spacing_histogram(spacings_mm: Sequence[Sequence[float]]) -> tuple[tuple[int, ...], ...]:
+    """As `Manifest.spacing_histogram` has it."""
+    rounded = np.round(np.array(spacings_mm), 6)  # a spacing of 1 mm that a header states as 0.99999998
+    return tuple(tuple(np.histogram(axis, SPACING_EDGES_MM)[0].tolist()) for axis in rounded.T)
+
+
+def annotated_by_dataset(cases: Sequence[CaseRecord]) -> dict[str, dict[str, int]]:
+    """As `Manifest.annotated` has it."""
+    counts: dict[str, dict[str, int]] = {}
+    for case in cases:
+        of_dataset = counts.setdefault(case.dataset, {})
+        for name in case.reliable:
+            of_dataset[name] = of_dataset.get(name, 0) + 1
+    return counts
+
+
+def _stored_array(content: bytes, dtype: np.dtype) -> np.ndarray | None:
+    """The array of an .npy file without a copy; None where it is of another type or does not fill the file."""
+    stream = io.BytesIO(content)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return None
+        shape, fortran, stored = np.lib.format.read_array_header_1_0(stream)
+    except Exception:  # its parser has many ways to fail, all of which say that this is no such file
+        return None
+    size = len(content) - stream.tell()
+    if stored != dtype or fortran or any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != size:
+        return None
+    return np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -140,74 +205,11 @@ _MANIFEST = TypeAdapter(Manifest)
 _VERSION = TypeAdapter(_Version)
 
 
+def sample_key(case: str, number: int) -> str:
+    """The key of a case's patch."""
+    return f"{case}_{number:04d}"
+
+
 def case_of(key: str) -> str:
     """The case that the sample `key` was cut from."""
     return key.rpartition("_")[0]
-
-
-def verify(folder: Path) -> list[str]:
-    """Read all shards completely and list, one line each, what is not as it was built; [] when all is well.
-
-    Raises `ManifestError` when there is no usable manifest to compare with.
-    """
-    folder = Path(folder)
-    manifest = Manifest.load(folder)
-    problems: list[str] = []
-    keys: Counter[str] = Counter()
-    for shard in manifest.shards:
-        path = folder / shard.file
-        found = verify_shard(path)
-        if not found:
-            index = read_index(path)
-            keys.update(list(index.samples))
-            if (len(index.samples), index.bytes, index.xxh3) != (shard.samples, shard.bytes, shard.xxh3):
-                found = [f"{path}: is not the shard that the manifest names; build the shards again"]
-        problems += found
-    known = {shard.file for shard in manifest.shards}
-    problems += [f"{p}: is not in the manifest" for p in sorted(folder.glob("shard-*.tar")) if p.name not in known]
-    return problems or _count_problems(folder, manifest, keys)
-
-
-def _count_problems(folder: Path, manifest: Manifest, keys: Counter[str]) -> list[str]:
-    problems = [f"{folder}: {key} is in {count} shards" for key, count in keys.items() if count > 1]
-    found = Counter(map(case_of, keys))
-    stated = Counter({case.name: case.patches for case in manifest.cases})
-    for name in sorted(found | stated):
-        if found[name] != stated[name]:
-            problems.append(f"{folder}: {name} has {found[name]} patches, the manifest says {stated[name]}")
-    return problems
-
-
-def inspect(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder` counted up for a table, as plain values; raises `ManifestError`."""
-    manifest = Manifest.load(folder)
-    groups: dict[tuple[str, str], list[CaseRecord]] = {}
-    for case in manifest.cases:
-        groups.setdefault((case.dataset, case.split), []).append(case)
-    stored = sum(shard.bytes for shard in manifest.shards)
-    return {
-        "digest": manifest.digest,
-        "cases": len(manifest.cases),
-        "patches": manifest.patches,
-        "shards": len(manifest.shards),
-        "bytes": stored,
-        "bytes_per_voxel": stored / (manifest.patches * int(np.prod(manifest.patch_size))),
-        "patch_size": manifest.patch_size,
-        "spacing_mm": manifest.spacing_mm,
-        "spacing_range_mm": manifest.spacing_range_mm,
-        "classes": manifest.classes,
-        "datasets": [
-            {
-                "dataset": dataset,
-                "split": split,
-                "cases": len(cases),
-                "labelled": sum(case.labelled for case in cases),
-                "patches": sum(case.patches for case in cases),
-                "annotated": dict(Counter(name for case in cases for name in case.reliable)),
-            }
-            for (dataset, split), cases in groups.items()
-        ],
-        "hu_histogram": manifest.hu_histogram,
-        "codec": manifest.codec,
-        "versions": manifest.versions,
-    }

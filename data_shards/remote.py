@@ -162,7 +162,7 @@ class RemoteStore(Store):
                 async with asyncio.timeout(time_limit_s):
                     answer = await _GET[self._scheme](connection, address, wanted)
             except _RefusedError as refusal:
-                kind = MissingError if refusal.is_missing else StorageError
+                kind = MissingError if refusal.is_missing else UnreachableError
                 return kind(f"{self.path(block.file)}: {refusal}")
             except _PassingError as failure:
                 what = str(failure)
@@ -199,6 +199,9 @@ class _RefusedError(Exception):
     """What will not go well at another attempt; the text says what happened and what to do."""
 
     is_missing = False
+
+
+_NO_SUCH_NAME = "no server has this name; check the URL"
 
 
 def _failure(status: int, code: str = "") -> Exception:
@@ -259,7 +262,7 @@ async def _get_by(
     except aiohttp.ClientConnectorError as error:
         number = error.os_error.errno or 0
         if number == socket.EAI_NONAME:
-            raise _RefusedError("no server has this name; check the URL") from None
+            raise _RefusedError(_NO_SUCH_NAME) from None
         why = os.strerror(number) if number > 0 else error.os_error.strerror  # negative: of the name's look-up
         raise _PassingError(f"no connection ({why})") from None
     except (aiohttp.ClientPayloadError, asyncio.IncompleteReadError):
@@ -268,6 +271,8 @@ async def _get_by(
         raise _PassingError("the connection broke") from None
     except aiohttp.ClientResponseError:
         raise _PassingError("the answer was not HTTP") from None
+    except UnicodeError:  # of a name that cannot be
+        raise _RefusedError(_NO_SUCH_NAME) from None
     except aiohttp.ClientError as error:  # whose text may hold the URL
         raise _RefusedError(f"the server cannot be asked ({type(error).__name__}); check the URL") from None
 

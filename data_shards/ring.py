@@ -5,6 +5,7 @@ A data loader that sends arrays between processes copies each of them several ti
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import mmap
@@ -250,6 +251,7 @@ class _Start:
 
     def __call__(self, parent: connection.Connection) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when to stop
+        _keep_freed_memory()
         memory = mmap.mmap(self._file.detach(), self._layout.bytes)
         arrays = [self._layout.arrays(memory, entry) for entry in range(self._layout.entries)]
         while True:
@@ -258,6 +260,14 @@ class _Start:
                 parent.send((entry, self._reader.read(wanted, *arrays[entry])))
             except (EOFError, ConnectionError):
                 return  # the trainer has ended
+
+
+def _keep_freed_memory() -> None:
+    """Else glibc gives the memory of every payload back, and the next one faults all its pages in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for parameter in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(parameter, 1 << 30)
 
 
 def _allocate(size: int) -> tuple[Any, mmap.mmap]:

@@ -1,23 +1,33 @@
 """One shard: a plain USTAR file that WebDataset reads, and beside it an index that knows every byte's digest.
 
 A sample is a key and its members, stored next to each other as `{key}.{member}`.
+
+Of shards that came from elsewhere this is promised: nothing in them is executed, no size in an index, manifest, table
+or payload is believed before it is checked, no link or path in a tar is followed, and what has been damaged by accident
+is never given out. Digests are no signature: whoever changes voxels and every digest with them is not found out.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
 import xxhash
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mixcl_dist.data_shards.codec import digest
 from mixcl_dist.data_shards.storage import publish
 
 INDEX_VERSION = 1
+_KEY = r"[A-Za-z0-9_-]+"
+"""For WebDataset a dot begins the member, a slash a folder."""
+_Key = Annotated[str, Field(pattern=f"^{_KEY}$")]
+_MemberName = Annotated[str, Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)*$")]
 _CHUNK = 1 << 20
 
 
@@ -28,9 +38,9 @@ class ShardError(ValueError):
 class Member(NamedTuple):
     """Where one member's payload lies in the tar file."""
 
-    offset: int
-    size: int
-    xxh3: str
+    offset: Annotated[int, Field(ge=tarfile.BLOCKSIZE)]
+    size: Annotated[int, Field(ge=0)]
+    xxh3: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class ShardIndex:
     """Size of the tar file."""
     xxh3: str
     """Digest of the whole tar file."""
-    samples: dict[str, dict[str, Member]]
+    samples: dict[_Key, dict[_MemberName, Member]]
     """Key → member → place, in the order of the file."""
 
 
@@ -54,7 +64,8 @@ def index_path(path: Path) -> Path:
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardIndex:
     """Write `samples` to `path` and the index beside it; the same samples always give the same bytes.
 
-    Raises `ValueError` for a key with a dot or a slash, or one that with its member exceeds USTAR's 100 characters.
+    Raises `ValueError` for a key that has other characters than letters, digits, `_` and `-`, or that with its member
+    exceeds USTAR's 100 characters.
     """
     whole, size = xxhash.xxh3_64(), 0
     places: dict[str, dict[str, Member]] = {}
@@ -86,14 +97,20 @@ def parse_index(content: bytes, where: Path | str) -> ShardIndex:
         raise ShardError(f"{where}: is damaged; build the shards again") from None
     if index.version > INDEX_VERSION:
         raise ShardError(f"{where}: has format {index.version}, newer than {INDEX_VERSION}; update mixcl-dist")
+    places = (member for members in index.samples.values() for member in members.values())
+    if any(member.offset + member.size > index.bytes for member in places):
+        raise ShardError(f"{where}: names bytes beyond the shard's end; build the shards again")
     return index
 
 
 def read_sample(path: Path, key: str, members: Mapping[str, Member]) -> dict[str, bytes]:
-    """One sample's payloads by the index; raises `ShardError` when one is damaged."""
+    """One sample's payloads by the index; raises `ShardError` when one is damaged or lies beyond the file's end."""
     sample = {}
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         for name, member in members.items():
+            if member.offset + member.size > size:
+                raise ShardError(f"{path}: is cut off before the end of {key}.{name}; build the shards again")
             file.seek(member.offset)
             sample[name] = file.read(member.size)
     check_sample(path, key, sample, members)
@@ -116,6 +133,9 @@ def verify_shard(path: Path) -> list[str]:
     try:
         index = read_index(path)
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < index.bytes:
+                return [f"{path}: is cut off, {size} of {index.bytes} bytes are there"]
             problems = list(_member_problems(path, file, index))
             if not problems and _file_digest(file) != (index.bytes, index.xxh3):
                 problems = [f"{path}: differs from its index outside of the samples"]
@@ -132,9 +152,7 @@ def _member_problems(path: Path, file: BinaryIO, index: ShardIndex) -> Iterator[
             file.seek(max(0, member.offset - tarfile.BLOCKSIZE))
             header = file.read(tarfile.BLOCKSIZE)
             payload = file.read(member.size)
-            if len(payload) < member.size:
-                yield f"{path}: {key}.{name} is cut off"
-            elif header != _tar_header(f"{key}.{name}", member.size):
+            if header != _tar_header(f"{key}.{name}", member.size):
                 yield f"{path}: {key}.{name} has a damaged header"
             elif digest(payload) != member.xxh3:
                 yield f"{path}: {key}.{name} is damaged"
@@ -155,8 +173,8 @@ def _tar_blocks(
     """The tar file piece by piece; fills `places` on the way."""
     position = 0
     for key, members in samples:
-        if not key or "." in key or "/" in key or key in places:
-            raise ValueError(f"sample key {key!r} is empty, repeated, or has a dot or slash")
+        if not re.fullmatch(_KEY, key) or key in places:
+            raise ValueError(f"sample key {key!r} is empty, repeated, or has a dot, slash or other such character")
         places[key] = {}
         for name, payload in members.items():
             padding = -len(payload) % tarfile.BLOCKSIZE

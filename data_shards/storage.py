@@ -69,7 +69,7 @@ class MissingError(StorageError):
 
 
 class UnreachableError(StorageError):
-    """All attempts failed on the way: unlike with any other error, the bytes may well be there."""
+    """The server refused, or all attempts failed on the way: unlike with other errors, the bytes may well be there."""
 
 
 class Span(NamedTuple):

@@ -54,9 +54,10 @@ class Batch:
     image: torch.Tensor
     """(B, 1, X, Y, Z) int16, HU."""
     label: torch.Tensor
-    """(B, X, Y, Z) uint8, the catalogue's classes; 0 everywhere where the case's label may not be used."""
+    """(B, X, Y, Z) uint8, the catalogue's classes, 255 where ignored; all 0 where the case's label may not be used."""
     candidate_bits: torch.Tensor
-    """(B, C + 1) int64: row b, column k is what a voxel of label k in patch b may be (`Catalogue.candidate_bits`)."""
+    """(B, C + 2) int64: row b, column k is what a voxel of label k in patch b may be, the last column is for ignored
+    voxels (`Catalogue.candidate_bits`)."""
     spacing: torch.Tensor
     """(B, 3) float32, mm."""
     keys: list[str]

@@ -49,7 +49,7 @@ class Volume:
     affine: np.ndarray
     """(4, 4) float64, voxel index → RAS+ mm."""
     label: np.ndarray | None = None
-    """(X, Y, Z) uint8; value k > 0 is the k-th class of the catalogue."""
+    """(X, Y, Z) uint8; value k > 0 is the k-th class of the catalogue, 255 (`IGNORED`) a voxel of unknown class."""
 
     def __post_init__(self) -> None:
         assert self.hu.dtype == np.int16 and self.hu.ndim == 3 and self.affine.shape == (4, 4)
@@ -87,6 +87,18 @@ def check_affine(affine: np.ndarray, where: Path) -> None:
         )
 
 
+def check_voxels(voxels: np.ndarray, where: Path) -> None:
+    """Raise `CaseError` unless `voxels` are a volume of finite numbers."""
+    if voxels.ndim != 3 or min(voxels.shape) < 2:
+        shape = " x ".join(map(str, voxels.shape))
+        raise CaseError(f"a volume is needed, not {shape} voxels", where=where, cure="split or stack it into volumes")
+    if voxels.dtype.kind not in "iuf":
+        raise CaseError(f"voxels are {voxels.dtype}, not numbers", where=where, cure="convert the scan to HU")
+    if voxels.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(voxels))):
+        cure = "replace them, outside the scan by -1024"
+        raise CaseError(f"{bad} voxels are NaN or infinite", where=where, cure=cure)
+
+
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flip and swap axes so that they run Right, Anterior, Superior as nearly as possible.
 
@@ -95,6 +107,37 @@ def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarra
     orientation = nib.io_orientation(affine)
     turned = nib.apply_orientation(array, orientation)
     return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(orientation, array.shape)
+
+
+def untilted(affine: np.ndarray) -> np.ndarray:
+    """`affine` with its third axis at right angles to the other two, at the same distance of slices."""
+    right = affine.copy()
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    normal /= np.linalg.norm(normal) or 1
+    right[:3, 2] = normal * (normal @ affine[:3, 2])
+    return right
+
+
+def untilt(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A stack of slices whose origins drift within their planes, on a grid with right angles.
+
+    `hu` is (X, Y, Z) int16. Each slice stays in its plane and is moved there by linear interpolation, so nothing is
+    blurred between slices; the grid grows until it holds them all, with air where none of them lies. A stack within
+    `MAX_SHEAR_DEG` of right angles is returned as it is.
+    """
+    right = untilted(affine)
+    step = np.linalg.solve(right, affine[:, 2])[:2]  # in voxels a slice, along X and Y
+    if np.linalg.norm(step * spacing_of(affine)[:2]) <= math.tan(math.radians(MAX_SHEAR_DEG)) * spacing_of(right)[2]:
+        return hu, affine
+    shifts = np.arange(hu.shape[2])[:, None] * step
+    lower = np.floor(shifts.min(axis=0)).astype(int)
+    grown = np.ceil(shifts.max(axis=0)).astype(int) - lower
+    moved = np.full((*(hu.shape[:2] + grown), hu.shape[2]), AIR_HU, np.int16)
+    for k, shift in enumerate(shifts - lower):
+        padded = np.pad(hu[:, :, k].astype(np.float32), [(0, int(n)) for n in grown], constant_values=AIR_HU)
+        moved[:, :, k] = np.rint(ndimage.shift(padded, shift, order=1, mode="constant", cval=AIR_HU))
+    right[:3, 3] += right[:3, :2] @ lower
+    return moved, right
 
 
 def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:

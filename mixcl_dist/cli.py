@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,17 @@ def _shards_build(options: argparse.Namespace) -> int:
     from mixcl_dist.progress import ProgressReport
 
     config = _config(options)
-    result = build(options.source, options.out, config.build, ProgressReport("build"))
+    with _elsewhere(options) as run:
+        result = build(
+            options.source, options.out, config.build, ProgressReport("build"), exclude=options.exclude, run=run
+        )
     manifest = result.manifest
     print(f"{options.out}: {len(manifest.cases)} cases, {manifest.patches} patches, {len(manifest.shards)} shards")
+    if result.added < len(manifest.cases):
+        print(f"{result.added} cases are new, {result.absent} of the others are in none of these sources and stay")
+    if faces := [case.name for case in manifest.cases if case.shows_face]:
+        names = ", ".join(faces[:5]) + (", …" if len(faces) > 5 else "")
+        print(f"mixcl: {len(faces)} cases show a face, by which a patient can be known: {names}", file=sys.stderr)
     for problem in result.quarantined:
         print(f"quarantined: {problem}", file=sys.stderr)
     if result.quarantined:
@@ -54,30 +64,58 @@ def _shards_build(options: argparse.Namespace) -> int:
     return 1 if result.quarantined else 0
 
 
-def _shards_inspect(options: argparse.Namespace) -> None:
-    from mixcl_dist.data_shards.manifest import inspect
+def _elsewhere(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Where a build's work runs: on a Ray cluster, or (None) where the build itself does."""
+    if options.ray is None:
+        return nullcontext()
+    from mixcl_dist.cluster.work import on_ray
 
-    held = inspect(options.shards)
-    print(f"{held['cases']} cases, {held['patches']} patches in {held['shards']} shards, digest {held['digest']}")
-    mebibytes, codecs = held["bytes"] / 2**20, ", ".join(held["codec"].values())
-    print(f"{mebibytes:.1f} MiB, {held['bytes_per_voxel']:.3f} bytes/voxel; {codecs}")
-    axes = [f"{low:.3g}" if high - low < 1e-6 else f"{low:.3g}–{high:.3g}" for low, high in held["spacing_range_mm"]]
-    print(f"patches of {'×'.join(map(str, held['patch_size']))} voxels, spacing {', '.join(axes)} mm")
-    for part in held["datasets"]:
-        print(f"\n{part['dataset']} ({part['split']}): {part['cases']} cases, {part['patches']} patches, ", end="")
-        print(f"{part['labelled']} with labels")
-        for name, cases in part["annotated"].items():
-            print(f"  {name:<28} {cases:>6} cases")
+    return on_ray(options.ray, written=options.out, read=[*options.source, *options.exclude])
+
+
+def _shards_inspect(options: argparse.Namespace) -> None:
+    from mixcl_dist.data_shards.summary import inspect, table
+
+    print(table(inspect(options.shards)))
+    if options.picture:
+        from mixcl_dist.data_shards.picture import contact_sheet
+
+        contact_sheet(options.shards, options.picture, options.window)
+        print(f"picture in {options.picture}")
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
-    from mixcl_dist.data_shards.manifest import verify
+    from mixcl_dist.data_shards.verify import verify
+    from mixcl_dist.progress import ProgressReport
 
-    problems = verify(options.shards)
+    problems = verify(options.shards, _cores(), ProgressReport("verify"))
     for problem in problems:
         print(problem, file=sys.stderr)
     print(f"{options.shards}: {'whole' if not problems else f'{len(problems)} problems'}")
     return 1 if problems else 0
+
+
+def _shards_dedup(options: argparse.Namespace) -> int:
+    from mixcl_dist.data_shards.dedup import matches, scans_of
+    from mixcl_dist.data_shards.processes import in_processes
+    from mixcl_dist.progress import ProgressReport
+
+    paths = dict.fromkeys([*options.source, *options.against])
+    scans = scans_of(list(paths), in_processes(_cores()), ProgressReport("dedup"))
+    ones, others = (
+        [scan for scan in scans.found if Path(scan.origin) in group] for group in (options.source, options.against)
+    )
+    found = matches(ones, others)
+    for match in found:
+        print(match)
+    for problem in scans.problems:
+        print(f"not compared: {problem}", file=sys.stderr)
+    print(f"{len(found)} pairs are one scan; {len(ones)} scans held against {len(others)}")
+    return 1 if found or scans.problems else 0
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -195,19 +233,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_shards(verbs: Any) -> None:
-    shards = verbs.add_parser("shards", help="build, inspect and verify shards of patches")
+    shards = verbs.add_parser("shards", help="build, inspect, verify and compare shards of patches")
     on_shards = shards.add_subparsers(title="verbs", metavar="VERB", required=True)
     example = "mixcl shards build archive/dataset.json more_scans/ --out shards --build.spacing_mm 2,2,2"
-    add = _verb(on_shards, "build", _shards_build, "CT volumes → shards of patches", example)
+    add = _verb(on_shards, "build", _shards_build, "CT volumes → shards of patches, or more of them", example)
     sources = "dataset.json (MONAI/Decathlon), nnU-Net folder, folder of NIfTI files or of DICOM series"
     add("source", nargs="+", type=Path, metavar="SOURCE", help=sources)
-    add("--out", type=Path, required=True, metavar="SHARDS", help="folder to write; going on where it was interrupted")
-    for name, function, summary in (
-        ("inspect", _shards_inspect, "what a set of shards holds"),
-        ("verify", _shards_verify, "check every digest"),
-    ):
-        add = _verb(on_shards, name, function, summary, f"mixcl shards {name} shards", takes_settings=False)
-        add("shards", type=Path, metavar="SHARDS", help="folder made by `mixcl shards build`")
+    out = "folder to write; going on where it was interrupted, appending what is new"
+    add("--out", type=Path, required=True, metavar="SHARDS", help=out)
+    exclude = "sources or shards whose scans are kept out, under whatever name (see dedup)"
+    add("--exclude", nargs="+", type=Path, default=[], metavar="LIST", help=exclude)
+    ray = "work on the Ray cluster at ADDRESS (default auto), which must see SOURCE and SHARDS as this machine does"
+    add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
+
+    folder = "folder made by `mixcl shards build`"
+    example = "mixcl shards inspect shards --picture sheet.png"
+    add = _verb(on_shards, "inspect", _shards_inspect, "what a set of shards holds", example, takes_settings=False)
+    add("shards", type=Path, metavar="SHARDS", help=folder)
+    add("--picture", type=Path, metavar="PNG", help="draw middle slices of patches from different cases, with labels")
+    window = "HU that are black and white in the picture (default -160 240)"
+    add("--window", nargs=2, type=float, default=(-160.0, 240.0), metavar=("LOW", "HIGH"), help=window)
+
+    summary, example = "check every digest", "mixcl shards verify shards"
+    add = _verb(on_shards, "verify", _shards_verify, summary, example, takes_settings=False)
+    add("shards", type=Path, metavar="SHARDS", help=folder)
+
+    summary = "find scans that come twice, also resampled, clipped or cropped a little"
+    example = "mixcl shards dedup shards --against test/dataset.json"
+    add = _verb(on_shards, "dedup", _shards_dedup, summary, example, takes_settings=False)
+    add("source", nargs="+", type=Path, metavar="SHARDS|SOURCE", help="shards, or what shards are to be built from")
+    add("--against", nargs="+", type=Path, required=True, metavar="LIST", help="the same, of the cases to test on")
 
 
 def _add_training(verbs: Any) -> None:

@@ -16,6 +16,7 @@ from monai.transforms import (
 )
 from torch import Tensor
 
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.intensity import normalise
 
 CENTRED_SHARE = 0.5
@@ -34,7 +35,7 @@ class LabelledVolume:
     hu: np.ndarray
     """(X, Y, Z) int16."""
     target: np.ndarray
-    """(X, Y, Z) uint8 in 0 … K; 0 wherever none of the known classes lies."""
+    """(X, Y, Z) uint8 in 0 … K, or `IGNORED`; 0 wherever none of the known classes lies."""
     known: np.ndarray
     """(K + 1,) bool; which classes were reliably annotated, entry 0 (background) False."""
 
@@ -98,7 +99,7 @@ def _voxels_by_class(volumes: Sequence[LabelledVolume], rng: np.random.Generator
     """Class → number of a volume → (N, 3) indices of voxels of that class, at most `VOXELS_PER_CLASS` of them."""
     found: dict[int, dict[int, np.ndarray]] = {}
     for number, volume in enumerate(volumes):
-        for label in np.unique(volume.target[volume.target > 0]).tolist():
+        for label in np.setdiff1d(volume.target, (0, IGNORED)).tolist():
             voxels = np.argwhere(volume.target == label)
             if len(voxels) > VOXELS_PER_CLASS:
                 voxels = rng.choice(voxels, VOXELS_PER_CLASS, replace=False)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixcl_dist.budget import budget_cases, leak
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
 from mixcl_dist.crops import Crops, LabelledVolume
-from mixcl_dist.data_shards.catalogue import Catalogue
+from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
 from mixcl_dist.marginal import marginal_loss
 from mixcl_dist.networks import SegmentationNetwork
@@ -49,11 +49,14 @@ class Task:
         return np.array([False, *(name in case.reliable for name in self.classes)])
 
     def target(self, case: Case, label: np.ndarray) -> np.ndarray:
-        """`label` in the catalogue's numbers → uint8 in the outputs' numbers, 0 where no known class lies."""
+        """`label` in the catalogue's numbers → uint8 in the outputs' numbers, 0 where no known class lies; `IGNORED`
+        stays."""
         names = self.catalogue.classes
         number = [self.classes.index(name) + 1 if name in self.classes else 0 for name in names]
         trusted = [n if name in case.reliable else 0 for n, name in zip(number, names, strict=True)]
-        return np.array([0, *trusted], dtype=np.uint8)[label]
+        number_of = np.full(IGNORED + 1, IGNORED, dtype=np.uint8)
+        number_of[: len(trusted) + 1] = [0, *trusted]
+        return number_of[label]
 
 
 def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> dict[str, Any]:

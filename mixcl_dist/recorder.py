@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from mixcl_dist.cluster.engine import Engine
 from mixcl_dist.config import Config
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Batch
 from mixcl_dist.networks import PretrainNetwork
@@ -170,7 +171,8 @@ def _view_label(label, patch_from_view, index, shown: int, width: int, height: i
     position = torch.einsum("nij,nj->ni", patch_from_view[index[:, 0]], voxel)[:, :3].round().long()
     limit = torch.tensor(label.shape[1:], device=position.device) - 1
     x, y, z = position.clamp_min(0).minimum(limit).unbind(1)
-    return label.to(position.device)[index[:, 0], x, y, z].view(shown, width, height)
+    seen = label.to(position.device)[index[:, 0], x, y, z].view(shown, width, height)
+    return torch.where(seen == IGNORED, 0, seen)
 
 
 def _principal_colours(embedding: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mixcl_dist.config import RowsConfig
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.draws import Draws
 
 
@@ -40,8 +41,9 @@ def sample_rows(
 ) -> Rows:
     """Draw up to `config.per_view_pair` points a patch where both views see it, and say what each may be.
 
-    `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 1) int64 with one bit for
-    each of C + 2 classes; all on the draws' device. Fewer rows come out where the overlap holds fewer points.
+    `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 2) int64 with one bit for each
+    of C + 2 classes: a column for each label and the last for ignored voxels; all on the draws' device. Fewer rows come
+    out where the overlap holds fewer points.
     """
     patch_from_view = patch_from_view.double()
     point, patch = _draw_points(torch.linalg.inv(patch_from_view), view_size, label, config, draws)
@@ -50,10 +52,11 @@ def sample_rows(
     # A row may be what the label says at its own voxel's centre, or at its twin's: they differ at borders.
     seen = _apply(patch_from_view[view], voxel).round().long()
     x, y, z = seen.clamp(min=seen.new_zeros(3), max=seen.new_tensor(label.shape[1:]) - 1).unbind(1)
-    first, second = candidate_bits[patch.repeat(2), label[patch.repeat(2), x, y, z].long()].chunk(2)
+    found = label[patch.repeat(2), x, y, z].long().clamp(max=candidate_bits.shape[1] - 1)  # 255 is ignored
+    first, second = candidate_bits[patch.repeat(2), found].chunk(2)
     sets, candidate_set = torch.unique(first | second, return_inverse=True)
     # A catalogue of more classes than bits comes without labels: every set is then all ones.
-    bit = torch.arange(min(candidate_bits.shape[1] + 1, 63), device=sets.device)
+    bit = torch.arange(min(candidate_bits.shape[1], 63), device=sets.device)
     return Rows(
         voxel_index=torch.cat([view[:, None], voxel.long()], dim=1),
         identity=torch.arange(len(point), device=sets.device).repeat(2),
@@ -126,8 +129,10 @@ def _near_border(label: torch.Tensor) -> torch.Tensor:
 
 
 def _class_balance(label: torch.Tensor, point: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """(B, K) float64 weights of usable points that give every label of a patch the same total; 0 for the others."""
+    """(B, K) float64 weights of usable points that give every label of a patch the same total; 0 for the others, and
+    for ignored voxels."""
     value = _lookup(label, point.long()).long()
+    usable = usable & (value != IGNORED)
     count = torch.zeros(len(label), 256, device=label.device, dtype=torch.float64)
     count.scatter_add_(1, value, usable.double())
     return usable / count.gather(1, value).clamp(min=1)

@@ -12,6 +12,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.metrics import DiceHelper
 from scipy import ndimage
 
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.intensity import normalise
 from mixcl_dist.networks import SegmentationNetwork
@@ -80,8 +81,11 @@ def dice_per_class(
 ) -> dict[str, float | None]:
     """Dice of every class in one case; None where it was not annotated, is doubtful, or has no voxel in the truth.
 
-    `prediction` and `truth` are (X, Y, Z) uint8 with `classes[k - 1]` as k.
+    `prediction` and `truth` are (X, Y, Z) uint8 with `classes[k - 1]` as k. What the truth ignores (`IGNORED`) is left
+    out of both.
     """
+    judged = truth != IGNORED
+    prediction, truth = prediction * judged, truth * judged
     helper = DiceHelper(include_background=False, num_classes=len(classes) + 1, reduction="none", get_not_nans=False)
     values = helper(y_pred=torch.from_numpy(prediction)[None, None], y=torch.from_numpy(truth)[None, None])[0]
     return {
@@ -119,6 +123,7 @@ class Overlays:
     ) -> None:
         if len(self._cases) == CASES_SHOWN:
             return
+        truth = np.where(truth == IGNORED, 0, truth)
         z = int((truth > 0).sum(axis=(0, 1)).argmax())
         image = normalise(torch.from_numpy(volume.hu[:, :, z]), window_hu).numpy()
         self._slices.append({"image": image, "truth": truth[:, :, z], "prediction": prediction[:, :, z]})

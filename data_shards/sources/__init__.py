@@ -1,4 +1,4 @@
-"""What the field has on disk → cases: Decathlon and case-list JSON, nnU-Net, folders of NIfTI and DICOM."""
+"""What the field has on disk → cases: Decathlon and case-list JSON, nnU-Net, masks of classes, folders of scans."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from mixcl_dist.data_shards.catalogue import Catalogue
-from mixcl_dist.data_shards.sources import decathlon, nnunet
-from mixcl_dist.data_shards.sources.case import Case, ClassValues, Source
+from mixcl_dist.data_shards.sources import decathlon, masks, nnunet
+from mixcl_dist.data_shards.sources.case import Case, Source
+from mixcl_dist.data_shards.sources.classes import mapped, read_class_map
 from mixcl_dist.data_shards.sources.dicom import read_series
 from mixcl_dist.data_shards.sources.folder import open_folder
-from mixcl_dist.data_shards.sources.nifti import read_nifti
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, spacing_of, to_ras
+from mixcl_dist.data_shards.sources.label import read_label
+from mixcl_dist.data_shards.sources.voxels import read_voxels
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras
 
 __all__ = ["Case", "CaseError", "Source", "open_source", "read_case"]
 
@@ -23,34 +25,37 @@ FAT_HU, SOFT_TISSUE_HU = -50, -300
 above the second. Masks, PET and MR have none below; a CT stored with 1024 added neither."""
 MIN_SHARE = 1e-3
 MIN_VALUES = 50
-MAX_LABEL_SHIFT = 0.1
-"""Of a voxel, between label and image at any corner: more than headers lose by rounding."""
 
 
 def open_source(path: Path) -> Source:
-    """Find the cases of a data set; nothing is read but lists, names and DICOM headers.
+    """Find the cases of a data set; nothing is read but lists, names, headers of DICOM, RTSTRUCTs.
 
     `path` is a `dataset.json` (Decathlon or nnU-Net), a JSON list of cases, or a folder: of one of these,
-    there named `dataset.json` or `cases.json`, or else of NIfTI files and DICOM series in any depth. Raises
+    there named `dataset.json` or `cases.json`, of cases with one mask for each class, or else of files of voxels
+    and DICOM series in any depth. A `classes.yaml` beside the list or in the folder names the classes. Raises
     `CaseError` when the source as a whole cannot be used; what is wrong with one case is in the source's
     `problems`.
     """
     path = Path(os.path.abspath(path))  # "." has no name
+    classes = read_class_map(path if path.is_dir() else path.parent)
     if path.is_dir():
         listed = next((path / name for name in ("dataset.json", "cases.json") if (path / name).exists()), None)
         if listed is None:
-            return open_folder(path)
+            return mapped(masks.open_masks(path) if masks.is_masks(path) else open_folder(path, classes), classes)
         path = listed
     if path.exists() and path.suffix != ".json":
         raise CaseError("is no data set", where=path, cure="give a folder or a JSON file that lists cases")
     content = decathlon.read_json(path)
+    unnamed = classes.values() if classes else ()
     if isinstance(content, list):
-        return decathlon.open_case_list(path, content)
-    if not isinstance(content, dict):
+        source = decathlon.open_case_list(path, content, unnamed)
+    elif not isinstance(content, dict):
         raise CaseError("lists no cases", where=path, cure="see the formats in the README")
-    if nnunet.is_nnunet(path.parent, content):
-        return nnunet.open_nnunet(path.parent, content)
-    return decathlon.open_dataset(path, content)
+    elif nnunet.is_nnunet(path.parent, content):
+        source = nnunet.open_nnunet(path.parent, content)
+    else:
+        source = decathlon.open_dataset(path, content, unnamed)
+    return mapped(source, classes)
 
 
 def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | None = None) -> Volume:
@@ -60,13 +65,10 @@ def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | No
     are broken, are not CT in HU, or whose label does not belong to the image or has values beyond
     `case.label_values`.
     """
-    if case.format == "dicom":
-        voxels, stored_affine = read_series(case.files)
-    else:
-        voxels, stored_affine = read_nifti(case.files[0])
+    voxels, stored_affine = read_series(case.files) if case.format == "dicom" else read_voxels(case.files[0])
     hu, affine = to_ras(_as_hu(voxels), stored_affine)
     _refuse_unless_ct(hu, case.files[0])
-    label = None if case.label is None else _read_label(case.label, case.label_values, catalogue, hu.shape, affine)
+    label = read_label(case, catalogue, voxels.shape, stored_affine) if case.labels else None
     volume = Volume(hu, affine, label)
     return volume if spacing_mm is None else resample(volume, spacing_mm)
 
@@ -91,30 +93,3 @@ def _refuse_unless_ct(hu: np.ndarray, where: Path) -> None:
     else:
         return
     raise CaseError(what, where=where, cure="leave it out, or convert its values to HU")
-
-
-def _read_label(
-    file: Path, values: ClassValues, catalogue: Catalogue, shape: tuple[int, ...], affine: np.ndarray
-) -> np.ndarray:
-    """The (X, Y, Z) uint8 label in RAS, in the catalogue's numbers, of an image of that shape and affine."""
-    stored, label_affine = to_ras(*read_nifti(file))
-    if stored.shape != shape:
-        sizes = " and ".join(" x ".join(map(str, size)) for size in (stored.shape, shape))
-        cure = "resample the label to the image's grid"
-        raise CaseError(f"label and image differ in size: {sizes} voxels", where=file, cure=cure)
-    corners = np.array([(*corner, 1) for corner in np.ndindex(2, 2, 2)]) * [*np.array(shape) - 1, 1]
-    apart = np.linalg.norm(corners @ (label_affine - affine).T, axis=1).max()
-    if apart > MAX_LABEL_SHIFT * min(spacing_of(affine)):
-        cure = "copy the image's geometry to the label if their voxels match, else resample it"
-        raise CaseError(f"label lies {apart:.1f} mm off the image", where=file, cure=cure)
-    try:
-        known = {0: 0} | {value: catalogue.index(name) for value, name in values}
-    except KeyError as error:
-        raise CaseError(error.args[0], where=file, cure="make the catalogue from all sources") from None
-    found = np.unique(stored)
-    wrong = [f"{value:g}" for value in found if value not in known]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        cure = f"name it under 'labels' or correct the file (named: {', '.join(map(str, sorted(known)[1:]))})"
-        raise CaseError(f"label holds {shown}, which has no class name", where=file, cure=cure)
-    return np.array([known[int(value)] for value in found], dtype=np.uint8)[np.searchsorted(found, stored)]

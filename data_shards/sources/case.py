@@ -13,9 +13,16 @@ from typing import Literal
 from mixcl_dist.data_shards.volume import CaseError
 
 Split = Literal["training", "validation", "unlabelled"]
+LabelFormat = Literal["voxels", "masks", "rtstruct", "seg"]
 ClassValues = tuple[tuple[int, str], ...]
-"""Value in a label file → class name; 0 is background."""
+"""Number of a structure in a label → its class, or one of the two names below."""
+BACKGROUND = "background"
+"""Belongs to no class; in a label file 0 does so unnamed."""
+IGNORE = "ignore"
+"""May belong to any class."""
 NIFTI_ENDINGS = (".nii.gz", ".nii")
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+VOXEL_ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS
 
 
 @dataclass(frozen=True)
@@ -23,24 +30,32 @@ class Case:
     """One CT on disk and what is known of it; nothing has been read but names and headers."""
 
     name: str
-    """[A-Za-z0-9_-]+, unique in its source; for DICOM a pseudonym."""
+    """[A-Za-z0-9_-]+, unique in its source; a pseudonym where nobody has chosen it for being passed on."""
     dataset: str
     split: Split
-    format: Literal["nifti", "dicom"]
+    format: Literal["nifti", "itk", "dicom"]
     files: tuple[Path, ...]
-    """One NIfTI file, or the slices of a DICOM series in slice order."""
-    label: Path | None = None
-    """NIfTI file on the image's grid."""
+    """One file of voxels, behind it that of its data where its header lies apart, or the slices of a DICOM series in
+    slice order."""
+    labels: tuple[Path, ...] = ()
+    """One file of voxels like `files`, one mask for each entry of `label_values`, or one RTSTRUCT or SEG."""
     label_values: ClassValues = ()
+    """By value, position in `labels` counted from 1, ROI number or segment number."""
     annotated: tuple[str, ...] = ()
     """Classes that were looked for in this case; any other is unknown rather than absent."""
     doubtful: tuple[str, ...] = ()
     """Annotated classes whose contour is known to be wrong."""
+    label_format: LabelFormat = "voxels"
 
     @property
     def reliable(self) -> tuple[str, ...]:
         """The annotated classes that may be learnt from and scored."""
         return tuple(name for name in self.annotated if name not in self.doubtful)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file that its voxels and labels are read from."""
+        return self.files + self.labels
 
 
 @dataclass(frozen=True)
@@ -53,9 +68,9 @@ class Source:
     problems: tuple[CaseError, ...]
 
 
-def nifti_stem(file: Path) -> str:
-    """The file's name without `.nii` or `.nii.gz`."""
-    return file.name.removesuffix(".gz").removesuffix(".nii")
+def file_stem(file: Path) -> str:
+    """The name of a file of voxels without its ending."""
+    return next((file.name.removesuffix(end) for end in VOXEL_ENDINGS if file.name.endswith(end)), file.stem)
 
 
 def collect(
@@ -63,7 +78,7 @@ def collect(
 ) -> Source:
     """A source of `cases`, each under a name of its own.
 
-    Where several NIfTI files share a name, it is preceded by their folders below `root`. Dots become dashes,
+    Where several files of voxels share a name, it is preceded by their folders below `root`. Dots become dashes,
     since in a shard a dot begins an extension. Each later case of a name that is still the same becomes a
     problem.
     """
@@ -72,7 +87,7 @@ def collect(
     problems = list(problems)
     for case in cases:
         unique = _sanitised(case.name)
-        if times[unique] > 1 and case.format == "nifti":
+        if times[unique] > 1 and case.format != "dicom":
             unique = _sanitised(os.path.relpath(case.files[0].parent / case.name, root))
         if unique in kept:
             cure = "list each scan once, in one split, under names that differ in letters or digits"
@@ -80,7 +95,8 @@ def collect(
             problems.append(CaseError(what, where=case.files[0], cure=cure))
         else:
             kept[unique] = replace(case, name=unique)
-    return Source(name, tuple(kept.values()), tuple(dict.fromkeys(classes)), tuple(problems))
+    real = (one for one in classes if one not in (BACKGROUND, IGNORE))
+    return Source(name, tuple(kept.values()), tuple(dict.fromkeys(real)), tuple(problems))
 
 
 def _sanitised(name: str) -> str:

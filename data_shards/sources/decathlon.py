@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mixcl_dist.data_shards.catalogue import unknown_name
 from mixcl_dist.data_shards.sources.case import (
-    NIFTI_ENDINGS,
+    BACKGROUND,
+    IGNORE,
+    VOXEL_ENDINGS,
     Case,
     ClassValues,
     Source,
     Split,
     collect,
-    nifti_stem,
+    file_stem,
 )
+from mixcl_dist.data_shards.sources.classes import FILE_NAME
+from mixcl_dist.data_shards.sources.voxels import files_of, format_of
 from mixcl_dist.data_shards.volume import CaseError
 
 SPLITS: dict[str, Split] = {
@@ -46,8 +51,11 @@ def read_json(file: Path) -> Any:
         raise CaseError(f"not valid JSON: {error}", where=file, cure="correct it at that place") from None
 
 
-def open_dataset(file: Path, content: Mapping[str, Any]) -> Source:
-    """The cases of a Decathlon `dataset.json`; raises `CaseError` when it lists none or is not about CT."""
+def open_dataset(file: Path, content: Mapping[str, Any], unnamed: ClassValues) -> Source:
+    """The cases of a Decathlon `dataset.json`; raises `CaseError` when it lists none or is not about CT.
+
+    `unnamed` are the values of the label files where it names none.
+    """
     refuse_other_modalities(file, content.get("modality"))
     values = class_values(content.get("labels", {}), file)
     entries = [(split, entry) for key, split in SPLITS.items() for entry in content.get(key) or ()]
@@ -55,19 +63,25 @@ def open_dataset(file: Path, content: Mapping[str, Any]) -> Source:
         cure = "list cases under 'training', 'validation' or 'unlabelled'"
         raise CaseError("lists no cases", where=file, cure=cure)
     name = file.parent.name if file.name == "dataset.json" else file.stem
-    return _listed(file, name, entries, values)
+    return _listed(file, name, entries, values, unnamed)
 
 
-def open_case_list(file: Path, entries: list[Any]) -> Source:
-    """The cases of a JSON list; all of them are for training. Raises `CaseError` when there are none."""
+def open_case_list(file: Path, entries: list[Any], unnamed: ClassValues) -> Source:
+    """The cases of a JSON list; all of them are for training. Raises `CaseError` when there are none.
+
+    `unnamed` are the values of the label file of an entry that names none.
+    """
     if not entries:
         raise CaseError("lists no cases", where=file, cure="add entries with 'image', 'label' and 'labels'")
     name = file.parent.name if file.name == "cases.json" else file.stem
-    return _listed(file, name, [("training", entry) for entry in entries], None)
+    return _listed(file, name, [("training", entry) for entry in entries], None, unnamed)
 
 
 def class_values(labels: Any, where: Path) -> ClassValues:
-    """Value in the label file → class, from {"1": "liver"} or nnU-Net's {"liver": 1}, background left out."""
+    """Value in the label file → class, from {"1": "liver"} or nnU-Net's {"liver": 1}, value 0 left out.
+
+    A class "ignore" is what nnU-Net means by it: voxels of unknown class.
+    """
     pairs = []
     for key, value in labels.items() if isinstance(labels, Mapping) else ():
         number, name = (value, key) if isinstance(value, int | list) else (key, value)
@@ -77,12 +91,14 @@ def class_values(labels: Any, where: Path) -> ClassValues:
         if not isinstance(name, str) or not str(number).isdecimal():
             cure = 'write {"1": "liver"} or {"liver": 1}'
             raise CaseError(f"labels hold {key!r}: {value!r}", where=where, cure=cure)
-        if name == "ignore":
-            cure = "list the classes that are known in each case under 'annotated' instead"
-            raise CaseError("label 'ignore' is not supported", where=where, cure=cure)
         if int(number) > 0:
             pairs.append((int(number), name))
     return tuple(sorted(pairs))
+
+
+def class_names(values: ClassValues) -> tuple[str, ...]:
+    """Every class of `values` once."""
+    return tuple(dict.fromkeys(name for _, name in values if name not in (BACKGROUND, IGNORE)))
 
 
 def refuse_other_modalities(file: Path, modality: Any) -> None:
@@ -93,42 +109,45 @@ def refuse_other_modalities(file: Path, modality: Any) -> None:
         raise CaseError(f"modality is {shown}, not one CT", where=file, cure="give CT alone, called so")
 
 
-def _listed(file: Path, name: str, entries: list[tuple[Split, Any]], values: ClassValues | None) -> Source:
+def _listed(
+    file: Path, name: str, entries: list[tuple[Split, Any]], values: ClassValues | None, unnamed: ClassValues
+) -> Source:
     cases, problems = [], []
     for split, entry in entries:
         try:
-            cases.append(_case(file, name, split, entry, values))
+            cases.append(_case(file, name, split, entry, values, unnamed))
         except CaseError as problem:
             problems.append(problem)
     classes = [class_name for case in cases for _, class_name in case.label_values]
     return collect(name, file.parent, cases, problems, [c for _, c in values or ()] + classes)
 
 
-def _case(file: Path, dataset: str, split: Split, entry: Any, values: ClassValues | None) -> Case:
+def _case(file: Path, dataset: str, split: Split, entry: Any, values: ClassValues | None, unnamed: ClassValues) -> Case:
     """One entry as a case; `values` are the data set's classes, or None where the entry has its own."""
     entry = {"image": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
-        cure = "name one NIfTI file as its 'image'"
+        cure = "name one file of voxels as its 'image'"
         raise CaseError(f"{split} entry {json.dumps(entry)[:80]} has no single image", where=file, cure=cure)
     image = _existing(file, entry, "image")
+    scan = Case(file_stem(image), dataset, "unlabelled", format_of(image), files_of(image))
     if split == "unlabelled" or not entry.get("label"):
         if split == "validation":
             cure = "give it a label, or move it to 'unlabelled'"
             raise CaseError(f"validation case {entry['image']} has no label", where=file, cure=cure)
-        return Case(nifti_stem(image), dataset, "unlabelled", "nifti", (image,))
-    values = class_values(entry.get("labels"), file) if values is None else values
+        return scan
+    values = (class_values(entry.get("labels"), file) if values is None else values) or unnamed
     if not values:
-        cure = 'name its classes under \'labels\', as in {"1": "liver"}'
+        cure = f'name its classes under \'labels\', as in {{"1": "liver"}}, or in {FILE_NAME}'
         raise CaseError(f"label of case {entry['image']} has no class names", where=file, cure=cure)
-    classes = tuple(dict.fromkeys(name for _, name in values))
+    classes = class_names(values)
     annotated = tuple(entry.get("annotated", classes))
     doubtful = tuple(entry.get("doubtful", ()))
     for name in annotated + doubtful:
         if name not in classes:
             cure = "name it under 'labels' or correct it"
             raise CaseError(f"{entry['image']}: {unknown_name('class', name, classes)}", where=file, cure=cure)
-    label = _existing(file, entry, "label")
-    return Case(nifti_stem(image), dataset, split, "nifti", (image,), label, values, annotated, doubtful)
+    labels = files_of(_existing(file, entry, "label"))
+    return replace(scan, split=split, labels=labels, label_values=values, annotated=annotated, doubtful=doubtful)
 
 
 def _existing(file: Path, entry: Mapping[str, Any], key: str) -> Path:
@@ -136,7 +155,7 @@ def _existing(file: Path, entry: Mapping[str, Any], key: str) -> Path:
     if not path.is_file():
         cure = "restore the file or remove the entry"
         raise CaseError(f"{key} of case {entry['image']} is missing: {path}", where=file, cure=cure)
-    if not path.name.endswith(NIFTI_ENDINGS):
-        cure = "convert it to .nii.gz"
-        raise CaseError(f"{key} of case {entry['image']} is not NIfTI: {path}", where=file, cure=cure)
+    if not path.name.endswith(VOXEL_ENDINGS):
+        cure = "convert it to .nii.gz, .nrrd or .mha"
+        raise CaseError(f"{key} of case {entry['image']} cannot be read by its name: {path}", where=file, cure=cure)
     return path

@@ -8,15 +8,11 @@ order. Nothing that a header holds, except geometry and modality, leaves this mo
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
-import os
-import secrets
-import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +21,17 @@ import pydicom
 from pydicom.misc import is_dicom
 
 from mixcl_dist.data_shards.sources.case import Case
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine
+from mixcl_dist.data_shards.sources.pseudonym import pseudonym
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine, untilt, untilted
 
-logger = logging.getLogger(__name__)
-logging.getLogger("pydicom").propagate = False  # its warnings quote header values
+for library in ("pydicom", "highdicom"):  # whose warnings quote header values
+    logging.getLogger(library).propagate = False
+    logging.getLogger(library).addHandler(logging.NullHandler())
 
 DATASET = "dicom"
 """A folder may be named after a patient, so its name is not kept either."""
-KEY_VARIABLE = "MIXCL_PSEUDONYM_KEY"
-COMPANIONS = frozenset({"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTIMAGE", "REG", "SR", "PR", "KO", "OT", "DOC"})
+DRAWINGS = frozenset({"SEG", "RTSTRUCT"})
+COMPANIONS = DRAWINGS | frozenset({"RTDOSE", "RTPLAN", "RTIMAGE", "REG", "SR", "PR", "KO", "OT", "DOC"})
 """Modalities that describe or derive from a scan; they are passed over."""
 MAX_OFFSET = 0.05
 """How far a slice may lie from its place on an even grid, as a share of the slice distance. Coordinates
@@ -55,12 +53,23 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
+class Series:
+    """A CT series as a case, and what tells whether something was drawn on it; empty where the header is."""
+
+    case: Case
+    uid: str
+    frame: str
+    """Its frame of reference."""
+
+
+@dataclass(frozen=True)
 class _Slice:
     """What a header says of one slice; positions in mm, towards Left, Posterior, Superior."""
 
     file: Path
     modality: str
     series: tuple
+    frame: str
     localizer: bool
     planar: bool
     """One grey image with a place in the patient."""
@@ -71,48 +80,57 @@ class _Slice:
     pixel_spacing: tuple[float, ...]
 
 
-def find_series(files: Sequence[Path]) -> tuple[list[Case], list[CaseError]]:
-    """Every CT series among `files` as an unlabelled case, and one problem for each that cannot be used.
+def find_series(files: Sequence[Path]) -> tuple[list[Series], list[Path], list[CaseError]]:
+    """Every CT series among `files` as an unlabelled case, the RTSTRUCTs and SEGs, and one problem for each series
+    that cannot be used.
 
-    Files that are not DICOM, and objects that are no scan (RTSTRUCT, SEG, reports), are passed over.
+    Files that are not DICOM, and other objects that are no scan, are passed over.
     """
     groups: dict[tuple, list[_Slice]] = defaultdict(list)
-    cases, problems = [], []
+    found, drawings, problems = [], [], []
     for file in files:
         try:
             header = _read_header(file)
         except CaseError as problem:
             problems.append(problem)
         else:
-            if header is not None:
+            if isinstance(header, _Slice):
                 groups[header.series].append(header)
+            elif header in DRAWINGS:
+                drawings.append(file)
     for slices in groups.values():
         try:
             ordered = _in_order(slices)
-            paths = tuple(one.file for one in ordered)
-            cases.append(Case(_pseudonym(ordered[0]), DATASET, "unlabelled", "dicom", paths))
         except CaseError as problem:
             problems.append(problem)
-    return cases, problems
+        else:
+            first = ordered[0]
+            uid = str(first.series[0]) if len(first.series) == 1 else ""
+            # A series without a UID is known by the content of its first slice.
+            name = pseudonym(uid or hashlib.sha256(first.file.read_bytes()).hexdigest())
+            case = Case(name, DATASET, "unlabelled", "dicom", tuple(one.file for one in ordered))
+            found.append(Series(case, uid, first.frame))
+    return found, drawings, problems
 
 
 def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     """The (X, Y, Z) int16 HU of the slices in `files` and their (4, 4) affine → RAS+ mm.
 
-    Voxels that the scanner marked as padding are air. Raises `CaseError`.
+    Voxels that the scanner marked as padding are air. A series with a tilted gantry is brought to a grid with right
+    angles by moving each slice within its plane. Raises `CaseError`.
     """
     headers, images = [], {}
     for file in files:
-        with _guarded(file):
+        with guarded(file):
             dataset = pydicom.dcmread(file, force=True)
             headers.append(_header(file, dataset))
             images[file] = _hu(dataset)
     ordered = _in_order(headers)
-    return np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered)
+    return untilt(np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered))
 
 
 @contextmanager
-def _guarded(file: Path) -> Iterator[None]:
+def guarded(file: Path) -> Iterator[None]:
     """Turn whatever a broken file raises in parser or decoder into a `CaseError`; header values stay here."""
     try:
         with warnings.catch_warnings():
@@ -124,16 +142,16 @@ def _guarded(file: Path) -> Iterator[None]:
         raise CaseError(what, where=file, cure="copy it again, or remove it") from None
 
 
-def _read_header(file: Path) -> _Slice | None:
-    """What is needed of a header; None for what is no DICOM or no scan."""
-    with _guarded(file):
+def _read_header(file: Path) -> _Slice | str | None:
+    """What is needed of a header; only the modality of what is no scan, None for what is no DICOM."""
+    with guarded(file):
         if file.suffix.lower() not in (".dcm", ".ima") and not is_dicom(file):
             return None
         dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
         if "Modality" not in dataset and "MediaStorageSOPClassUID" not in dataset.file_meta:
             raise ValueError("no DICOM elements")
-        is_scan = "Rows" in dataset and dataset.get("Modality") not in COMPANIONS
-        return _header(file, dataset) if is_scan else None
+        modality = str(dataset.get("Modality"))
+        return _header(file, dataset) if "Rows" in dataset and modality not in COMPANIONS else modality
 
 
 def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
@@ -154,6 +172,7 @@ def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
         file=file,
         modality=modality,
         series=(uid,) if uid else (file.parent, modality, frame, size, orientation, pixel_spacing),
+        frame=str(frame or ""),
         localizer="LOCALIZER" in (dataset.get("ImageType") or ()),
         planar=bool(single and orientation and position and pixel_spacing),
         size=size,
@@ -190,7 +209,7 @@ def _in_order(slices: Sequence[_Slice]) -> list[_Slice]:
     if gaps.min() < 1e-3:
         twice = int(np.sum(gaps < 1e-3))
         raise refuse(f"has {twice} slices where another one lies", "remove copies, or split phases into series")
-    check_affine(_affine(ordered), slices[0].file)
+    check_affine(untilted(_affine(ordered)), slices[0].file)
     even = np.linspace(positions[0], positions[-1], len(positions))
     if np.linalg.norm(positions - even, axis=1).max() > MAX_OFFSET * gaps.mean():
         shown = f"from {gaps.min():.2f} to {gaps.max():.2f} mm"
@@ -219,29 +238,3 @@ def _hu(dataset: pydicom.Dataset) -> np.ndarray:
         limit = dataset.get("PixelPaddingRangeLimit", padding)
         hu[(stored >= min(padding, limit)) & (stored <= max(padding, limit))] = AIR_HU
     return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16).T
-
-
-def _pseudonym(first: _Slice) -> str:
-    """The series' name outside this module: a keyed digest that nobody without the key can trace back.
-
-    A series without a UID is known by the content of its first slice.
-    """
-    uid = str(first.series[0]) if len(first.series) == 1 else hashlib.sha256(first.file.read_bytes()).hexdigest()
-    return "ct-" + hmac.new(_key(), uid.encode(), "sha256").hexdigest()[:12]
-
-
-def _key() -> bytes:
-    """The secret of pseudonyms: the environment's, else this user's own, made at first need."""
-    if os.environ.get(KEY_VARIABLE):
-        return os.environ[KEY_VARIABLE].encode()
-    file = Path.home() / ".config" / "mixcl" / "pseudonym.key"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent) as draft:  # readable by its owner alone
-            draft.write(secrets.token_hex(32).encode())
-            draft.flush()
-            os.fsync(draft.fileno())
-            with suppress(FileExistsError):  # another process was first
-                os.link(draft.name, file)
-                logger.warning("made the key of DICOM pseudonyms: %s (keep it, and keep it secret)", file)
-    return file.read_bytes()

@@ -1,21 +1,45 @@
-"""A folder of scans with nothing that describes them: every NIfTI file and every DICOM CT series below it."""
+"""A folder of scans with nothing that describes them: every file of voxels and every DICOM CT series below it.
+
+Nobody has named these scans for being passed on: their files and folders may be called after patients. So each gets a
+pseudonym, made of its path below the folder or, for DICOM, of its series' UID, and the data set is called after the
+format. To keep names, list the scans in a `cases.json`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mixcl_dist.data_shards.sources.case import NIFTI_ENDINGS, Case, Source, collect, nifti_stem
+from mixcl_dist.data_shards.sources.case import VOXEL_ENDINGS, Case, Source, collect
+from mixcl_dist.data_shards.sources.classes import ClassMap
+from mixcl_dist.data_shards.sources.contours import with_drawings
 from mixcl_dist.data_shards.sources.dicom import find_series
+from mixcl_dist.data_shards.sources.pseudonym import pseudonym
+from mixcl_dist.data_shards.sources.voxels import files_of, format_of
 from mixcl_dist.data_shards.volume import CaseError
 
 
-def open_folder(folder: Path) -> Source:
-    """The scans below `folder`, all of them unlabelled; raises `CaseError` when there are none."""
+def open_folder(folder: Path, classes: ClassMap | None) -> Source:
+    """The scans below `folder`; raises `CaseError` when there are none.
+
+    They are unlabelled but for DICOM series with an RTSTRUCT or SEG, where `classes` tells what its structures are.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    nifti = [file for file in files if file.name.endswith(NIFTI_ENDINGS)]
-    cases = [Case(nifti_stem(file), folder.name, "unlabelled", "nifti", (file,)) for file in nifti]
-    series, problems = find_series([file for file in files if not file.name.endswith(NIFTI_ENDINGS)])
-    if not cases and not series and not problems:
-        cure = "give a folder of .nii.gz files or DICOM series, or of a dataset.json"
+    voxels = [file for file in files if file.name.endswith(VOXEL_ENDINGS)]
+    cases, problems = [], []
+    for file in voxels:
+        name = pseudonym(f"{folder.name}/{file.relative_to(folder)}")
+        try:
+            cases.append(Case(name, format_of(file), "unlabelled", format_of(file), files_of(file)))
+        except CaseError as problem:
+            problems.append(problem)
+    series, drawings, unusable = find_series([file for file in files if not file.name.endswith(VOXEL_ENDINGS)])
+    problems += unusable
+    if classes is None:
+        cases += [one.case for one in series]
+    else:
+        labelled, misfits = with_drawings(series, drawings, classes.names())
+        cases, problems = cases + labelled, problems + misfits
+    if not cases and not problems:
+        cure = "give a folder of .nii.gz, .nrrd or .mha files or DICOM series, or of a dataset.json"
         raise CaseError("holds no CT", where=folder, cure=cure)
-    return collect(folder.name, folder, cases + series, problems)
+    return collect("folder", folder, cases, problems)

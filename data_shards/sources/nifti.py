@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from mixcl_dist.data_shards.volume import CaseError, check_affine
+from mixcl_dist.data_shards.volume import CaseError, check_affine, check_voxels
 
 UNREADABLE = (
     OSError,
@@ -36,14 +36,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise CaseError(f"cannot be read as NIfTI: {reason}", where=path, cure=cure) from None
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
-    if voxels.ndim != 3 or min(voxels.shape) < 2:
-        shape = " x ".join(map(str, voxels.shape))
-        raise CaseError(f"a volume is needed, not {shape} voxels", where=path, cure="split or stack it into volumes")
-    if voxels.dtype.kind not in "iuf":
-        raise CaseError(f"voxels are {voxels.dtype}, not numbers", where=path, cure="convert the scan to HU")
-    if voxels.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(voxels))):
-        cure = "replace them, outside the scan by -1024"
-        raise CaseError(f"{bad} voxels are NaN or infinite", where=path, cure=cure)
+    check_voxels(voxels, path)
     if not header["sform_code"] and not header["qform_code"]:
         cure = "convert the scan again from DICOM"
         raise CaseError("the header does not say which side is left (no sform, no qform)", where=path, cure=cure)

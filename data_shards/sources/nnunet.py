@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcl_dist.data_shards.sources.case import NIFTI_ENDINGS, Case, Source, collect
-from mixcl_dist.data_shards.sources.decathlon import class_values, refuse_other_modalities
+from mixcl_dist.data_shards.sources.case import VOXEL_ENDINGS, Case, ClassValues, Source, collect
+from mixcl_dist.data_shards.sources.decathlon import class_names, class_values, refuse_other_modalities
+from mixcl_dist.data_shards.sources.voxels import files_of, format_of
 from mixcl_dist.data_shards.volume import CaseError
 
 CHANNEL = "_0000"
@@ -32,10 +33,9 @@ def open_nnunet(folder: Path, content: Mapping[str, Any]) -> Source:
     where = folder / "dataset.json"
     refuse_other_modalities(where, content.get("channel_names", content.get("modality")))
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in NIFTI_ENDINGS:
+    if ending not in VOXEL_ENDINGS:
         raise CaseError(f"file ending {ending} cannot be read", where=where, cure="convert the files to .nii.gz")
     values = class_values(content.get("labels"), where)
-    classes = tuple(dict.fromkeys(name for _, name in values))
     cases, problems = [], []
     for image in sorted(file for part in ("imagesTr", "imagesUn") for file in folder.glob(f"{part}/*{ending}")):
         stem = image.name.removesuffix(ending)
@@ -43,14 +43,21 @@ def open_nnunet(folder: Path, content: Mapping[str, Any]) -> Source:
         if not stem.endswith(CHANNEL):
             cure = f"name the one CT of each case CASE{CHANNEL}{ending} and remove other channels"
             problems.append(CaseError(f"is not channel {CHANNEL}", where=image, cure=cure))
-        elif image.parent.name == "imagesUn":
-            cases.append(Case(stem.removesuffix(CHANNEL), folder.name, "unlabelled", "nifti", (image,)))
-        elif label.is_file():
-            name = stem.removesuffix(CHANNEL)
-            cases.append(Case(name, folder.name, "training", "nifti", (image,), label, values, classes))
-        else:
+        elif image.parent.name == "imagesTr" and not label.is_file():
             cure = "restore it, or move the image to imagesUn"
             problems.append(CaseError(f"label {label} is missing", where=image, cure=cure))
+        else:
+            try:
+                cases.append(_case(stem.removesuffix(CHANNEL), folder.name, image, label, values))
+            except CaseError as problem:
+                problems.append(problem)
     if not cases and not problems:
         raise CaseError(f"no files *{CHANNEL}{ending} in imagesTr or imagesUn", where=folder, cure="check the folder")
-    return collect(folder.name, folder, cases, problems, classes)
+    return collect(folder.name, folder, cases, problems, class_names(values))
+
+
+def _case(name: str, dataset: str, image: Path, label: Path, values: ClassValues) -> Case:
+    if image.parent.name == "imagesUn":
+        return Case(name, dataset, "unlabelled", format_of(image), files_of(image))
+    classes = class_names(values)
+    return Case(name, dataset, "training", format_of(image), files_of(image), files_of(label), values, classes)

@@ -33,7 +33,7 @@ events {{ worker_connections 256; }}
 http {{
     client_body_temp_path {home}/temp1; proxy_temp_path {home}/temp2; fastcgi_temp_path {home}/temp3;
     uwsgi_temp_path {home}/temp4; scgi_temp_path {home}/temp5;
-    log_format seen '$request_method $uri $status $http_range';
+    log_format seen '$request_method $request_uri $status $http_range';
     access_log {home}/access.log seen;
     server {{
         listen 127.0.0.1:{port};
@@ -121,8 +121,8 @@ class Proxy:
 
     "reset": the connection is reset in place of an answer. "cut": after half of the body. "stall": no answer comes.
     "whole": the range is ignored. "earlier", "later", "short": the answer is of another range, of less than the range.
-    "long": there are more bytes than its Content-Range says. "late": it takes 0.3 s. "garbage": it is not HTTP.
-    A number: that status.
+    "long": there are more bytes than its Content-Range says. "unsized": the end of the connection ends the body.
+    "late": it takes 0.3 s. "garbage": it is not HTTP. A number: that status.
     """
 
     upstream: str
@@ -206,13 +206,14 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             body = body[: len(body) + behind - before]
         body += b"more" if fault == "long" else b""
         self.send_response(answer.status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+        headers |= {"Content-Length": str(len(body))}
+        if fault == "unsized":
+            del headers["Content-Length"]
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
-        if fault == "cut":
-            self.wfile.flush()
-            self.close_connection = True
+        self.close_connection = fault in ("cut", "unsized")
 
     def _break_off(self) -> None:
         """With a reset, not an end."""

@@ -21,12 +21,22 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
+from mixcl_dist.cli import main
+from mixcl_dist.cluster.work import on_ray
+from mixcl_dist.data_shards import spool
 from mixcl_dist.data_shards.build import BuildConfig, BuildError, build
-from mixcl_dist.data_shards.codec import decode
-from mixcl_dist.data_shards.manifest import Manifest, verify
+from mixcl_dist.data_shards.codec import DESCRIPTION, decode
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.processes import in_this_process
 from mixcl_dist.data_shards.shard import index_path, verify_shard
+from mixcl_dist.data_shards.sources import Case
+from mixcl_dist.data_shards.spool import quantised
 from mixcl_dist.data_shards.storage import exclusive
+from mixcl_dist.data_shards.verify import verify
 
 
 def samples_of(shards: Path) -> list[dict]:
@@ -35,7 +45,7 @@ def samples_of(shards: Path) -> list[dict]:
     for sample in wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=False):
         meta = json.loads(sample["json"])
         for member, dtype in meta["dtype"].items():
-            meta[member] = decode(sample[member], meta["shape"], dtype)
+            meta[member] = decode(sample[member], meta["shape"], dtype, member)
         samples.append({"key": sample["__key__"], "shard": Path(sample["__url__"]).name} | meta)
     return samples
 
@@ -128,6 +138,91 @@ def test_a_volume_smaller_than_a_patch_is_padded_with_air(cohort, small_config, 
         assert sample["offset_voxels"][0] == 0 and (sample["ct.b2"][40:] == -1024).all()
 
 
+@pytest.mark.parametrize(("codec", "member"), [("fast", "ct.b2"), ("small", "ct.pco")])
+def test_both_profiles_hold_the_same_voxels_and_say_how(cohort, small_config, tmp_path, codec, member):
+    source = cohort("a", labelled=1)
+    config = dataclasses.replace(small_config, codec=codec)
+    manifest = build([source], tmp_path / "out", config, run=in_this_process).manifest
+    assert manifest.codec == {member: DESCRIPTION[member], "seg.b2": DESCRIPTION["seg.b2"]}
+    assert manifest.settings["codec"] == codec and verify(tmp_path / "out") == []
+    hu = np.asarray(nib.load(source / "a.nii.gz").dataobj)
+    for sample in samples_of(tmp_path / "out"):
+        box = tuple(slice(first, first + 16) for first in sample["offset_voxels"])
+        np.testing.assert_array_equal(sample[member], np.maximum(hu[box], -1024))
+
+
+@pytest.mark.parametrize("step", [2, 3, 10])
+def test_quantising_moves_no_voxel_by_more_than_half_a_step_and_leaves_air_alone(cohort, small_config, tmp_path, step):
+    source = cohort("a")
+    config = dataclasses.replace(small_config, quantise_hu=step, patch_size=(64, 16, 16), min_body_fraction=0.0)
+    manifest = build([source], tmp_path / "out", config, run=in_this_process).manifest
+    assert manifest.settings["quantise_hu"] == step
+    hu = np.asarray(nib.load(source / "a.nii.gz").dataobj).astype(int)
+    sizes = []
+    for sample in samples_of(tmp_path / "out"):
+        assert sample["quantise_hu"] == step
+        x, y, z = sample["offset_voxels"]
+        stored, original = sample["ct.b2"].astype(int), np.maximum(hu[x : x + 64, y : y + 16, z : z + 16], -1024)
+        assert (2 * np.abs(stored[: len(original)] - original)).max() <= step
+        assert (stored[len(original) :] == -1024).all() and not ((stored + 1024) % step).any()
+        sizes.append(len(np.unique(stored)))
+    assert max(sizes) > 20
+
+
+@given(hnp.arrays(np.int16, (8,)), st.integers(1, 100))
+def test_quantising_any_value(hu, step):
+    hu = np.maximum(hu, -1024)
+    assert (2 * np.abs(quantised(hu, step).astype(int) - hu)).max() <= step
+    np.testing.assert_array_equal(quantised(hu, 0), hu)
+
+
+def test_dots_in_names_neither_collide_nor_cut_a_key_short_for_webdataset(cohort, small_config, tmp_path):
+    """To webdataset the key ends at the first dot: "scan.1" and "scan.2" would be members of one sample."""
+    source = cohort("a", "b")
+    content = json.loads((source / "dataset.json").read_text())
+    for name, renamed in (("a", "scan.1.ct"), ("b", "scan.2.seg")):
+        (source / f"{name}.nii.gz").rename(source / f"{renamed}.nii.gz")
+    content["training"] = [{"image": "scan.1.ct.nii.gz"}, {"image": "scan.2.seg.nii.gz"}]
+    (source / "dataset.json").write_text(json.dumps(content))
+    manifest = build([source], tmp_path / "out", small_config, run=in_this_process).manifest
+    assert [case.name for case in manifest.cases] == ["scan-1-ct", "scan-2-seg"]
+    found = Counter(sample["key"].rpartition("_")[0] for sample in samples_of(tmp_path / "out"))
+    assert found == {case.name: case.patches for case in manifest.cases} and verify(tmp_path / "out") == []
+
+
+def test_faces_are_counted_in_one_warning(cohort, small_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(spool, "shows_face", lambda volume: volume.hu.size > 0)
+    source, out = cohort("a", "b"), tmp_path / "out"
+    manifest = build([source], out, small_config, run=in_this_process).manifest
+    assert [case.shows_face for case in manifest.cases] == [True, True]
+    settings = ["--build.patch_size", "16,16,16", "--build.samples_per_shard", "10", "--build.min_body_fraction", "0.2"]
+    assert main(["shards", "build", str(source), "--out", str(out), *settings]) == 0
+    assert capsys.readouterr().err.count("2 cases show a face, by which a patient can be known: a, b") == 1
+
+
+@pytest.mark.slow
+def test_a_build_on_ray_gives_the_same_bytes_and_sets_a_deadly_case_aside(cohort, small_config, tmp_path):
+    source, deadly = cohort("a", "b", "c"), cohort("d")
+    build([source], tmp_path / "here", small_config, run=in_this_process)
+
+    with on_ray("local", written=tmp_path / "there", read=[source, deadly]) as run:
+
+        def killing(work, items):
+            def kill_or_work(item):
+                if isinstance(item[0], Case) and item[0].name == "d":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return work(item)
+
+            return run(kill_or_work, items)
+
+        result = build([source, deadly], tmp_path / "there", small_config, run=killing)
+    (line,) = map(str, result.quarantined)
+    assert "d.nii.gz: the process that read it died (a fault in a decoder, or killed)" in line
+    assert published(tmp_path / "there") == published(tmp_path / "here")
+    again = build([source, deadly], tmp_path / "there", small_config, run=in_this_process)
+    assert again.quarantined == [] and again.added == 1, "what died is tried again"
+
+
 def test_validation_cases_stay_out(cohort, small_config, tmp_path):
     source = cohort("a", "b", labelled=2)
     content = json.loads((source / "dataset.json").read_text())
@@ -176,22 +271,23 @@ def test_when_no_case_can_be_used_it_says_so(cohort, small_config, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_another_configuration_or_a_changed_source_is_refused(cohort, small_config, tmp_path):
-    source = cohort("a", "b")
-    out = tmp_path / "out"
+def test_another_configuration_is_refused_before_and_after_the_end(cohort, small_config, tmp_path):
+    source, out = cohort("a", "b"), tmp_path / "out"
     build([source], out, small_config)
-    with pytest.raises(BuildError, match=r"build.overlap differs.*another --out, or remove"):
-        build([source], out, dataclasses.replace(small_config, overlap=0.5))
-    os.utime(source / "b.nii.gz", (0, 0))
-    with pytest.raises(BuildError, match=r"case.b differs.*another --out, or remove"):
-        build([source], out, small_config)
+    other = dataclasses.replace(small_config, overlap=0.5)
+    with pytest.raises(BuildError, match=r"was begun with build\.overlap = 0\.25; keep it, give another --out"):
+        build([source], out, other)
     shutil.rmtree(out / ".build")
-    with pytest.raises(BuildError, match="built elsewhere"):
+    with pytest.raises(BuildError, match=r"build\.overlap"):
+        build([source], out, other)
+    (out / "manifest.json").unlink()
+    with pytest.raises(BuildError, match=r"shard-000000.*is not of this build"):
         build([source], out, small_config)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("patch_size", (0, 8, 8)), ("overlap", 1.0), ("spacing_mm", (1.0, 0.0, 1.0)), ("workers", 0)]
+    ("name", "value"),
+    [("patch_size", (0, 8, 8)), ("overlap", 1.0), ("spacing_mm", (1.0, 0.0, 1.0)), ("workers", 0), ("quantise_hu", -1)],
 )
 def test_a_setting_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"build.{name} = "):

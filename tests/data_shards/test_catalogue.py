@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixcl_dist.data_shards.catalogue import Catalogue, merged
+from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue, merged
 
 ORGANS = Catalogue(("liver", "spleen", "aorta"))
 
@@ -28,17 +28,18 @@ def test_an_unknown_class_is_refused_with_the_nearest():
 
 
 def test_an_annotated_label_is_one_class_and_the_background_is_none_of_the_annotated():
-    background, liver, spleen, aorta = ORGANS.candidate_bits(("liver", "aorta"))
+    background, liver, spleen, aorta, ignored = ORGANS.candidate_bits(("liver", "aorta"))
     assert members(liver) == {0}
     assert members(aorta) == {2}
     assert members(spleen) == {0, 1, 2, 3, 4}  # a value that nobody looked for says nothing
     assert members(background) == {1, 3, 4}
+    assert members(ignored) == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("annotated", [None, ()])
 def test_without_annotation_any_voxel_may_be_anything(annotated):
     bits = ORGANS.candidate_bits(annotated)
-    assert bits.dtype == np.int64 and bits.shape == (4,)
+    assert bits.dtype == np.int64 and bits.shape == (5,)
     assert all(members(b) == {0, 1, 2, 3, 4} for b in bits)
 
 
@@ -61,8 +62,8 @@ def test_more_classes_than_bits_can_be_stored_but_not_be_candidates():
 
 
 def test_more_classes_than_a_label_can_hold_are_refused():
-    with pytest.raises(ValueError, match="256 classes; at most 255"):
-        merged([tuple(f"organ {k}" for k in range(256))])
+    with pytest.raises(ValueError, match="255 classes; at most 254"):
+        merged([tuple(f"organ {k}" for k in range(IGNORED))])
 
 
 def test_a_class_twice_is_refused():

@@ -13,6 +13,7 @@ import xxhash
 from mixcl_dist.data_shards.shard import (
     ShardError,
     index_path,
+    parse_index,
     read_index,
     read_sample,
     verify_shard,
@@ -69,6 +70,41 @@ def test_one_sample_is_read_by_the_index_alone(shard):
     flip(shard, index.samples[key]["ct.b2"].offset)
     with pytest.raises(ShardError, match=r"shard-000000.tar: case_0003.ct.b2 is damaged"):
         read_sample(shard, key, index.samples[key])
+
+
+def test_a_sample_behind_the_end_of_a_cut_file_is_refused_before_it_is_read(shard):
+    key, _ = SAMPLES[3]
+    place = read_index(shard).samples[key]
+    shard.write_bytes(shard.read_bytes()[: place["ct.b2"].offset + 1])
+    with pytest.raises(ShardError, match=r"is cut off before the end of case_0003\.ct\.b2"):
+        read_sample(shard, key, place)
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("offset", 10**15),
+        ("size", 10**15),
+        ("offset", -512),
+        ("size", -1),
+        ("offset", 0),
+        ("offset", 1.5),
+        ("xxh3", "?"),
+    ],
+)
+def test_an_index_with_an_impossible_place_is_refused(shard, what, value):
+    index = json.loads(index_path(shard).read_text())
+    index["samples"]["case_0002"]["json"][["offset", "size", "xxh3"].index(what)] = value
+    with pytest.raises(ShardError, match=r"index\.json: (is damaged|names bytes beyond the shard's end)"):
+        parse_index(json.dumps(index).encode(), "shard-000000.index.json")
+
+
+@pytest.mark.parametrize("key", ["../case", "a.b", "", "a\nb", "ä"])
+def test_an_index_with_a_key_that_is_none_is_refused(shard, key):
+    index = json.loads(index_path(shard).read_text())
+    index["samples"][key] = index["samples"].pop("case_0002")
+    with pytest.raises(ShardError, match="is damaged"):
+        parse_index(json.dumps(index).encode(), "shard-000000.index.json")
 
 
 def test_the_same_samples_give_the_same_bytes(shard, tmp_path):

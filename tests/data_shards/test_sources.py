@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mixcl_dist.data_shards.catalogue import merged
+from mixcl_dist.data_shards.catalogue import IGNORED, merged
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
 
 AFFINE = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -52,7 +52,7 @@ def write_json(path: Path, content) -> Path:
 
 def nifti_case(image: Path, label: Path | None = None) -> Case:
     values = ((1, "liver"), (2, "spleen"))
-    return Case("a", "set", "training", "nifti", (image,), label, values, ("liver", "spleen"))
+    return Case("a", "set", "training", "nifti", (image,), (label,) if label else (), values, ("liver", "spleen"))
 
 
 def read(case: Case):
@@ -124,7 +124,6 @@ def test_a_missing_file_names_json_case_and_file(tmp_path):
         ({"labels": LABELS, "modality": {"0": "MRI"}, "training": [{}]}, "modality is MRI, not one CT"),
         ({"labels": LABELS, "modality": {"0": "CT", "1": "PET"}, "training": [{}]}, "CT, PET, not one CT"),
         ({"labels": {"liver": [1, 2]}, "training": [{}]}, "'liver' is a region"),
-        ({"labels": {"liver": 1, "ignore": 2}, "training": [{}]}, "'ignore' is not supported"),
         ({"labels": {"one": "liver"}, "training": [{}]}, "labels hold 'one': 'liver'"),
     ],
 )
@@ -140,13 +139,13 @@ def test_a_list_that_cannot_be_used_is_refused_whole(tmp_path, content, says):
         ({"image": ["a_0.nii", "a_1.nii"]}, "has no single image"),
         ({"image": "a.nii.gz", "label": "l.nii.gz", "annotated": ["livr"]}, "'livr' is unknown; did you mean 'liver'"),
         ({"image": "a.nii.gz", "label": "l.nii.gz", "doubtful": ["gall"]}, "'gall' is unknown"),
-        ({"image": "a.mha"}, "is not NIfTI"),
+        ({"image": "a.nii.bz2"}, "cannot be read by its name"),
     ],
 )
 def test_a_bad_entry_is_a_problem_and_the_others_stay(tmp_path, entry, says):
     for name in ("a.nii.gz", "b.nii.gz", "l.nii.gz"):
         write(tmp_path / name, ct_values())
-    (tmp_path / "a.mha").touch()
+    (tmp_path / "a.nii.bz2").touch()
     content = {"labels": LABELS, "training": [entry, {"image": "b.nii.gz"}]}
     source = open_source(write_json(tmp_path / "dataset.json", content))
     assert [case.name for case in source.cases] == ["b"]
@@ -174,7 +173,7 @@ def test_a_case_list_has_classes_of_its_own_for_each_case(ct):
     cases = {case.name: case for case in source.cases}
     assert list(cases) == ["totalseg_example", "totalseg_aorta", "ibsi_lung", "crlm_1004"]
     assert cases["ibsi_lung"].annotated == ("lung_tumour",)
-    assert cases["crlm_1004"].split == "unlabelled" and cases["crlm_1004"].label is None
+    assert cases["crlm_1004"].split == "unlabelled" and cases["crlm_1004"].labels == ()
     catalogue = merged([source.classes])
     volume = read_case(cases["totalseg_aorta"], catalogue)
     aorta = volume.hu[volume.label == catalogue.index("aorta")]
@@ -221,7 +220,6 @@ def test_nnunet_of_the_first_version_lists_names_without_channel(tmp_path):
         ({"channel_names": {"0": "T1", "1": "T2"}}, "modality is T1, T2, not one CT"),
         ({"file_ending": ".png"}, "file ending .png"),
         ({"labels": {"background": 0, "organ": [1, 2], "tumour": 2}}, "'organ' is a region"),
-        ({"labels": {"background": 0, "liver": 1, "ignore": 2}}, "'ignore'"),
     ],
 )
 def test_nnunet_that_cannot_be_used_is_refused(tmp_path, changes, says):
@@ -240,21 +238,40 @@ def test_nnunet_problems_are_of_single_files(tmp_path):
     assert unlabelled.where.name == "case.1_0000.nii.gz" and "case.1.nii.gz is missing" in unlabelled.what
 
 
-def test_a_folder_of_nifti_is_unlabelled_and_named_by_folder_only_where_names_clash(tmp_path):
-    for path in ("p1/ct.nii.gz", "p2/ct.nii", "p2/other.nii.gz", "p2/.hidden.nii.gz"):
-        write(tmp_path / path, ct_values())
-    source = open_source(tmp_path)
-    assert [(case.name, case.split) for case in source.cases] == [
-        ("p1-ct", "unlabelled"),
-        ("p2-ct", "unlabelled"),
-        ("other", "unlabelled"),
-    ]
+def test_ignored_voxels_are_255_and_no_class(tmp_path):
+    """nnU-Net's `ignore` label: the highest number there, which says that nobody has looked."""
+    root = nnunet_folder(tmp_path, labels={"background": 0, "liver": 1, "ignore": 2})
+    source = open_source(root)
+    assert source.classes == ("liver",) and source.cases[0].annotated == ("liver",)
+    label = read_case(source.cases[0], merged([source.classes])).label
+    np.testing.assert_array_equal(label, np.array([0, 1, IGNORED], np.uint8)[organ_values()[::-1, ::-1]])
+
+
+def test_a_folder_of_scans_is_unlabelled_and_names_nobody(tmp_path, monkeypatch):
+    """Neither file nor folder names, which are those of patients in many an archive."""
+    root = tmp_path / "SMITH_JOHN"
+    for path in ("p1/DOE_JANE.nii.gz", "p2/DOE_JANE.nii", "p2/MILLER.nii.gz", "p2/.hidden.nii.gz"):
+        write(root / path, ct_values())
+    source = open_source(root)
+    said = [source.name, *(text for case in source.cases for text in (case.name, case.dataset))]
+    assert not [text for text in said for name in ("SMITH", "DOE", "MILLER", "p1", "p2") if name in text]
+    assert len({case.name for case in source.cases}) == 3 and {case.split for case in source.cases} == {"unlabelled"}
+    assert [case.name for case in open_source(root).cases] == [case.name for case in source.cases]
+    monkeypatch.setenv("MIXCL_PSEUDONYM_KEY", "another key")
+    assert not {case.name for case in open_source(root).cases} & {case.name for case in source.cases}
+
+
+def test_cases_that_share_a_file_name_are_told_apart_by_folder(tmp_path):
+    paths = ("p1/ct.nii.gz", "p2/ct.nii", "p2/other.nii.gz")
+    entries = [{"image": str(write(tmp_path / path, ct_values()).relative_to(tmp_path))} for path in paths]
+    source = open_source(write_json(tmp_path / "cases.json", entries))
+    assert [case.name for case in source.cases] == ["p1-ct", "p2-ct", "other"]
 
 
 def test_names_that_are_the_same_without_dots_are_refused(tmp_path):
     for name in ("a.b.nii.gz", "a-b.nii.gz"):
         write(tmp_path / name, ct_values())
-    source = open_source(tmp_path)
+    source = open_source(write_json(tmp_path / "cases.json", ["a-b.nii.gz", "a.b.nii.gz"]))
     assert len(source.cases) == 1
     (problem,) = source.problems
     assert "a.b.nii.gz: is named a-b as is" in str(problem) and "a-b.nii.gz" in str(problem)
@@ -288,12 +305,13 @@ def test_voxels_lie_where_simpleitk_sees_them(ct):
     position."""
     rng = np.random.default_rng(0)
     for folder in ("torso", "sarcoma", "openkbp"):
-        cases = [case for case in open_source(ct / folder).cases if case.format == "nifti" and "mask" not in case.name]
+        cases = [case for case in open_source(ct / folder).cases if case.format == "nifti"]
+        cases = [case for case in cases if "mask" not in case.files[0].name]
         for case in cases[:6]:
             volume = read_case(case, merged([[name for _, name in case.label_values]]))
             assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
             image = sitk.ReadImage(str(case.files[0]))
-            label = None if case.label is None else sitk.ReadImage(str(case.label))
+            label = None if not case.labels else sitk.ReadImage(str(case.labels[0]))
             np.testing.assert_allclose(sorted(volume.spacing), sorted(image.GetSpacing()), rtol=1e-5)
             for index in rng.integers(0, image.GetSize(), (200, 3)).tolist():
                 x, y, z = image.TransformIndexToPhysicalPoint(index)

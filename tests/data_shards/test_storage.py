@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import os
 import pickle
+import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -78,8 +80,8 @@ def running_nginx(tmp_path_factory) -> Iterator[servers.Nginx]:
 @pytest.fixture
 def nginx(running_nginx) -> servers.Nginx:
     """With a.tar alone, and nothing seen yet."""
-    for path in running_nginx.root.iterdir():
-        path.unlink()
+    shutil.rmtree(running_nginx.root)
+    running_nginx.root.mkdir()
     (running_nginx.root / "a.tar").write_bytes(CONTENT)
     running_nginx.seen()
     return running_nginx
@@ -165,6 +167,18 @@ def test_a_bad_span_does_not_lose_the_others(anywhere):
     assert [bytes(good), bytes(last), bytes(again)] == [CONTENT[1000:5000], CONTENT[-10:], CONTENT[1000:5000]]
     assert "b.tar: is missing" in str(missing)
     assert "a.tar: ends before byte 300001" in str(beyond)
+
+
+def test_names_with_any_characters_are_found(nginx, s3):
+    import boto3
+
+    name = "sub folder/Ä #1 100%25?.tar"
+    (nginx.root / "sub folder").mkdir()
+    (nginx.root / name).write_bytes(CONTENT)
+    boto3.client("s3").put_object(Bucket=servers.BUCKET, Key=f"set/{name}", Body=CONTENT)
+    for store in (open_store(nginx.root), open_store(nginx.url), open_store(s3)):
+        assert store.read(name) == CONTENT
+        assert read(store, Span(name, 1000, 5000)) == [CONTENT[1000:5000]]
 
 
 def test_an_empty_file_is_empty(nginx, s3):
@@ -265,6 +279,7 @@ def make_span(name: str, one: int, other: int) -> Span:
     ],
 )
 def test_an_unusable_url_is_refused_without_showing_its_secrets(url, message):
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
     with pytest.raises(StorageError) as refusal:
         open_store(url)
     assert message in str(refusal.value)
@@ -435,6 +450,13 @@ def test_what_cannot_pass_is_not_tried_again(proxy, fault, what):
     assert proxy.requests == 1
 
 
+def test_a_whole_file_of_unknown_length_is_refused_because_a_cut_would_pass_unseen(proxy):
+    proxy.faults[:] = ["unsized", "unsized"]
+    with pytest.raises(StorageError, match="the server does not say how long it is"):
+        open_store(proxy.url).read("a.tar")
+    assert read(open_store(proxy.url), SPAN) == [CONTENT[1000:5000]]
+
+
 def test_no_attempt_is_made_after_the_time_for_all(proxy, monkeypatch):
     monkeypatch.setattr("mixcl_dist.data_shards.remote.PATIENCE_S", 0)
     proxy.faults[:] = [503] * 99
@@ -450,12 +472,22 @@ def test_pauses_between_attempts_grow(proxy, monkeypatch, caplog):
     pauses = [record.args[2] for record in caplog.records]
     for pause, longest in zip(pauses, (0.1, 0.2, 0.4, 0.4), strict=True):
         assert longest / 2 <= pause <= longest
+    assert pauses[2] != pauses[3]
 
 
 def test_a_server_that_is_down_is_named(nginx, hasty):
     error = failure(open_store("http://127.0.0.1:1/shards"))
     assert isinstance(error, UnreachableError)
     assert "no connection (Connection refused), tried 3 times" in str(error)
+
+
+def test_a_name_that_no_server_has_is_not_tried_again(hasty, monkeypatch):
+    def look_up(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    for url in ("http://no-such-server/a", "http://not..possible/a"):
+        assert str(failure(open_store(url))) == f"{url}/a.tar: no server has this name; check the URL"
 
 
 def test_a_server_without_ranges_is_found_out(nginx):
@@ -475,6 +507,7 @@ def test_a_slow_server_is_waited_for_as_long_as_its_bytes_come_fast_enough(nginx
 def test_credentials_of_a_url_are_used_and_never_shown(nginx, hasty):
     right = open_store(nginx.url.replace("//", "//reader:secret@") + "/locked?signature=secret")
     assert read(right, SPAN) == [CONTENT[1000:5000]]
+    assert nginx.seen() == ["GET /locked/a.tar?signature=secret 206 bytes=1000-4999"]
     for wrong in (f"{nginx.url}/locked?signature=secret", nginx.url.replace("//", "//secret:secret@") + "/locked"):
         error = failure(open_store(wrong))
         assert str(error).startswith(f"{nginx.url}/locked/a.tar: access is refused (HTTP 401)")
@@ -649,11 +682,18 @@ def test_a_damaged_entry_is_dropped_by_forgetting_it(nginx, cache):
 
 def test_an_entry_of_another_length_is_not_used(nginx, cache):
     store = open_store(nginx.url, cache)
-    store.read_spans([SPAN, Span("a.tar", 400_000, 400_001)])
+    read(store, SPAN)
     (entry,) = entries(cache)
     entry.write_bytes(CONTENT[1000:4000])
     assert read(store, SPAN) == [CONTENT[1000:5000]]
     assert entry.read_bytes() == CONTENT[1000:5000]
+
+
+def test_asking_beyond_the_end_leaves_the_file_as_known_as_before(nginx, cache):
+    store = open_store(nginx.url, cache)
+    assert "ends before byte" in str(failure(store, Span("a.tar", 400_000, 400_001)))
+    read(store, SPAN)
+    assert len(entries(cache)) == 1
 
 
 def test_failures_are_answered_and_not_kept(proxy, cache):
@@ -680,6 +720,13 @@ def test_the_least_recently_used_makes_room(nginx, tmp_path):
     assert nginx.seen() == []
     read(store, spans[1])
     assert len(nginx.seen()) == 1
+
+
+def test_a_span_larger_than_the_cache_is_not_kept_and_displaces_nothing(nginx, tmp_path):
+    cache = CacheConfig(tmp_path, 5 * 4096)
+    store = open_store(nginx.url, cache)
+    assert read(store, SPAN, Span("a.tar", 0, 200_000)) == [CONTENT[1000:5000], CONTENT[:200_000]]
+    assert [entry.read_bytes() for entry in entries(cache)] == [CONTENT[1000:5000]]
 
 
 def test_only_its_own_files_make_room(nginx, tmp_path):

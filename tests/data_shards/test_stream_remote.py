@@ -103,12 +103,13 @@ def test_a_cache_serves_the_second_epoch_and_damage_in_it_does_no_harm(nginx, ex
     assert shown(stream_of(nginx.url, cache=cache)) == expected
 
 
-def test_a_server_that_goes_away_stops_the_run_in_one_line_and_replaces_nothing(proxy, tmp_path):
+@pytest.mark.parametrize(("status", "said"), [(503, r"HTTP 503, tried 3 times .*"), (403, "access is refused .*")])
+def test_a_server_that_goes_away_stops_the_run_in_one_line_and_replaces_nothing(proxy, tmp_path, status, said):
     stream = stream_of(proxy.url, quarantine=tmp_path / "bad.jsonl", max_bad_fraction=1.0)
     batches = iter(stream)
     first = next(batches)
-    proxy.faults[:] = [503] * 1000
-    with pytest.raises(StreamError, match=r"HTTP 503, tried 3 times .*; when it is there again, run again") as refused:
+    proxy.faults[:] = [status] * 1000
+    with pytest.raises(StreamError, match=said + "; when it is there again, run again") as refused:
         for _ in range(BATCHES):
             next(batches)
     assert "\n" not in str(refused.value) and not (tmp_path / "bad.jsonl").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.losses import DiceLoss
 
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.marginal import FOREGROUND_WEIGHT, marginal_loss
 
 CLASSES = 3
@@ -82,3 +83,22 @@ def test_a_crop_without_foreground_still_teaches_background(scene):
     logits, target = scene
     loss = marginal_loss(logits, torch.zeros_like(target), known([1, 1, 1], [1, 1, 1]))
     torch.testing.assert_close(loss, -logits.log_softmax(dim=1)[:, 0].mean())
+
+
+def test_ignored_voxels_teach_nothing(scene):
+    """Independent truth: the loss of a volume that does not have them."""
+    logits, target = scene
+    masked = target.clone()
+    masked[:, :, :2] = IGNORED
+    loss = marginal_loss(logits, masked, known([1, 1, 1], [1, 0, 1]))
+    expected = marginal_loss(logits[:, :, 2:], target[:, :, 2:], known([1, 1, 1], [1, 0, 1]))
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert not gradient[:, :, :2].any() and gradient[:, :, 2:].any()
+
+
+def test_a_crop_that_is_ignored_whole_teaches_nothing(scene):
+    logits, target = scene
+    loss = marginal_loss(logits, torch.full_like(target, IGNORED), known([1, 1, 1], [1, 1, 1]))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss == 0 and not gradient.any()

@@ -16,8 +16,8 @@ from mixcl_dist.rows import Rows, sample_rows
 from mixcl_dist.views import Views, make_views
 
 OFF = {"voxel_identity": 0.0, "voxel_label": 0.0, "crop_identity": 0.0, "reconstruction": 0.0}
-UNLABELLED = [0b1111] * 3
-LABELLED = [0b1100, 0b0001, 0b0010]
+UNLABELLED = [0b1111] * 4
+LABELLED = [0b1100, 0b0001, 0b0010, 0b1111]
 
 
 def step(bits: list[int], objective: ObjectiveConfig, network: PretrainNetwork | None = None):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixcl_dist.config import RowsConfig, ViewsConfig
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.draws import Draws
 from mixcl_dist.rows import Rows, sample_rows
 from mixcl_dist.views import make_views
@@ -14,7 +15,7 @@ PATCH, SIZE = (32, 28, 24), (20, 20, 16)
 LIVER, SPLEEN = 1, 2
 ALL = 0b1111
 # classes liver, spleen and the two of "neither": both annotated, only the liver annotated, nothing annotated
-BOTH, ONLY_LIVER, NONE = [0b1100, 0b0001, 0b0010], [0b1110, 0b0001, ALL], [ALL, ALL, ALL]
+BOTH, ONLY_LIVER, NONE = [0b1100, 0b0001, 0b0010, ALL], [0b1110, 0b0001, ALL, ALL], [ALL] * 4
 
 
 def shifted_views(*origins: tuple[tuple[int, int, int], tuple[int, int, int]]) -> torch.Tensor:
@@ -185,3 +186,16 @@ def test_equal_draws_give_equal_rows():
     matrix, label = turned_views(2), organs(2)
     first, again, other = (rows_of(matrix, label, BOTH, seed).voxel_index for seed in (1, 1, 2))
     assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
+
+
+def test_ignored_voxels_may_be_anything_and_are_no_border_to_draw_from():
+    matrix, label = shifted_views(((4, 4, 4), (4, 4, 4))), organs()
+    label[:, 4:, :6] = IGNORED
+    drawn = [rows_of(matrix, label, BOTH, seed, per_view_pair=40) for seed in range(10)]
+    ignored = 0
+    for rows in drawn:
+        x, y, z = patch_position(matrix, rows)[:40].long().unbind(1)
+        hit = label[0, x, y, z] == IGNORED
+        assert rows.set_table[rows.candidate_set[:40][hit]].all()
+        ignored += int(hit[:20].sum())
+    assert ignored == 0, "the first half lies near borders"

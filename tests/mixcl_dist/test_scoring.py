@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
 
@@ -73,6 +74,13 @@ def test_dice_is_twice_the_overlap_over_the_sum():
     prediction[1:5] = 1
     scores = dice_per_class(prediction, truth, ["a", "b", "absent", "unknown"], ["a", "b", "absent"])
     assert scores == {"a": 0.75, "b": 0.0, "absent": None, "unknown": None}
+
+
+def test_what_the_truth_ignores_is_not_scored():
+    truth, prediction = np.zeros((2, 4, 4, 4), np.uint8)
+    truth[:2], prediction[:2] = 1, 1
+    prediction[3], truth[3] = 1, IGNORED
+    assert dice_per_class(prediction, truth, ("liver",), ("liver",)) == {"liver": 1.0}
 
 
 def test_the_mean_is_over_classes_and_leaves_out_what_was_not_scored():

@@ -1,0 +1,102 @@
+"""Work under a real Ray: each item once, what dies is told, and machines that see other files are refused."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from mixcl_dist.cluster.work import WorkError, on_ray
+
+
+def square(item: int) -> int:
+    return item * item
+
+
+class TestOnOneCluster:
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory):
+        out = tmp_path_factory.mktemp("work") / "out"
+        with on_ray("local", written=out, read=[out.parent]) as run:
+            assert list(out.iterdir()) == [], "no probe is left behind"
+            yield run
+        assert not ray.is_initialized()
+
+    def test_each_item_is_worked_on_elsewhere_and_comes_back_with_its_result(self, run):
+        assert sorted(run(square, range(20))) == [(n, n * n, None) for n in range(20)]
+        assert os.getpid() not in {pid for _, pid, _ in run(lambda item: os.getpid(), range(4))}
+
+    def test_a_worker_that_dies_is_tried_again_then_told_and_the_others_are_done(self, run, tmp_path):
+        def work(item: str) -> str:
+            with (tmp_path / item).open("a") as file:
+                file.write("tried\n")
+            if item == "deadly" or (item == "once" and (tmp_path / item).read_text().count("\n") == 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return item.upper()
+
+        found = {item: (result, death) for item, result, death in run(work, ["a", "deadly", "once", "b"])}
+        assert found.pop("deadly") == (None, "a fault in a decoder, or killed")
+        assert found == {"a": ("A", None), "b": ("B", None), "once": ("ONCE", None)}
+        assert (tmp_path / "deadly").read_text() == "tried\n" * 2 and (tmp_path / "a").read_text() == "tried\n"
+
+    def test_what_the_work_raises_comes_out_as_it_was(self, run):
+        def work(item: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            list(run(work, [1, 2]))
+
+
+def test_a_path_that_a_machine_does_not_have_is_refused(tmp_path):
+    told = r"gone: is not the same on machine .*; give paths on a file system"
+    with pytest.raises(WorkError, match=told), on_ray("local", written=tmp_path, read=[tmp_path / "gone"]):
+        pass
+    assert not ray.is_initialized() and list(tmp_path.iterdir()) == []
+
+
+def test_without_a_ray_there_it_says_so(tmp_path):
+    told = r"--ray 127.0.0.1:1: .*start Ray there"
+    with pytest.raises(WorkError, match=told), on_ray("127.0.0.1:1", written=tmp_path, read=[]):
+        pass
+
+
+@pytest.mark.slow
+def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
+    """A second Ray node in a name space where the folder is another disk."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs a user name space to mount another disk (unshare -rm)")
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    out = tmp_path / "out"
+    out.mkdir()
+    port = "26379"
+    # In a folder of its own, with a short name for its sockets, so that no other Ray here takes it for its own.
+    temporary = tempfile.mkdtemp(prefix="ray-")
+    head = [ray_command, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
+    head += [f"--temp-dir={temporary}"]
+    other = f"mount -t tmpfs tmpfs {out} && exec {ray_command} start --address=127.0.0.1:{port} --block --num-cpus=1"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    nodes = [subprocess.Popen(head, **quiet)]
+    try:
+        time.sleep(8)
+        nodes.append(subprocess.Popen(["unshare", "-rm", "sh", "-c", other], **quiet))
+        time.sleep(10)
+        refused = pytest.raises(WorkError, match=r"out: is not the same on machine")
+        with refused, on_ray(f"127.0.0.1:{port}", written=out, read=[]):
+            assert len([node for node in ray.nodes() if node["Alive"]]) == 2, "the other machine never joined"
+    finally:
+        started = [
+            one for node in nodes for one in [psutil.Process(node.pid), *psutil.Process(node.pid).children(True)]
+        ]
+        for one in started:
+            one.kill()
+        psutil.wait_procs(started)
+        shutil.rmtree(temporary, ignore_errors=True)
