@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -50,12 +52,12 @@ class SampleReader:
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self._store = store
-        self._shape = manifest.patch_size
+        self._voxels = math.prod(manifest.patch_size)
         # Only what is needed of the manifest: this object is sent to every worker.
         self._files = [shard.file for shard in manifest.shards]
         self._bytes = [shard.bytes for shard in manifest.shards]
         self._index_digests = [shard.index_xxh3 for shard in manifest.shards]
-        self._first_of_shard = np.cumsum([0] + [shard.samples for shard in manifest.shards])
+        self._first_of_shard = list(accumulate((shard.samples for shard in manifest.shards), initial=0))
 
     def read(self, wanted: Sequence[Wanted], image: np.ndarray, label: np.ndarray | None) -> list[Outcome]:
         """Fill the rows of `image`, (rows, X, Y, Z) int16, and `label`, the same in uint8, that are wanted.
@@ -75,11 +77,11 @@ class SampleReader:
         return outcomes
 
     def _place(self, one: Wanted) -> _Place | Outcome:
-        shard = int(np.searchsorted(self._first_of_shard, one.sample, side="right")) - 1
+        shard = bisect_right(self._first_of_shard, one.sample) - 1
         file = self._files[shard]
         try:
             key, members = self._index(shard)[one.sample - self._first_of_shard[shard]]
-            return _Place.of(file, key, members, one.label, math.prod(self._shape), self._bytes[shard])
+            return _Place.of(file, key, members, one.label, self._voxels, self._bytes[shard])
         except (ShardError, StorageError) as error:
             return Outcome(one, "", file, str(error), isinstance(error, UnreachableError))
 

@@ -6,11 +6,11 @@ A data loader that sends arrays between processes copies each of them several ti
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import mmap
 import multiprocessing
 import os
+import selectors
 import signal
 import tempfile
 import weakref
@@ -99,6 +99,10 @@ class Ring:
         self._free = deque(range(self._layout.entries))
         self._pending: deque[_Pending] = deque()
         self._workers = [_Worker.start(n, self._file, self._layout, reader) for n in range(workers)]
+        self._events = selectors.DefaultSelector()  # kept, as `connection.wait` would set up one for every message
+        for worker in self._workers:
+            self._events.register(worker.connection, selectors.EVENT_READ, worker)
+            self._events.register(worker.process.sentinel, selectors.EVENT_READ, worker)
 
     def __len__(self) -> int:
         """Batches under way."""
@@ -106,7 +110,7 @@ class Ring:
 
     def submit(self, wanted: Sequence[Wanted]) -> None:
         """Begin the next batch; there must be fewer than `ahead` under way."""
-        batch = _Pending(self._free.popleft(), [None] * len(wanted))
+        batch = _Pending(self._free.pop(), [None] * len(wanted))
         self._pending.append(batch)
         if self._workers:
             size = math.ceil(len(wanted) / len(self._workers))
@@ -138,6 +142,7 @@ class Ring:
 
     def close(self) -> None:
         """End the workers; arrays that were taken stay valid."""
+        self._events.close()
         for worker in self._workers:
             worker.stop()
         self._file.close()
@@ -155,18 +160,16 @@ class Ring:
 
     def _receive(self) -> None:
         """Wait for a worker and note what it has filled."""
-        ends = ((worker.connection, worker.process.sentinel) for worker in self._workers)
-        ready = connection.wait(list(itertools.chain.from_iterable(ends)))
-        for worker in self._workers:
-            if worker.connection in ready:
-                try:
-                    entry, outcomes = worker.connection.recv()
-                except (EOFError, OSError):
-                    raise StreamError(worker.death()) from None
-                worker.rows -= len(outcomes)
-                self._note(next(batch for batch in self._pending if batch.entry == entry), outcomes)
-            elif worker.process.sentinel in ready:
-                raise StreamError(worker.death())
+        for key, _ in self._events.select():
+            worker: _Worker = key.data
+            try:
+                if key.fileobj is not worker.connection and not worker.connection.poll():
+                    raise EOFError  # the process has ended and left nothing to be read
+                entry, outcomes = worker.connection.recv()
+            except (EOFError, OSError):
+                raise StreamError(worker.death()) from None
+            worker.rows -= len(outcomes)
+            self._note(next(batch for batch in self._pending if batch.entry == entry), outcomes)
 
     def _note(self, batch: _Pending, outcomes: Sequence[Outcome]) -> None:
         again = [self._replace(outcome) for outcome in outcomes if outcome.cause is not None]

@@ -208,14 +208,14 @@ class FolderStore(Store):
     """Files in a local folder, or one that is mounted."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._prefix = folder, os.path.join(folder, "")
         self._open = lru_cache(_OPEN_FILES)(_OpenFile)
 
     def __reduce__(self) -> tuple[type[FolderStore], tuple[Path]]:
         return FolderStore, (self._folder,)
 
     def path(self, name: str) -> str:
-        return str(self._folder / name)
+        return self._prefix + name
 
     def read(self, name: str) -> bytes:
         if problem := self._unsafe(name):
@@ -236,10 +236,10 @@ class FolderStore(Store):
                 yield self._failure(block.file, error)
 
     def _read_block(self, block: Block) -> bytes:
-        path = self._folder / block.file
+        path = self.path(block.file)  # as text: to take a `Path` apart costs as much as a small read
         # Asked each time: a file that took the place of an open one has another inode and is opened itself, and
         # memory is taken for no more than the file holds.
-        found = path.stat()
+        found = os.stat(path)
         file = self._open(path, found.st_dev, found.st_ino)
         return file.read(block.start, min(block.end, found.st_size))
 
@@ -252,7 +252,7 @@ class FolderStore(Store):
 class _OpenFile:
     """A descriptor that is closed with its last use, so also when another thread pushes it out of the cache."""
 
-    def __init__(self, path: Path, device: int, inode: int) -> None:
+    def __init__(self, path: str, device: int, inode: int) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, start: int, end: int) -> bytes:

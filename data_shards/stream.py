@@ -21,7 +21,7 @@ import torch
 
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.codec import digest
-from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, CaseRecord, Manifest, case_of
+from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, Manifest, case_of
 from mixcl_dist.data_shards.order import Deck, Order
 from mixcl_dist.data_shards.reader import Outcome, SampleReader, Wanted
 from mixcl_dist.data_shards.ring import Filled, Ring, StreamError
@@ -231,22 +231,24 @@ class PatchStream:
         return Wanted(outcome.wanted.row, slot, attempt, sample, bool(label))
 
     def _batch(self, filled: Filled) -> Batch:
-        cases = [self._samples.case_of(outcome.wanted.sample) for outcome in filled.outcomes]
-        for outcome, case in zip(filled.outcomes, cases, strict=True):
-            if case_of(outcome.key) != case.name:
+        outcomes = filled.outcomes
+        cases = self._samples.cases_of(np.array([outcome.wanted.sample for outcome in outcomes]))
+        for outcome, case in zip(outcomes, cases, strict=True):
+            name = self._manifest.cases[case].name
+            if case_of(outcome.key) != name:
                 where = f"{self._store.path(outcome.shard)}: {outcome.key}"
-                raise StreamError(f"{where} lies where the manifest has {case.name}; build the shards again")
+                raise StreamError(f"{where} lies where the manifest has {name}; build the shards again")
         image = torch.from_numpy(filled.image)[:, None]
-        shape = (len(cases), *self._manifest.patch_size)
+        shape = (len(outcomes), *self._manifest.patch_size)
         return Batch(
             image=image,
             label=torch.zeros((), dtype=torch.uint8).expand(shape)
             if filled.label is None
             else torch.from_numpy(filled.label),
-            candidate_bits=torch.from_numpy(np.stack([self._samples.candidate_bits(case.name) for case in cases])),
-            spacing=torch.tensor([case.spacing_mm for case in cases], dtype=torch.float32),
-            keys=[outcome.key for outcome in filled.outcomes],
-            slots=[outcome.wanted.slot for outcome in filled.outcomes],
+            candidate_bits=torch.from_numpy(np.stack([self._samples.candidate_bits(case) for case in cases])),
+            spacing=torch.from_numpy(self._samples.spacing_mm[cases]),
+            keys=[outcome.key for outcome in outcomes],
+            slots=[outcome.wanted.slot for outcome in outcomes],
         )
 
 
@@ -267,6 +269,7 @@ class _Samples:
         everything = np.arange(len(self._case), dtype=np.uint32)
         self.selected = everything if cases is None else everything[self._mask(cases)[self._case]]
         self.has_labels = bool(label_cases)
+        self.spacing_mm = np.array([case.spacing_mm for case in manifest.cases], dtype=np.float32)
 
     def _mask(self, names: Collection[str]) -> np.ndarray:
         """(cases,) bool: those of `names`."""
@@ -278,13 +281,13 @@ class _Samples:
         """(N,) bool."""
         return self._label_case[self._case[samples]]
 
-    def case_of(self, sample: int) -> CaseRecord:
-        return self.manifest.cases[self._case[sample]]
+    def cases_of(self, samples: np.ndarray) -> np.ndarray:
+        """(N,) positions in the manifest's cases."""
+        return self._case[samples]
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the stream
-    def candidate_bits(self, case: str) -> np.ndarray:
-        number = self._number[case]
-        reliable = self.manifest.cases[number].reliable if self._label_case[number] else None
+    def candidate_bits(self, case: int) -> np.ndarray:
+        reliable = self.manifest.cases[case].reliable if self._label_case[case] else None
         return Catalogue(self.manifest.classes).candidate_bits(reliable)
 
     def copies(self, samples: np.ndarray, upsampling: Mapping[str, float]) -> np.ndarray | None:

@@ -74,7 +74,7 @@ LZ4, LZ4HC, ZSTD = blosc2.Codec.LZ4, blosc2.Codec.LZ4HC, blosc2.Codec.ZSTD
 NONE, SHUFFLE, BITSHUFFLE = blosc2.Filter.NOFILTER, blosc2.Filter.SHUFFLE, blosc2.Filter.BITSHUFFLE
 CODECS: dict[str, tuple[Encode, Decode]] = {
     "npz": (npz, from_npz),
-    "zstd-3": blosc(ZSTD, NONE, 3),
+    "blosc2 zstd-3, no filter": blosc(ZSTD, NONE, 3),
     "blosc2 lz4-5 bitshuffle": blosc(LZ4, BITSHUFFLE),
     "blosc2 lz4hc-5 bitshuffle": blosc(LZ4HC, BITSHUFFLE),
     "blosc2 lz4hc-9 shuffle": blosc(LZ4HC, SHUFFLE, 9),

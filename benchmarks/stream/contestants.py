@@ -217,14 +217,22 @@ class Decoding(Contestant):
     def endless(self) -> Iterator[int]:
         context = multiprocessing.get_context("spawn")
         done = context.Array("q", self.workers, lock=False)
-        for number in range(self.workers):
-            context.Process(target=_decode_for_ever, args=(self.shards, done, number), daemon=True).start()
+        processes = [
+            context.Process(target=_decode_for_ever, args=(self.shards, done, number), daemon=True)
+            for number in range(self.workers)
+        ]
+        for process in processes:
+            process.start()
         before = 0
-        while True:
-            while sum(done) - before < self.batch_size:
-                time.sleep(POLL_SECONDS)
-            yield (now := sum(done)) - before
-            before = now
+        try:
+            while True:
+                while sum(done) - before < self.batch_size:
+                    time.sleep(POLL_SECONDS)
+                yield (now := sum(done)) - before
+                before = now
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def _decode(places: Iterable[tuple[Path, str, Member]], image: np.ndarray) -> Iterator[None]:
