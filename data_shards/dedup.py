@@ -94,13 +94,12 @@ def _stacked(scans: Sequence[Scan]) -> np.ndarray:
 
 
 def _scans_of_shards(folder: Path) -> list[Scan]:
-    manifest, path = Manifest.load(folder), folder / FINGERPRINTS_FILE
-    try:
-        marks = manifest.check_table(FINGERPRINTS_FILE, path.read_bytes(), path)
-    except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}; build the shards again") from None
+    manifest = Manifest.load(folder)
+    marks = manifest.read_table(folder, FINGERPRINTS_FILE)
     if marks.shape[1] != SIZE:
-        raise ManifestError(f"{path}: has fingerprints of another version; build the shards again")
+        raise ManifestError(
+            f"{folder / FINGERPRINTS_FILE}: has fingerprints of another version; build the shards again"
+        )
     records = zip(manifest.cases, marks, strict=True)
     return [Scan(case.name, str(folder), case.source_digest, mark) for case, mark in records]
 

@@ -106,6 +106,11 @@ class Manifest:
     def patches(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @cached_property
+    def first_of_shard(self) -> np.ndarray:
+        """(shards + 1,) number of each shard's first sample and, last, of all samples."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)])
+
     @property
     def spacing_range_mm(self) -> tuple[tuple[float, float], ...]:
         """Smallest and largest spacing along each axis."""
@@ -115,7 +120,7 @@ class Manifest:
     @classmethod
     def load(cls, shards: Path | str | Store) -> Manifest:
         """Read the manifest of a folder or URL; raises `ManifestError`, and `StorageError` for an unusable URL."""
-        store = shards if isinstance(shards, Store) else open_store(shards)
+        store = _store(shards)
         try:
             return cls.parse(store.read(FILE_NAME), store.path(FILE_NAME))
         except MissingError as error:
@@ -143,6 +148,16 @@ class Manifest:
         with publish(Path(folder) / FILE_NAME) as file:
             file.write(_MANIFEST.dump_json(self, indent=1))
 
+    def read_table(self, shards: Path | str | Store, name: str) -> np.ndarray:
+        """The table `name` beside this manifest; raises `ManifestError`, and `StorageError` where it cannot be had."""
+        store = _store(shards)
+        try:
+            content = store.read(name)
+        except MissingError:
+            where = store.path(name)
+            raise ManifestError(f"{where}: No such file or directory; build the shards again") from None
+        return self.check_table(name, content, store.path(name))
+
     def check_table(self, name: str, content: bytes, path: Path | str) -> np.ndarray:
         """The table `name` in `content`, read from `path`; raises `ManifestError` unless it is the manifest's.
 
@@ -158,6 +173,10 @@ class Manifest:
         if name == CASES_FILE and rows and table.max() >= len(self.cases):
             raise ManifestError(f"{path}: names a case that the manifest does not have; build the shards again")
         return np.ascontiguousarray(table)
+
+
+def _store(shards: Path | str | Store) -> Store:
+    return shards if isinstance(shards, Store) else open_store(shards)
 
 
 def table_digest(table: np.ndarray) -> str:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.codec import CT_MEMBERS, SEG_MEMBER, decode
-from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, Manifest, ManifestError
+from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, Manifest
 from mixcl_dist.data_shards.shard import read_index, read_sample
 from mixcl_dist.data_shards.storage import publish
 from mixcl_dist.data_shards.volume import BODY_HU
@@ -63,7 +63,7 @@ def contact_sheet(folder: Path, picture: Path, window_hu: Sequence[float]) -> No
 
 def _spread(folder: Path, manifest: Manifest) -> list[int]:
     """Numbers of the samples to be shown: of cases evenly through the list, that patch with the most classes in it."""
-    case, present = (_table(folder, manifest, name) for name in (CASES_FILE, CLASSES_FILE))
+    case, present = (manifest.read_table(folder, name) for name in (CASES_FILE, CLASSES_FILE))
     classes = np.unpackbits(present, axis=1).sum(axis=1)
     chosen = np.unique(np.linspace(0, len(manifest.cases) - 1, PICTURES).round().astype(int))
     richest = []
@@ -75,16 +75,8 @@ def _spread(folder: Path, manifest: Manifest) -> list[int]:
     return richest
 
 
-def _table(folder: Path, manifest: Manifest, name: str) -> np.ndarray:
-    path = Path(folder) / name
-    try:
-        return manifest.check_table(name, path.read_bytes(), path)
-    except OSError as error:
-        raise ManifestError(f"{path}: {error.strerror}; build the shards again") from None
-
-
 def _read(folder: Path, manifest: Manifest, sample: int) -> _Patch:
-    first = np.cumsum([0] + [shard.samples for shard in manifest.shards])
+    first = manifest.first_of_shard
     shard = int(np.searchsorted(first, sample, side="right")) - 1
     path = Path(folder) / manifest.shards[shard].file
     key, members = list(read_index(path).samples.items())[sample - first[shard]]

@@ -129,15 +129,14 @@ class Ring:
                 self._note(batch, self._reader.read([batch.waiting.popleft()], *self._arrays(batch.entry)))
         self._pending.popleft()
         image, label = self._arrays(batch.entry)
-        if len(self._free) < 1:  # the trainer still holds the last ones; it must not see them change
+        if not self._free:  # the trainer still holds the last ones; it must not see them change
             image, label = image.copy(), None if label is None else label.copy()
             self._free.append(batch.entry)
         else:
-            holder = _Lease(self._free, batch.entry)
-            weakref.finalize(image, holder.release)
-            if label is not None:
-                holder.shares = 2
-                weakref.finalize(label, holder.release)
+            arrays = [array for array in (image, label) if array is not None]
+            lease = _Lease(self._free, batch.entry, len(arrays))
+            for array in arrays:
+                weakref.finalize(array, lease.release)
         return Filled(image, label, [outcome for outcome in batch.outcomes if outcome])
 
     def close(self) -> None:
@@ -202,7 +201,8 @@ class _Lease:
 
     free: deque[int]
     entry: int
-    shares: int = 1
+    shares: int
+    """Arrays that are still held."""
 
     def release(self) -> None:
         self.shares -= 1

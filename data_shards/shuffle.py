@@ -177,7 +177,7 @@ def _write_tables(
 
 def _write_table(path: Path, base: Manifest | None, rows: np.ndarray) -> str:
     if base:
-        before = base.check_table(path.name, path.read_bytes(), path)
+        before = base.read_table(path.parent, path.name)
         if before.ndim == 2:
             before = np.pad(before, ((0, 0), (0, rows.shape[1] - before.shape[1])))
         rows = np.concatenate([before, rows])

@@ -64,12 +64,13 @@ class Batch:
     slots: list[int]
     """The place of each patch in the run: what its augmentation's random numbers are to depend on."""
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.image, self.label, self.candidate_bits, self.spacing
+
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from pinned memory do not wait for it."""
-        image, label, candidate_bits, spacing = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.image, self.label, self.candidate_bits, self.spacing)
-        )
+        image, label, candidate_bits, spacing = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
         return Batch(image, label, candidate_bits, spacing, self.keys, self.slots)
 
 
@@ -200,7 +201,7 @@ class PatchStream:
                 with torch.cuda.stream(copying):
                     crossing = (host.to(self._device), host)
                 if arrived:
-                    for tensor in (arrived[0].image, arrived[0].label, arrived[0].candidate_bits, arrived[0].spacing):
+                    for tensor in arrived[0].tensors:
                         tensor.record_stream(torch.cuda.current_stream(self._device))
                     yield arrived[0]
 
@@ -263,9 +264,8 @@ class _Samples:
         if unknown := (set(cases or ()) | set(label_cases)) - self._number.keys():
             where = store.path("manifest.json")
             raise StreamError(f"{where}: has no case {min(unknown)}; `mixcl shards inspect` lists what it holds")
-        self._case = manifest.check_table(CASES_FILE, store.read(CASES_FILE), store.path(CASES_FILE))
+        self._case = manifest.read_table(store, CASES_FILE)
         self._label_case = self._mask(label_cases)
-        self.first_of_shard = np.cumsum([0] + [shard.samples for shard in manifest.shards])
         everything = np.arange(len(self._case), dtype=np.uint32)
         self.selected = everything if cases is None else everything[self._mask(cases)[self._case]]
         self.has_labels = bool(label_cases)
@@ -304,8 +304,7 @@ class _Samples:
 
     def by_class(self, samples: np.ndarray) -> list[np.ndarray]:
         """Of `samples`, those that hold each class that is reliably annotated in their case; no empty ones."""
-        stored = self._store.read(CLASSES_FILE)
-        present = self.manifest.check_table(CLASSES_FILE, stored, self._store.path(CLASSES_FILE))[samples]
+        present = self.manifest.read_table(self._store, CLASSES_FILE)[samples]
         classes = len(self.manifest.classes)
         reliable = np.zeros((len(self.manifest.cases), classes), dtype=bool)
         for row, case in enumerate(self.manifest.cases):
@@ -380,7 +379,7 @@ class _BadSamples:
 def _order(samples: _Samples, mixture: Mixture, batch_size: int, seed: int) -> Order:
     def deck(name: str, chosen: np.ndarray) -> Deck:
         key = f"{samples.manifest.digest} {seed} {name}"
-        return Deck(chosen, samples.first_of_shard, key, samples.copies(chosen, mixture.upsampling))
+        return Deck(chosen, samples.manifest.first_of_shard, key, samples.copies(chosen, mixture.upsampling))
 
     if mixture.labelled_fraction is None:
         rest, labelled, quota = samples.selected, [], 0

@@ -15,6 +15,7 @@ from mixcl_dist.data_shards.codec import digest
 from mixcl_dist.data_shards.manifest import CASES_FILE, Manifest, ManifestError, ShardRecord, case_of
 from mixcl_dist.data_shards.processes import in_processes, in_this_process
 from mixcl_dist.data_shards.shard import ShardIndex, index_path, read_index, verify_shard
+from mixcl_dist.data_shards.storage import StorageError
 
 
 class _Checked(NamedTuple):
@@ -100,11 +101,9 @@ def _repeated(folder: Path, checked: dict[str, _Checked]) -> Iterator[str]:
 def _tables(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in manifest.tables:
         try:
-            manifest.check_table(name, (folder / name).read_bytes(), folder / name)
-        except ManifestError as error:
+            manifest.read_table(folder, name)
+        except (ManifestError, StorageError) as error:
             yield str(error)
-        except OSError as error:
-            yield f"{folder / name}: {error.strerror}; build the shards again"
 
 
 def _miscounts(folder: Path, manifest: Manifest, checked: dict[str, _Checked]) -> Iterator[str]:
@@ -116,8 +115,8 @@ def _miscounts(folder: Path, manifest: Manifest, checked: dict[str, _Checked]) -
             yield f"{folder}: {name} has {counts[name]} patches, the manifest says {stated.get(name, 0)}"
     path = folder / CASES_FILE
     try:
-        rows = manifest.check_table(CASES_FILE, path.read_bytes(), path)
-    except (ManifestError, OSError):
+        rows = manifest.read_table(folder, CASES_FILE)
+    except (ManifestError, StorageError):
         return  # which `_tables` has told
     names = np.array([case.name for case in manifest.cases])[rows]
     if (wrong := np.flatnonzero(names != np.array(found))).size:

@@ -237,7 +237,7 @@ def _add_shards(verbs: Any) -> None:
     on_shards = shards.add_subparsers(title="verbs", metavar="VERB", required=True)
     example = "mixcl shards build archive/dataset.json more_scans/ --out shards --build.spacing_mm 2,2,2"
     add = _verb(on_shards, "build", _shards_build, "CT volumes → shards of patches, or more of them", example)
-    sources = "dataset.json (MONAI/Decathlon), nnU-Net folder, folder of NIfTI files or of DICOM series"
+    sources = "dataset.json (MONAI/Decathlon), nnU-Net folder, folder of masks, or of NIfTI, NRRD, MetaImage, DICOM"
     add("source", nargs="+", type=Path, metavar="SOURCE", help=sources)
     out = "folder to write; going on where it was interrupted, appending what is new"
     add("--out", type=Path, required=True, metavar="SHARDS", help=out)

@@ -49,7 +49,7 @@ class DataConfig:
     max_bad_fraction: Fraction = 0.001
     """Share of samples that may turn out unreadable, and be replaced, before the run stops."""
     cache: CacheConfig | None = None
-    """Where to keep what was read from a remote store, e.g. {folder: /scratch/mixcl, max_bytes: 2e11}."""
+    """Where to keep what was read from a remote store, e.g. {folder: /scratch/mixcl, max_bytes: 200000000000}."""
 
 
 @dataclass(frozen=True)

@@ -85,28 +85,22 @@ def test_upsampled_samples_come_that_often_and_in_time_all_equally(factor):
     assert {times[sample] for sample in range(40)} == {4 * factor}
 
 
+def half_labelled(batch_size: int, quota: int) -> Order:
+    """Of 40 samples those from 20 on are labelled."""
+    rest, labelled = (deck_of([8] * 5, samples=np.arange(first, first + 20)) for first in (0, 20))
+    return Order(rest, batch_size, seed=0, labelled=[labelled], labelled_per_batch=quota)
+
+
 @given(st.integers(1, 16), st.data())
 def test_labelled_slots_fill_every_batch_exactly(batch_size, data):
     quota = data.draw(st.integers(0, batch_size))
-    order = Order(
-        deck_of([8] * 5, samples=np.arange(20)),
-        batch_size,
-        seed=0,
-        labelled=[deck_of([8] * 5, samples=np.arange(20, 40))],
-        labelled_per_batch=quota,
-    )
+    order = half_labelled(batch_size, quota)
     for step in range(4):
         assert (order.draw(step * batch_size, batch_size) >= 20).sum() == quota
 
 
 def test_labelled_and_other_samples_each_keep_their_own_epochs():
-    order = Order(
-        deck_of([8] * 5, samples=np.arange(20)),
-        batch_size=4,
-        seed=0,
-        labelled=[deck_of([8] * 5, samples=np.arange(20, 40))],
-        labelled_per_batch=1,
-    )
+    order = half_labelled(batch_size=4, quota=1)
     drawn = order.draw(0, 80)
     assert sorted(drawn[drawn >= 20]) == list(range(20, 40))
     assert set(Counter(drawn[drawn < 20].tolist()).values()) == {3}
@@ -114,13 +108,7 @@ def test_labelled_and_other_samples_each_keep_their_own_epochs():
 
 def test_a_share_of_a_batch_has_its_share_of_labelled_slots():
     """Ranks take successive slots, so none of them may get all the labels."""
-    order = Order(
-        deck_of([8] * 5, samples=np.arange(20)),
-        batch_size=16,
-        seed=0,
-        labelled=[deck_of([8] * 5, samples=np.arange(20, 40))],
-        labelled_per_batch=4,
-    )
+    order = half_labelled(batch_size=16, quota=4)
     for rank in range(4):
         assert (order.draw(4 * rank, 4) >= 20).sum() == 1
 
