@@ -19,6 +19,7 @@ def check_arguments(
     group: Tensor | None,
     temperature: Tensor | float,
     row_weight: Tensor | None,
+    present: Tensor | None,
     identity_weight: float,
     label_weight: float,
 ) -> None:
@@ -32,6 +33,8 @@ def check_arguments(
         _check_tensor("group", group, (rows,), INTEGERS, embeddings)
     if row_weight is not None:
         _check_tensor("row_weight", row_weight, (rows,), FLOATS, embeddings)
+    if present is not None:
+        _check_tensor("present", present, (rows,), (torch.bool,), embeddings)
     if isinstance(temperature, Tensor):
         _check_tensor("temperature", temperature, (), FLOATS, embeddings)
     elif not (temperature > 0 and math.isfinite(temperature)):

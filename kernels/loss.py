@@ -28,6 +28,7 @@ def mixed_contrastive_loss(
     group: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     row_weight: Tensor | None = None,
+    present: Tensor | None = None,
     identity_weight: float = 1.0,
     label_weight: float = 1.0,
     process_group: ProcessGroup | None = None,
@@ -46,6 +47,8 @@ def mixed_contrastive_loss(
         group: (N,) int32 or int64. Rows of one group ≥ 0 are never each other's negatives.
         temperature: > 0, a number or a 0-d floating tensor; differentiated where it requires grad.
         row_weight: (N,) floating, ≥ 0, the weight of a row as anchor; not differentiated.
+        present: (N,) bool. Rows that are not present take no part: they are neither anchors nor negatives, their ``lse``
+            is −inf and their gradient 0. So a batch may have one number of rows however many it found.
         identity_weight: weight of the identity relation, ≥ 0; 0 switches it off.
         label_weight: weight of the label relation, ≥ 0; 0 switches it off.
         process_group: contrast with the rows of all its processes, as if their rows were one batch. N may differ
@@ -76,6 +79,7 @@ def mixed_contrastive_loss(
         group,
         temperature,
         row_weight,
+        present,
         identity_weight,
         label_weight,
     )
@@ -91,6 +95,7 @@ def mixed_contrastive_loss(
         group,
         temperature,
         row_weight,
+        present,
         identity_weight,
         label_weight,
     )
@@ -163,6 +168,7 @@ class MixedContrastiveLoss(nn.Module):
         *,
         group: Tensor | None = None,
         row_weight: Tensor | None = None,
+        present: Tensor | None = None,
         process_group: ProcessGroup | None = None,
     ) -> MixedContrastiveOutput:
         """See :func:`mixed_contrastive_loss`."""
@@ -174,6 +180,7 @@ class MixedContrastiveLoss(nn.Module):
             group=group,
             temperature=self.temperature,
             row_weight=row_weight,
+            present=present,
             identity_weight=self.identity_weight,
             label_weight=self.label_weight,
             process_group=process_group,

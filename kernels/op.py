@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def mixed_contrastive(
     group: Tensor | None,
     temperature: Tensor,
     row_weight: Tensor | None,
+    present: Tensor | None,
     identity_weight: float,
     label_weight: float,
     process_group: str,
@@ -38,6 +39,10 @@ def mixed_contrastive(
     if embeddings.device.type == "cpu":  # elsewhere the checks would wait for the device
         check_values(candidate_set, set_table, temperature, row_weight)
     weights = identity_weight, label_weight
+    kept, length = _kept(present), len(embeddings)
+    embeddings, identity, candidate_set, group, row_weight = _take(
+        kept, embeddings, identity, candidate_set, group, row_weight
+    )
     implementation = choose(implementation, embeddings)
     peers = join(
         process_group, embeddings, _settings("forward", implementation, set_table, temperature, weights, group)
@@ -60,11 +65,13 @@ def mixed_contrastive(
     similarities = torch.where(batch.share.any(1), similarities, torch.nan)
     floors = (batch.share * batch.positives.clamp(min=1).to(tau.dtype).log()).sum(1)
     loss = identity_weight * losses[0] + label_weight * losses[1]
+    if kept is not None:
+        lse = lse.new_full((2, length), -torch.inf).index_copy(1, kept, lse)
     return loss, losses.clone(), lse, (batch.positives > 0).sum(1), floors, similarities
 
 
 @mixed_contrastive.register_fake
-def _(embeddings, identity, candidate_set, set_table, group, temperature, row_weight, *settings):
+def _(embeddings, identity, candidate_set, set_table, group, temperature, row_weight, present, *settings):
     pair = embeddings.new_empty(2, dtype=compute_dtype(embeddings))
     lse = pair.new_empty(2, embeddings.shape[0], dtype=torch.float64)
     return pair.new_empty(()), pair, lse, pair.new_empty(2, dtype=torch.int64), pair.clone(), pair.clone()
@@ -81,6 +88,7 @@ def mixed_contrastive_backward(
     group: Tensor | None,
     temperature: Tensor,
     row_weight: Tensor | None,
+    present: Tensor | None,
     identity_weight: float,
     label_weight: float,
     process_group: str,
@@ -88,6 +96,10 @@ def mixed_contrastive_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the embeddings and the temperature, of which frameworks take the mean over processes."""
     weights = identity_weight, label_weight
+    kept, length = _kept(present), len(embeddings)
+    embeddings, identity, candidate_set, group, row_weight, lse = _take(
+        kept, embeddings, identity, candidate_set, group, row_weight, lse.T
+    )
     implementation = choose(implementation, embeddings)
     settings = _settings("backward", implementation, set_table, temperature, weights, group)
     peers = join(process_group, embeddings, settings | {"upstream gradient": upstream})
@@ -97,7 +109,7 @@ def mixed_contrastive_backward(
     gradient: Tensor | None = None
     product = torch.zeros((), dtype=torch.float64, device=rows.device)
     share = torch.stack([weight * part for weight, part in zip(weights, batch.share, strict=True)])
-    scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / batch.positives.clamp(min=1))
+    scalars = RowScalars(peers.gather(lse.contiguous()).T, share, share / batch.positives.clamp(min=1))
     # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
     scale = peers.size * upstream / tau
     dtype = tau.dtype if peers.use_ring(rows) else embeddings.dtype
@@ -108,12 +120,23 @@ def mixed_contrastive_backward(
         product += products.sum()
     # Every similarity is z_i·z_j / τ, so scaling all rows and scaling 1/√τ are the same move.
     gradient = embeddings.new_zeros(embeddings.shape) if gradient is None else gradient.to(embeddings.dtype)
+    if kept is not None:
+        gradient = gradient.new_zeros(length, gradient.shape[1]).index_copy(0, kept, gradient)
     return gradient, (-product / (2 * tau)).to(temperature.dtype)
 
 
 @mixed_contrastive_backward.register_fake
 def _(upstream, lse, embeddings, identity, candidate_set, set_table, group, temperature, *rest):
     return embeddings.new_empty(embeddings.shape), torch.empty_like(temperature)
+
+
+def _kept(present: Tensor | None) -> Tensor | None:
+    return None if present is None else present.nonzero()[:, 0]
+
+
+def _take(kept: Tensor | None, *values: Tensor | None) -> tuple[Any, ...]:
+    """Those of the rows that are present."""
+    return values if kept is None else tuple(None if value is None else value[kept] for value in values)
 
 
 class _Batch(NamedTuple):
@@ -182,7 +205,7 @@ def _backward(ctx, upstream, *_):
     settings = ctx.identity_weight, ctx.label_weight, ctx.process_group, ctx.implementation
     with torch.autocast(upstream.device.type, enabled=False):
         embeddings, temperature = mixed_contrastive_backward(upstream, *ctx.saved_tensors, *settings)
-    return embeddings, None, None, None, None, temperature, None, None, None, None, None
+    return embeddings, None, None, None, None, temperature, None, None, None, None, None, None
 
 
 def _refuse_double_backward(ctx, *_):

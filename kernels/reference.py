@@ -20,18 +20,23 @@ def mixed_contrastive_reference(
     group: Tensor | None,
     temperature: Tensor,
     row_weight: Tensor | None,
+    present: Tensor | None,
     identity_weight: float,
     label_weight: float,
 ) -> MixedContrastiveOutput:
     """The arguments and the result of :func:`mixcl_dist.kernels.mixed_contrastive_loss`, already checked."""
     z = embeddings.double() if embeddings.dtype == torch.float64 else embeddings.float()
+    if present is not None:
+        z = torch.where(present[:, None], z, 0)
     cosine = z @ z.T
     similarity = cosine / temperature
     other = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    if present is not None:
+        other = other & present[:, None] & present[None, :]
     twin = _equal(identity) & other
     apart = torch.zeros_like(other) if group is None else _equal(group)
     relation = relation_table(set_table)[candidate_set[:, None], candidate_set[None, :]]
-    same, differ = (relation == SAME) & other, relation == DIFF
+    same, differ = (relation == SAME) & other, (relation == DIFF) & other
     weight = torch.ones_like(z[:, 0]) if row_weight is None else row_weight.detach().to(z)
 
     identity_terms = _relation(similarity, cosine, twin, other & ~(same | apart) | twin, weight, identity_weight > 0)

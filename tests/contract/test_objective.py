@@ -239,6 +239,22 @@ def test_permuting_rows_permutes_the_gradient(implementation):
     assert_equal(evaluate(moved, implementation), expected, TOLERANCE[implementation])
 
 
+@every_implementation
+def test_rows_that_are_not_present_take_no_part(implementation):
+    """Whatever they hold: NaN, a twin of a row that is present, a class of theirs."""
+    arguments = random_rows(ROWS[implementation], 16)
+    present = torch.rand(ROWS[implementation], generator=torch.Generator().manual_seed(2)) > 0.3
+    of_rows = ("embeddings", "identity", "candidate_set", "group", "row_weight")
+    alone = evaluate(arguments | {name: arguments[name][present] for name in of_rows}, "reference")
+    arguments["embeddings"][~present] = torch.nan
+    out, dz, dtau = evaluate(arguments | {"present": present}, implementation)
+    assert (out.lse[:, ~present] == -torch.inf).all() and (dz[~present] == 0).all()
+    left = out._replace(lse=out.lse[:, present]), dz[present], dtau
+    assert_equal(left, alone, TOLERANCE[implementation])
+    none = evaluate(arguments | {"present": torch.zeros_like(present)}, implementation)
+    assert none[0].loss == 0 and (none[1] == 0).all() and none[2] == 0
+
+
 def renamed_identities(arguments):
     identity = arguments["identity"]
     return {"identity": torch.where(identity >= 0, 7_000_000_000_000 - 31 * identity, -1)}

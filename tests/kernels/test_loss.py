@@ -39,6 +39,7 @@ def rows(n: int = 24, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
         ({"set_table": TABLE & False}, "set_table: set 0 has no class"),
         ({"group": torch.zeros(24)}, "group: expected torch.int32 or torch.int64, got torch.float32"),
         ({"row_weight": -torch.ones(24)}, "row_weight: .* got -1.0 in row 0"),
+        ({"present": torch.ones(24)}, "present: expected torch.bool, got torch.float32"),
         ({"row_weight": torch.ones(3)}, r"row_weight: expected shape \(24,\), got \(3,\)"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
         ({"temperature": math.nan}, "temperature: expected a finite number > 0, got nan"),
@@ -82,8 +83,9 @@ def test_auto_is_tiled_on_a_cpu():
 def test_operator_keeps_the_rules_of_the_dispatcher(optional, dtype):
     embeddings, identity, candidate_set = rows(dtype=dtype)
     temperature = torch.tensor(0.1, requires_grad=True)
-    group, row_weight = (torch.arange(24) // 4, torch.rand(24)) if optional else (None, None)
-    inputs = identity, candidate_set, TABLE, group, temperature, row_weight, 1.0, 0.5, "", "tiled"
+    extra = (torch.arange(24) // 4, torch.rand(24), torch.arange(24) % 5 > 0) if optional else (None, None, None)
+    group, row_weight, present = extra
+    inputs = identity, candidate_set, TABLE, group, temperature, row_weight, present, 1.0, 0.5, "", "tiled"
     torch.library.opcheck(mixed_contrastive, (embeddings.requires_grad_(), *inputs))
     lse = mixed_contrastive(embeddings, *inputs)[2]
     inputs = (
@@ -97,7 +99,7 @@ def test_operator_keeps_the_rules_of_the_dispatcher(optional, dtype):
 
 def test_the_gradient_of_a_transposed_matrix_is_laid_out_as_the_compiler_was_told():
     embeddings = torch.randn(8, 24, generator=torch.Generator().manual_seed(0)).T.requires_grad_()
-    inputs = embeddings, *rows()[1:], TABLE, None, torch.tensor(0.1), None, 1.0, 0.5, "", "tiled"
+    inputs = embeddings, *rows()[1:], TABLE, None, torch.tensor(0.1), None, None, 1.0, 0.5, "", "tiled"
     torch.library.opcheck(mixed_contrastive, inputs)
 
 
