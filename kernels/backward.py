@@ -6,101 +6,196 @@ of it, so nothing is added up between programs.
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.forward import LOG2E, is_wide, load_rows, load_tile, pair_masks, similarity
-from mixcl_dist.kernels.plan import Side, own_tiles, prepare
-from mixcl_dist.kernels.relations import Contrast
-from mixcl_dist.kernels.tiled import RowScalars
-from mixcl_dist.kernels.tuning import launch_for
+from mixcl_dist.kernels.forward import LN2, LOG2E, is_wide, load_rows, load_tile, pair_masks, similarity
+from mixcl_dist.kernels.index import Index
+from mixcl_dist.kernels.plan import Plan, Side, own_tiles
+from mixcl_dist.kernels.tuning import Launch
 
-#: The largest weight of a pair before it is rounded for the product: float16 ends at 65,504, and pairs that weigh a
-#: millionth of the largest are still normal numbers.
-LARGEST_WEIGHT = 2.0**14
+#: log₂ of the largest weight of a pair before it is rounded for the product, to which both rows and both relations add:
+#: float16 ends at 65,504, and pairs that weigh a millionth of the largest are still normal numbers.
+LARGEST_EXPONENT = tl.constexpr(12)
 
 WEIGHTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
-UNSORT_ROWS = 2048  #: rows of the result that are cast at a time: a cast of all would take as much memory again
 
-
-def gradient(
-    contrast: Contrast, row_scalars: RowScalars, column_scalars: RowScalars, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """As :func:`mixcl_dist.kernels.tiled.gradient`, on a GPU, for float16, bfloat16 and float32."""
-    rows, temperature = contrast.rows, contrast.temperature
-    launch = launch_for(rows, "backward")
-    row_side, column_side, plan = prepare(contrast, launch)
-    # A power of two: it changes no bits but those that would be lost.
-    share = torch.maximum(row_scalars.share.max(), column_scalars.share.max())
-    gain = torch.exp2((LARGEST_WEIGHT / 4 / share.clamp(min=1e-30)).log2().floor())
-    wide = is_wide(rows, contrast.columns, temperature)
-    count, padded = len(rows), len(row_side.embeddings)
-    parts = launch.width // launch.out
-    of_rows = of_columns = _pair_scalars(row_side, row_scalars, gain, wide)
-    if column_side is not row_side:
-        of_columns = _pair_scalars(column_side, column_scalars, gain, wide)
-    result = torch.empty(padded, launch.width, dtype=torch.float32, device=rows.device)
-    with torch.cuda.device_of(rows):
-        for is_wide_variant in (False, True):
-            backward_kernel[(len(plan.tiles), parts)](
-                row_side.embeddings,
-                column_side.embeddings,
-                row_side.keys,
-                column_side.keys,
-                *plan,
-                (LOG2E / temperature).float(),
-                wide,
-                of_rows,
-                of_columns,
-                result,
-                padded,
-                len(column_side.embeddings),
-                plan.tiles.shape[1],
-                len(contrast.relations),
-                HAS_GROUP=contrast.row_keys.group is not None,
-                WIDE=is_wide_variant,
-                OUT=launch.out,
-                WEIGHT=WEIGHTS[rows.dtype],
-                **launch.options(),
-            )
-    order, scale = row_side.order, scale / gain
-    del row_side, column_side  # as large as the embeddings, and so is what follows
-    gradient = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    products = torch.empty(count, dtype=torch.float64, device=rows.device)
-    for part, place in zip(result[:count].split(UNSORT_ROWS), order.split(UNSORT_ROWS), strict=True):
-        values = part[:, : rows.shape[1]] * scale
-        gradient[place] = values.to(dtype)
-        products[place] = torch.linalg.vecdot(values, rows[place].float()).double()
-    return gradient, products
-
-
-def _pair_scalars(side: Side, scalars: RowScalars, gain: Tensor, wide: Tensor) -> Tensor:
-    """(8, R) float32: factors, then reference exponents for OPEN, SAME and DIFF pairs, then both pulls.
+def pair_scalars(
+    side: Side,
+    norms: tuple[Tensor, Tensor],
+    index: Index,
+    lse: Tensor,
+    temperature: Tensor,
+    weights: tuple[float, float],
+) -> Tensor:
+    """(8, R) float32: factors, then reference exponents for OPEN, SAME and DIFF pairs, then both pulls, all but the
+    exponents times a power of two that brings the largest near 2^LARGEST_EXPONENT.
 
     A row's softmax over the pairs of one kind is factor · 2^(s − exponent): of the identity relation for OPEN pairs, of
     the label relation for SAME, and of both added for DIFF.
+
+    Args:
+        norms: the largest lengths of rows and of columns.
+        lse: (2, N) float64 of all rows of the batch.
+        weights: of the identity and of the label relation.
     """
-    lse, share, pull = (values[:, side.order].double() for values in scalars)
+    padded = side.keys.shape[1]
+    scalars = torch.empty(8, padded, dtype=torch.float32, device=lse.device)
+    _scalars_kernel[(triton.cdiv(padded, 256),)](
+        side.keys,
+        index.positives,
+        index.weight,
+        index.totals,
+        lse,
+        *norms,
+        temperature,
+        scalars,
+        padded,
+        lse.shape[1],
+        *weights,
+    )
+    return scalars
+
+
+class Gradient(NamedTuple):
+    """Where a sweep writes, and by what it multiplies."""
+
+    embeddings: Tensor  #: (n, D), in the rows' own order
+    products: Tensor  #: (parts, R) float32, of which the sum is the gradient of the temperature
+    upstream: Tensor  #: 0-d
+    processes: int  #: frameworks average parameters' gradients over processes, of which each has a part of the sum
+    first_row: int  #: of the n rows in the batch
+    rounded: torch.dtype  #: what pairs' weights are rounded to before they are multiplied
+
+    def add_(self, other: Gradient) -> Gradient:
+        self.embeddings.add_(other.embeddings)
+        self.products.add_(other.products)
+        return self
+
+
+def sweep(
+    rows: Side,
+    columns: Side,
+    plan: Plan,
+    index: Index,
+    scalars: tuple[Tensor, Tensor],
+    gradient: Gradient,
+    temperature: Tensor,
+    launch: Launch,
+) -> None:
+    """Write the gradient, Σ_j (g_ij + g_ji) z_j / τ over these columns."""
+    for is_wide_variant in (False, True):
+        backward_kernel[(len(plan.tiles), len(gradient.products))](
+            rows.embeddings,
+            columns.embeddings,
+            rows.keys,
+            columns.keys,
+            *plan,
+            index.packed_relations,
+            temperature,
+            rows.norm,
+            columns.norm,
+            *scalars,
+            index.totals,
+            gradient.upstream,
+            gradient.embeddings,
+            gradient.products,
+            rows.keys.shape[1],
+            columns.keys.shape[1],
+            plan.tiles.shape[1],
+            len(index.packed_relations),
+            gradient.first_row,
+            gradient.processes,
+            HAS_GROUP=index.has_group,
+            WIDE=is_wide_variant,
+            OUT=launch.out,
+            D=gradient.embeddings.shape[1],
+            WEIGHT=WEIGHTS[gradient.rounded],
+            **launch.options(),
+        )
+
+
+@triton.jit
+def gain_of(totals):
+    """A power of two: it changes no bits but those that would be lost."""
+    largest = tl.maximum(tl.load(totals + 6).to(tl.float32), 1e-30)
+    return tl.exp2(tl.floor(-tl.log2(largest)) + LARGEST_EXPONENT)
+
+
+@triton.jit(do_not_specialize=["R", "N"])
+def _scalars_kernel(
+    keys,  # (4, R) int32
+    positives,  # (2, N) int32
+    weights,  # (2, N) float64
+    totals,  # float64
+    lse,  # (2, N) float64
+    row_norm,
+    column_norm,
+    temperature,
+    scalars,  # (8, R) float32
+    R,
+    N,
+    identity_weight,
+    label_weight,
+    BLOCK: tl.constexpr = 256,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = row < R
+    is_present = tl.load(keys + row, mask=real, other=-1) >= 0
+    position = tl.load(keys + 3 * R + row, mask=real, other=-1)
+    wide = is_wide(row_norm, column_norm, temperature)
+    gain = gain_of(totals).to(tl.float64)
+    both = tl.full((BLOCK,), float("inf"), tl.float32)
+    for relation in tl.static_range(2):
+        exponent, _, _ = row_scalars_of(
+            relation, positives, weights, totals, lse, N, position, is_present, wide, identity_weight, label_weight
+        )
+        both = tl.minimum(both, exponent)
+        tl.store(scalars + (3 + relation) * R + row, exponent, mask=real)
+    tl.store(scalars + 5 * R + row, both, mask=real)
+    factor_of_both = tl.zeros((BLOCK,), tl.float64)
+    for relation in tl.static_range(2):
+        exponent, factor, pull = row_scalars_of(
+            relation, positives, weights, totals, lse, N, position, is_present, wide, identity_weight, label_weight
+        )
+        factor_of_both += factor * tl.exp2(both.to(tl.float64) - exponent)
+        tl.store(scalars + relation * R + row, (factor * gain).to(tl.float32), mask=real)
+        tl.store(scalars + (6 + relation) * R + row, (pull * gain).to(tl.float32), mask=real)
+    tl.store(scalars + 2 * R + row, (factor_of_both * gain).to(tl.float32), mask=real)
+
+
+@triton.jit
+def row_scalars_of(
+    relation: tl.constexpr,
+    positives,
+    weights,
+    totals,
+    lse,
+    N,
+    position,
+    is_present,
+    wide,
+    identity_weight,
+    label_weight,
+):
+    """The reference exponent (float32) of a row's softmax, its factor and the pull of a positive (float64)."""
+    at = relation * N + position
+    share = tl.load(weights + at, mask=is_present, other=0) / tl.maximum(tl.load(totals + relation), 1e-300)
+    share *= identity_weight if relation == 0 else label_weight
     anchor = share > 0
-    exact = torch.where(anchor, lse / math.log(2), torch.inf)
-    exponent = torch.where(wide & anchor, exact, torch.where(wide, 1e30, 0.0)).float()
-    both = exponent.amin(0, keepdim=True)
-    exponent = torch.cat([exponent, both])
-    factor = share * torch.exp2(exponent[:2].double() - exact)
-    factor = torch.where(anchor, factor, 0)
-    shift = torch.exp2(both.double() - exponent[:2])
-    factor = torch.cat([factor, (factor * shift).sum(0, keepdim=True)])
-    result = torch.zeros(8, len(side.embeddings), dtype=torch.float32, device=lse.device)
-    result[:, : len(side.order)] = torch.cat([factor * gain, exponent.double(), pull * gain])
-    return result
+    exact = tl.where(anchor, tl.load(lse + at, mask=is_present, other=0) / LN2, float("inf"))
+    exponent = tl.where(wide, tl.where(anchor, exact, 1e30), 0.0).to(tl.float32)
+    factor = tl.where(anchor, share * tl.exp2(exponent.to(tl.float64) - exact), 0.0)
+    pull = share / tl.maximum(tl.load(positives + at, mask=is_present, other=1), 1)
+    return exponent, factor, pull
 
 
-@triton.jit(do_not_specialize=["column_blocks", "S"])
+@triton.jit(do_not_specialize=["column_blocks", "S", "first_row", "processes"])
 def backward_kernel(
     rows,  # (R, WIDTH) embeddings
     columns,  # (C, WIDTH)
@@ -109,17 +204,24 @@ def backward_kernel(
     tiles,  # (R / BLOCK_ROWS, column_blocks) int32
     counts,  # (R / BLOCK_ROWS, 3) int32: bulk, SAME and mixed tiles
     packed_relations,  # (S, S) int32
-    scale,  # 0-d float32, log2(e) / temperature
-    wide,  # 0-d bool
-    row_scalars,  # (8, R) float32, see _pair_scalars
+    temperature,  # 0-d float32
+    row_norm,  # 0-d float32
+    column_norm,
+    row_scalars,  # (8, R) float32, see pair_scalars
     column_scalars,  # (8, C)
-    result,  # (R, WIDTH) float32
+    totals,  # float64
+    upstream,  # 0-d
+    gradient,  # (n, D)
+    products,  # (parts, R) float32
     R,
     C,
     column_blocks,
     S,
+    first_row,
+    processes,
     HAS_GROUP: tl.constexpr,
     WIDE: tl.constexpr,
+    D: tl.constexpr,
     OUT: tl.constexpr,  # columns of the result that a program finishes, if rows are not RESIDENT
     WEIGHT: tl.constexpr,  # what weights are rounded to before they are multiplied
     BLOCK_ROWS: tl.constexpr,
@@ -131,12 +233,12 @@ def backward_kernel(
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if (tl.load(wide) != 0) != WIDE:
+    if is_wide(row_norm, column_norm, temperature) != WIDE:
         return
     row_block, tiles, bulk_end, same_end, mixed_start = own_tiles(tiles, counts, column_blocks)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows += row_block.to(tl.int64) * BLOCK_ROWS * WIDTH
-    scale = tl.load(scale)
+    scale = 1 / tl.load(temperature) * LOG2E
     head, tail = load_rows(rows, BLOCK_ROWS, WIDTH, HEAD, TAIL, RESIDENT)
     FIRST: tl.constexpr = HEAD if RESIDENT else OUT
     out_start = 0 if RESIDENT else tl.program_id(1) * OUT
@@ -207,10 +309,16 @@ def backward_kernel(
             PRECISION,
         )
 
-    result += row_block.to(tl.int64) * BLOCK_ROWS * WIDTH + out_start
-    store_tile(result, result_head, BLOCK_ROWS, WIDTH, FIRST)
+    scale = tl.load(upstream).to(tl.float32) * processes / tl.load(temperature) / gain_of(totals)
+    is_present = tl.load(row_keys + row) >= 0
+    position = tl.load(row_keys + 3 * R + row)
+    target = gradient + (position - first_row).to(tl.int64) * D
+    rows += out_start
+    product = store_gradient(target, out_start, rows, result_head, is_present, position, scale, D, WIDTH, FIRST)
     if TAIL > 0:
-        store_tile(result + HEAD, result_tail, BLOCK_ROWS, WIDTH, TAIL)
+        product += store_gradient(target, HEAD, rows + HEAD, result_tail, is_present, position, scale, D, WIDTH, TAIL)
+    # Every similarity is z_i·z_j / τ, so scaling all rows and scaling 1/√τ are the same move.
+    tl.store(products + tl.program_id(1) * R + row, -0.5 * product / tl.load(temperature))
 
 
 @triton.jit
@@ -261,5 +369,13 @@ def multiply(
 
 
 @triton.jit
-def store_tile(base, values, COUNT: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr):
-    tl.store(base + tl.arange(0, COUNT)[:, None] * WIDTH + tl.arange(0, PART)[None, :], values)
+def store_gradient(
+    target, first, rows, values, is_present, position, scale, D: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr
+):
+    """Store PART features of the gradient, from `first` on, and give their inner products with the rows."""
+    feature = tl.arange(0, PART)
+    values = tl.where(is_present[:, None], values * scale, 0.0)
+    inside = (position >= 0)[:, None] & (first + feature < D)[None, :]
+    tl.store(target[:, None] + first + feature[None, :], values, mask=inside)
+    row = load_tile(rows, values.shape[0], WIDTH, PART).to(tl.float32)
+    return tl.sum(values * row, 1)

@@ -60,7 +60,7 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup, embeddings: Tensor, same: dict[str, object]) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
-        arguments = same | {"D": embeddings.shape[1], "dtype": embeddings.dtype, "RING_ABOVE": RING_ABOVE}
+        arguments = {"D": embeddings.shape[1], "dtype": embeddings.dtype, "RING_ABOVE": RING_ABOVE} | same
         header = {"rows": len(embeddings), "same": {name: _describe(value) for name, value in arguments.items()}}
         self.counts = _enter(group, header, _timeout(group, embeddings.device))
         stops = itertools.accumulate(self.counts)

@@ -15,58 +15,167 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.plan import own_tiles, prepare
-from mixcl_dist.kernels.relations import Contrast
+from mixcl_dist.kernels.index import Index
+from mixcl_dist.kernels.plan import Plan, Side, own_tiles
 from mixcl_dist.kernels.tiled import UNSHIFTED_LIMIT
-from mixcl_dist.kernels.tuning import launch_for
+from mixcl_dist.kernels.tuning import Launch
 
-LOG2E = math.log2(math.e)
-
-
-def log_sums(contrast: Contrast) -> tuple[Tensor, Tensor]:
-    """As :func:`mixcl_dist.kernels.tiled.log_sums`, on a GPU, for float16, bfloat16 and float32."""
-    rows, temperature = contrast.rows, contrast.temperature
-    launch = launch_for(rows, "forward")
-    row_side, column_side, plan = prepare(contrast, launch)
-    count, padded = len(rows), len(row_side.embeddings)
-    # Bulk and special sums of both relations, their reference exponents, sums over positives.
-    out = torch.zeros(10, padded, dtype=torch.float32, device=rows.device)
-    wide = is_wide(rows, contrast.columns, temperature)
-    with torch.cuda.device_of(rows):
-        for is_wide_variant in (False, True):
-            forward_kernel[(len(plan.tiles),)](
-                row_side.embeddings,
-                column_side.embeddings,
-                row_side.keys,
-                column_side.keys,
-                *plan,
-                (LOG2E / temperature).float(),
-                wide,
-                out,
-                padded,
-                len(column_side.embeddings),
-                plan.tiles.shape[1],
-                len(contrast.relations),
-                HAS_GROUP=contrast.row_keys.group is not None,
-                WIDE=is_wide_variant,
-                **launch.options(),
-            )
-    sums, exponent, positive = out[:, :count].double().split([4, 4, 2])
-    parts = math.log(2) * (sums.log2() + exponent)
-    parts = torch.where(sums > 0, parts, torch.where(sums == 0, -torch.inf, torch.nan))
-    lse, result = torch.empty_like(positive), torch.empty_like(positive)
-    lse[:, row_side.order] = torch.logaddexp(parts[:2], parts[2:])
-    result[:, row_side.order] = positive
-    for relation in range(2):
-        if not contrast.active >> relation & 1:  # mixed tiles make both
-            lse[relation], result[relation] = -torch.inf, 0
-    return lse, result
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+WIDE_FROM = tl.constexpr(UNSHIFTED_LIMIT)
 
 
-def is_wide(rows: Tensor, columns: Tensor, temperature: Tensor) -> Tensor:
-    """0-d bool, on the device: whether exp(s) could leave float32's range without a reference exponent."""
-    row, column = (torch.linalg.vector_norm(side, dim=1, dtype=torch.float32).max() for side in (rows, columns))
-    return row * column / temperature >= UNSHIFTED_LIMIT
+def sweep(rows: Side, columns: Side, plan: Plan, index: Index, temperature: Tensor, launch: Launch) -> Tensor:
+    """(10, R) float32: every sorted row's sums over these columns, in the parts that the kernel keeps apart."""
+    padded = rows.keys.shape[1]
+    out = torch.empty(10, padded, dtype=torch.float32, device=temperature.device)
+    for is_wide in (False, True):
+        forward_kernel[(len(plan.tiles),)](
+            rows.embeddings,
+            columns.embeddings,
+            rows.keys,
+            columns.keys,
+            *plan,
+            index.packed_relations,
+            temperature,
+            rows.norm,
+            columns.norm,
+            out,
+            padded,
+            columns.keys.shape[1],
+            plan.tiles.shape[1],
+            len(index.packed_relations),
+            HAS_GROUP=index.has_group,
+            WIDE=is_wide,
+            **launch.options(),
+        )
+    return out
+
+
+def fold(out: Tensor, earlier: Tensor | None) -> Tensor:
+    """(4, R) float64: log₂ of both relations' sums, and both sums over positives, those of earlier columns included."""
+    sums = out.new_empty(4, out.shape[1], dtype=torch.float64)
+    _fold_kernel[(triton.cdiv(out.shape[1], 256),)](out, earlier, sums, out.shape[1])
+    return sums
+
+
+def finish(
+    out: Tensor,
+    earlier: Tensor | None,
+    rows: Side,
+    index: Index,
+    own: slice,
+    temperature: Tensor,
+    active: int,
+    lse: Tensor,
+) -> Tensor:
+    """The rows' log-sum-exps, and what the rows add to the loss.
+
+    Args:
+        out, earlier: the sums over the last columns, and over those before.
+        own: which rows of the batch these are.
+        active: bits of the relations that are switched on.
+        lse: (2, n) float64, filled in the rows' own order.
+
+    Returns:
+        (4,) float64, what they add to both relations' losses, then to both similarities; NaN where a row is not finite.
+    """
+    grid = (triton.cdiv(out.shape[1], 256),)
+    parts = out.new_empty(4, *grid, dtype=torch.float64)
+    _finish_kernel[grid](
+        out,
+        earlier,
+        rows.keys,
+        rows.norm,
+        index.positives,
+        index.weight,
+        index.totals,
+        temperature,
+        lse,
+        parts,
+        out.shape[1],
+        lse.shape[1],
+        len(index.order),
+        own.start or 0,
+        ACTIVE=active,
+    )
+    return parts.sum(1)
+
+
+@triton.jit
+def log2_of(total):
+    """log₂, −inf of 0."""
+    return tl.where(total == 0, float("-inf"), tl.log2(tl.where(total == 0, 1, total).to(tl.float64)))
+
+
+@triton.jit
+def add_log2(a, b):
+    """log₂(2^a + 2^b)."""
+    largest = tl.maximum(a, b)
+    reference = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    return reference + log2_of(tl.exp2(a - reference) + tl.exp2(b - reference))
+
+
+@triton.jit
+def relation_sums(out, earlier, row, real, R, relation: tl.constexpr):
+    """log₂ of a relation's sum of 2^s, and its sum over positives, both float64."""
+    at = relation * R + row
+    bulk = log2_of(tl.load(out + at, mask=real, other=0)) + tl.load(out + 4 * R + at, mask=real, other=0)
+    special = log2_of(tl.load(out + 2 * R + at, mask=real, other=0)) + tl.load(out + 6 * R + at, mask=real, other=0)
+    total = add_log2(bulk, special)
+    positive = tl.load(out + 8 * R + at, mask=real, other=0).to(tl.float64)
+    if earlier is not None:
+        total = add_log2(total, tl.load(earlier + at, mask=real, other=0))
+        positive += tl.load(earlier + 2 * R + at, mask=real, other=0)
+    return total, positive
+
+
+@triton.jit(do_not_specialize=["R"])
+def _fold_kernel(out, earlier, sums, R, BLOCK: tl.constexpr = 256):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = row < R
+    for relation in tl.static_range(2):
+        total, positive = relation_sums(out, earlier, row, real, R, relation)
+        tl.store(sums + relation * R + row, total, mask=real)
+        tl.store(sums + (2 + relation) * R + row, positive, mask=real)
+
+
+@triton.jit(do_not_specialize=["R", "count", "N", "first_row"])
+def _finish_kernel(
+    out,  # (10, R) float32
+    earlier,  # (4, R) float64 or None
+    keys,  # (4, R) int32
+    norm,  # 0-d float32
+    positives,  # (2, N) int32
+    weights,  # (2, N) float64
+    totals,  # float64
+    temperature,
+    lse,  # (2, count) float64
+    parts,  # (4, programs) float64
+    R,
+    count,
+    N,
+    first_row,
+    ACTIVE: tl.constexpr,
+    BLOCK: tl.constexpr = 256,
+):
+    part = parts + tl.program_id(0)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = row < R
+    is_present = tl.load(keys + row, mask=real, other=-1) >= 0
+    position = tl.load(keys + 3 * R + row, mask=real, other=-1)
+    poison = tl.load(norm) * 0.0  # NaN where a row is not finite, also one that no other row sees
+    for relation in tl.static_range(2):
+        total, positive = relation_sums(out, earlier, row, real, R, relation)
+        total = tl.where(is_present & ((ACTIVE >> relation & 1) > 0), total * LN2, float("-inf"))
+        tl.store(lse + relation * count + position - first_row, total, mask=position >= 0)
+        number = tl.load(positives + relation * N + position, mask=is_present, other=0)
+        weight = tl.load(weights + relation * N + position, mask=is_present, other=0)
+        share = weight / tl.maximum(tl.load(totals + relation), 1e-300)
+        cosine = tl.where(number > 0, share * positive / tl.maximum(number, 1), 0.0)
+        term = share * tl.where(number > 0, total, 0.0) - cosine / tl.load(temperature)
+        tl.store(part + relation * tl.num_programs(0), tl.sum(term, 0) + poison)
+        tl.store(part + (2 + relation) * tl.num_programs(0), tl.sum(cosine, 0))
 
 
 @triton.jit(do_not_specialize=["column_blocks", "S"])
@@ -78,15 +187,16 @@ def forward_kernel(
     tiles,  # (R / BLOCK_ROWS, column_blocks) int32
     counts,  # (R / BLOCK_ROWS, 3) int32: bulk, SAME and mixed tiles
     packed_relations,  # (S, S) int32
-    scale,  # 0-d float32, log2(e) / temperature
-    wide,  # 0-d bool
+    temperature,  # 0-d float32
+    row_norm,  # 0-d float32, the largest length of a row
+    column_norm,
     out,  # (10, R) float32
     R,
     C,
     column_blocks,
     S,
     HAS_GROUP: tl.constexpr,
-    WIDE: tl.constexpr,  # the variant for `wide` similarities; the other one returns at once
+    WIDE: tl.constexpr,  # the variant where exponentials could leave float32; the other one returns at once
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     SPECIAL: tl.constexpr,  # columns of a mixed tile at a time: masks take registers
@@ -96,12 +206,12 @@ def forward_kernel(
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    if (tl.load(wide) != 0) != WIDE:
+    scale = 1 / tl.load(temperature) * LOG2E
+    if is_wide(row_norm, column_norm, temperature) != WIDE:
         return
     row_block, tiles, bulk_end, same_end, mixed_start = own_tiles(tiles, counts, column_blocks)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     rows += row_block.to(tl.int64) * BLOCK_ROWS * WIDTH
-    scale = tl.load(scale)
     head, tail = load_rows(rows, BLOCK_ROWS, WIDTH, HEAD, TAIL, RESIDENT)
 
     identity = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -118,9 +228,8 @@ def forward_kernel(
         label, label_exponent = add_sum(label, label_exponent, total, exponent, WIDE)
     tl.store(out + row, identity)
     tl.store(out + R + row, label)
-    if WIDE:
-        tl.store(out + 4 * R + row, tl.where(identity > 0, identity_exponent, 0.0))
-        tl.store(out + 5 * R + row, tl.where(label > 0, label_exponent, 0.0))
+    tl.store(out + 4 * R + row, tl.where(identity > 0, identity_exponent, 0.0))
+    tl.store(out + 5 * R + row, tl.where(label > 0, label_exponent, 0.0))
 
     identity = tl.zeros((BLOCK_ROWS,), tl.float32)
     label = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -154,9 +263,13 @@ def forward_kernel(
     tl.store(out + 3 * R + row, label)
     tl.store(out + 8 * R + row, twins)
     tl.store(out + 9 * R + row, same_class)
-    if WIDE:
-        tl.store(out + 6 * R + row, tl.where(identity > 0, identity_exponent, 0.0))
-        tl.store(out + 7 * R + row, tl.where(label > 0, label_exponent, 0.0))
+    tl.store(out + 6 * R + row, tl.where(identity > 0, identity_exponent, 0.0))
+    tl.store(out + 7 * R + row, tl.where(label > 0, label_exponent, 0.0))
+
+
+@triton.jit
+def is_wide(row_norm, column_norm, temperature):
+    return tl.load(row_norm) * tl.load(column_norm) / tl.load(temperature) >= WIDE_FROM
 
 
 @triton.jit

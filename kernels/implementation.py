@@ -67,6 +67,11 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels keep rows in: Triton's interpreter holds bfloat16 as bits, and would multiply those."""
+    return torch.float32 if is_interpreted() and dtype == torch.bfloat16 else dtype
+
+
 @functools.lru_cache
 def _say_once(message: str) -> None:
     logger.warning(message)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mixcl_dist.kernels.checks import check_arguments, check_values
 from mixcl_dist.kernels.distributed import name_of
 from mixcl_dist.kernels.implementation import IMPLEMENTATIONS
-from mixcl_dist.kernels.op import compute_dtype, mixed_contrastive
-from mixcl_dist.kernels.output import MixedContrastiveOutput
+from mixcl_dist.kernels.op import mixed_contrastive
+from mixcl_dist.kernels.output import MixedContrastiveOutput, compute_dtype
 from mixcl_dist.kernels.reference import mixed_contrastive_reference
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def mixed_contrastive_loss(
         group: (N,) int32 or int64. Rows of one group ≥ 0 are never each other's negatives.
         temperature: > 0, a number or a 0-d floating tensor; differentiated where it requires grad.
         row_weight: (N,) floating, ≥ 0, the weight of a row as anchor; not differentiated.
-        present: (N,) bool. Rows that are not present take no part: they are neither anchors nor negatives, their ``lse``
+        present: (N,) bool. Rows that are not present take no part: they are no anchors and no negatives, their ``lse``
             is −inf and their gradient 0. So a batch may have one number of rows however many it found.
         identity_weight: weight of the identity relation, ≥ 0; 0 switches it off.
         label_weight: weight of the label relation, ≥ 0; 0 switches it off.
@@ -107,7 +107,7 @@ def mixed_contrastive_loss(
     with torch.autocast(embeddings.device.type, enabled=False):
         if implementation == "reference":
             return mixed_contrastive_reference(*arguments)
-        loss, losses, lse, anchors, floors, similarities = mixed_contrastive(*arguments, name, implementation)
+        loss, losses, lse, anchors, floors, similarities, _ = mixed_contrastive(*arguments, name, implementation)
     return MixedContrastiveOutput._make([loss, *losses, lse.to(loss.dtype), *anchors, *floors, *similarities])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,21 @@ class MixedContrastiveOutput(NamedTuple):
     label_floor: Tensor  #: 0-d, the least value ``label_loss`` can take
     identity_similarity: Tensor  #: 0-d, mean inner product with positives (cosine for unit rows)
     label_similarity: Tensor  #: 0-d, the same for the label relation
+
+
+def compute_dtype(embeddings: Tensor) -> torch.dtype:
+    """What embeddings are computed in."""
+    return torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(embeddings: Tensor) -> list[Tensor]:
+    """What the operator returns, to be filled: the loss; of both relations loss, lse, anchors, floor, similarity."""
+    dtype = compute_dtype(embeddings)
+    return [
+        embeddings.new_empty((), dtype=dtype),
+        embeddings.new_empty(2, dtype=dtype),
+        embeddings.new_empty(2, embeddings.shape[0], dtype=torch.float64),
+        embeddings.new_empty(2, dtype=torch.int64),
+        embeddings.new_empty(2, dtype=dtype),
+        embeddings.new_empty(2, dtype=dtype),
+    ]

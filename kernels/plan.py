@@ -15,165 +15,194 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.implementation import is_interpreted
-from mixcl_dist.kernels.relations import Contrast, Keys, occurring_first, sort_order
+from mixcl_dist.kernels.implementation import held_dtype
+from mixcl_dist.kernels.index import ABSENT, Index, lower_bound
 
 if TYPE_CHECKING:
-    from mixcl_dist.kernels.tuning import Launch, Tile
+    from mixcl_dist.kernels.tuning import Tile
 
 CHUNK = 512  #: column blocks that one step of the list kernel looks at
 
-#: Columns of a mixed tile that are masked at a time: they hold at most so many sets, whose relations, two bits each,
-#: fit in one word.
-SPECIAL = 16
-
 
 class Side(NamedTuple):
-    """Sorted rows or columns, padded to whole blocks."""
+    """Sorted rows or columns, padded to whole blocks (R of them); those that are not present come last."""
 
-    order: Tensor  #: (N,) int64, where each sorted row comes from
-    embeddings: Tensor  #: (⌈N⌉, ⌈D⌉), padded with zeros
-    keys: Tensor  #: (4, ⌈N⌉) int32: candidate set, identity, group, position; −1 on padding
+    embeddings: Tensor  #: (R, width), zeros where nothing is present
+    keys: Tensor  #: (4, R) int32: place of the set, −1 where nothing is present; identity, group; position in
+    #: the batch, −1 on padding
+    links: Tensor  #: (1 or 2, N) int64 in order, number of the identity or group · 2³² + sorted row, for those present
+    norm: Tensor  #: 0-d float32, the largest length of a row, NaN if a row is not finite
 
 
 class Plan(NamedTuple):
-    """The tiles of each block of rows, and the relations of the sets that occur."""
+    """The tiles of each block of rows."""
 
     tiles: Tensor  #: (blocks of rows, blocks of columns) int32, 4 · block of columns + relation, 0 for a mixed tile
     counts: Tensor  #: (blocks of rows, 3) int32: bulk, SAME, mixed
-    packed_relations: Tensor  #: (S, S) int32: [a, b] has the relations of set a with sets b to b + 15, two bits each
 
 
-def prepare(contrast: Contrast, launch: Launch) -> tuple[Side, Side, Plan]:
-    """Sort rows and columns, and list their tiles."""
-    rows, row_keys, columns, column_keys, relations, _, active = contrast
-    tile = launch.tile
-    if columns is not rows:  # sets of sorted columns have to be consecutive, see SPECIAL
-        order, place = occurring_first(column_keys.candidate_set, len(relations))
-        relations = relations[order][:, order].contiguous()
-        row_keys, column_keys = (k._replace(candidate_set=place[k.candidate_set]) for k in (row_keys, column_keys))
-    row_side = column_side = sort_side(rows, row_keys, tile.rows, launch.width)
-    if columns is not rows or tile.rows % tile.columns:
-        column_side = sort_side(columns, column_keys, tile.columns, launch.width)
-    has_group = row_keys.group is not None
-    return row_side, column_side, plan_tiles(row_side, column_side, relations, active, tile, has_group)
+def sort_side(embeddings: Tensor, index: Index, rows: slice, padded: int, width: int) -> Side:
+    """Sort these rows of the index, and pad their number and their width to what the kernels load."""
+    count = len(embeddings)
+    sorted_key, order = index.sorted_key, index.order
+    if count < len(order):
+        sorted_key, order = index.sort_key[rows].sort(stable=True)
+    in_order = embeddings.new_empty(padded, width, dtype=held_dtype(embeddings.dtype))
+    keys = order.new_empty(4, padded, dtype=torch.int32)
+    links = order.new_empty(len(index.numbers), count)
+    norm = embeddings.new_empty(padded, dtype=torch.float32)
+    _gather_kernel[(triton.cdiv(padded, 64),)](
+        embeddings,
+        *embeddings.stride(),
+        sorted_key,
+        order,
+        index.numbers,
+        index.place,
+        in_order,
+        keys,
+        links,
+        norm,
+        count,
+        len(index.order),
+        rows.start or 0,
+        padded,
+        D=embeddings.shape[1],
+        WIDTH=width,
+        KINDS=len(links),
+    )
+    return Side(in_order, keys, links.sort(dim=1).values, norm.amax())
 
 
-def sort_side(embeddings: Tensor, keys: Keys, block: int, width: int) -> Side:
-    """Sort rows, and pad their number to whole blocks and their width to what the kernels load."""
-    rows = len(embeddings)
-    padded = triton.cdiv(rows, block) * block
-    order = sort_order(keys)
-    # Triton's interpreter holds bfloat16 as bits, and would multiply those.
-    dtype = torch.float32 if is_interpreted() and embeddings.dtype == torch.bfloat16 else embeddings.dtype
-    in_order = embeddings.new_zeros(padded, width, dtype=dtype)
-    in_order[:rows, : embeddings.shape[1]] = embeddings[order]
-    group = keys.identity if keys.group is None else keys.group
-    integers = torch.full((4, padded), -1, dtype=torch.int32, device=order.device)
-    integers[:, :rows] = torch.stack([keys.candidate_set, keys.identity, group, keys.position])[:, order]
-    return Side(order, in_order, integers)
-
-
-def plan_tiles(rows: Side, columns: Side, relations: Tensor, active: int, tile: Tile, has_group: bool) -> Plan:
+def plan_tiles(rows: Side, columns: Side, areas: Tensor, active: int, tile: Tile) -> Plan:
     """List the tiles of each block of rows.
 
     Args:
-        relations: (S, S) uint8.
+        areas: see :class:`mixcl_dist.kernels.index.Index`.
         active: bits of the relations that are switched on.
     """
-    row_sets = _set_range(rows, tile.rows, len(relations), whole=False)
-    column_sets = _set_range(columns, tile.columns, len(relations), whole=True)
-    shape = row_sets.shape[1], column_sets.shape[1]
-    linked = relations.new_zeros(shape)
-    for key in (1, 2)[: 1 + has_group]:
-        _mark_linked(linked, rows, columns, key, tile)
-    tiles = torch.empty(shape, dtype=torch.int32, device=linked.device)
+    shape = rows.keys.shape[1] // tile.rows, columns.keys.shape[1] // tile.columns
+    kinds, linkable = columns.links.shape
+    linked = torch.zeros(shape, dtype=torch.uint8, device=areas.device)
+    tiles = torch.empty(shape, dtype=torch.int32, device=areas.device)
     counts = tiles.new_empty(shape[0], 3)
-    areas = _areas(relations)
+    sizes = {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    _mark_kernel[(shape[0], kinds)](linked, rows.keys, columns.links, rows.keys.shape[1], linkable, shape[1], **sizes)
     _list_kernel[(shape[0],)](
-        linked, row_sets, column_sets, areas, tiles, counts, *shape, len(relations) + 1, ACTIVE=active, CHUNK=CHUNK
+        linked,
+        rows.keys,
+        columns.keys,
+        areas,
+        tiles,
+        counts,
+        shape[1],
+        areas.shape[1],
+        ACTIVE=active,
+        CHUNK=CHUNK,
+        **sizes,
     )
-    return Plan(tiles, counts, _pack_relations(relations))
+    return Plan(tiles, counts)
 
 
-def _set_range(side: Side, block: int, sets: int, *, whole: bool) -> Tensor:
-    """(2, blocks) int32: the first and the last set of each block; 0 and ``sets``, which is never uniform, where a
-    block that has to be whole has padding."""
-    blocks = side.keys[0].view(-1, block)
-    first, last = blocks[:, 0], blocks.amax(1)
-    if whole:
-        padded = blocks[:, -1] < 0
-        first, last = first.masked_fill(padded, 0), last.masked_fill(padded, sets)
-    return torch.stack([first, last])
+@triton.jit(do_not_specialize=["count", "N", "first_row", "R"])
+def _gather_kernel(
+    embeddings,
+    row_stride,
+    feature_stride,
+    sorted_key,  # (count,) int64
+    order,  # (count,) int64
+    numbers,  # (KINDS, N) int32, from first_row on
+    place,  # (S,) int32
+    in_order,  # (R, WIDTH)
+    keys,  # (4, R) int32
+    links,  # (KINDS, count) int64
+    norm,  # (R,) float32
+    count,
+    N,
+    first_row,
+    R,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KINDS: tl.constexpr,
+    BLOCK: tl.constexpr = 64,
+    FEATURES: tl.constexpr = 64,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, real = at < R, at < count
+    key = tl.load(sorted_key + at, mask=real, other=ABSENT)
+    row = tl.load(order + at, mask=real, other=-1)
+    is_present = key != ABSENT
+    tl.store(keys + at, tl.load(place + (key >> 32), mask=is_present, other=-1), mask=inside)
+    tl.store(keys + 3 * R + at, tl.where(real, first_row + row, -1).to(tl.int32), mask=inside)
+    for kind in tl.static_range(2):  # without groups identities stand for them
+        number = tl.load(numbers + kind % KINDS * N + first_row + row, mask=is_present, other=-1)
+        tl.store(keys + (1 + kind) * R + at, number, mask=inside)
+        if kind < KINDS:
+            link = tl.where(is_present, (number.to(tl.int64) << 32) + at, ABSENT)
+            tl.store(links + kind * count + at, link, mask=real)
+    square = tl.zeros((BLOCK,), tl.float32)
+    nothing = tl.zeros((BLOCK,), tl.float32)  # NaN if a feature is not finite
+    for start in range(0, WIDTH, FEATURES):
+        feature = start + tl.arange(0, FEATURES)
+        source = embeddings + row[:, None] * row_stride + feature[None, :] * feature_stride
+        values = tl.load(source, mask=is_present[:, None] & (feature < D)[None, :], other=0.0)
+        target = in_order + at[:, None].to(tl.int64) * WIDTH + feature[None, :]
+        tl.store(target, values, mask=inside[:, None] & (feature < WIDTH)[None, :])
+        values = values.to(tl.float32)
+        square += tl.sum(values * values, 1)
+        nothing += tl.sum(values * 0.0, 1)
+    length = tl.where(nothing == 0, tl.minimum(tl.sqrt(square), 1e30), nothing)
+    tl.store(norm + at, length, mask=inside)
 
 
-def _areas(relations: Tensor) -> Tensor:
-    """(3, S + 1, S + 1) int32: how many pairs of sets a' < a, b' < b are OPEN, SAME, DIFF."""
-    is_relation = relations == torch.arange(1, 4, device=relations.device).view(3, 1, 1)
-    areas = relations.new_zeros((3, len(relations) + 1, len(relations) + 1), dtype=torch.int32)
-    areas[:, 1:, 1:] = is_relation.cumsum(1).cumsum(2)
-    return areas
-
-
-def _pack_relations(relations: Tensor) -> Tensor:
-    packed = relations.int()
-    for step in range(1, SPECIAL):
-        packed[:, :-step] |= relations[:, step:].int() << 2 * step
-    return packed
-
-
-def _mark_linked(linked: Tensor, rows: Side, columns: Side, key: int, tile: Tile) -> None:
-    """Mark tiles that hold a pair with the same key; so also those of a row with itself."""
-    count = len(columns.order)
-    in_order, by_key = torch.sort(columns.keys[key, :count], stable=True)
-    block = (by_key // tile.columns).int()
-    changes = torch.ones(count + 1, dtype=torch.bool, device=linked.device)
-    changes[1:-1] = (in_order[1:] != in_order[:-1]) | (block[1:] != block[:-1])
-    # From each place the next one with another key or block: a chain of links that visits each block once.
-    place = torch.arange(count + 1, device=linked.device, dtype=torch.int32)
-    following = torch.where(changes, place, count).flip(0).cummin(0).values.flip(0)[1:].contiguous()
-    start = torch.searchsorted(in_order, rows.keys[key], out_int32=True)
-    _mark_kernel[(len(linked),)](
-        linked, rows.keys[key], start, in_order, block, following, count, linked.shape[1], BLOCK_ROWS=tile.rows
-    )
-
-
-@triton.jit(do_not_specialize=["count", "blocks"])
-def _mark_kernel(linked, row_key, start, column_key, block, following, count, blocks, BLOCK_ROWS: tl.constexpr):
-    row_block = tl.program_id(0)
+@triton.jit(do_not_specialize=["R", "linkable", "blocks"])
+def _mark_kernel(
+    linked,  # (row blocks, blocks) uint8
+    row_keys,  # (4, R)
+    links,  # (kinds, linkable) int64
+    R,
+    linkable,
+    blocks,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Mark tiles that hold a pair of one identity or group; so also those of a row with itself."""
+    row_block, kind = tl.program_id(0), tl.program_id(1)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    links += kind * linkable
     linked += row_block.to(tl.int64) * blocks
-    key = tl.load(row_key + row)
-    place = tl.load(start + row)
-    going = (place < count) & (key >= 0)
-    going &= tl.load(column_key + place, mask=going, other=-1) == key
+    number = tl.load(row_keys + (1 + kind) * R + row).to(tl.int64)
+    going = number >= 0
+    place = lower_bound(links, linkable, number << 32)
     while tl.max(going.to(tl.int32), 0) > 0:
-        tile = tl.load(block + place, mask=going, other=0)
-        tl.store(linked + tile, tl.full((BLOCK_ROWS,), 1, tl.uint8), mask=going)
-        place = tl.load(following + place, mask=going, other=0)
-        going &= place < count
-        going &= tl.load(column_key + place, mask=going, other=-1) == key
+        link = tl.load(links + place, mask=going & (place < linkable), other=ABSENT)
+        going &= (link >> 32) == number
+        block = (link & 0xFFFFFFFF).to(tl.int32) // BLOCK_COLUMNS
+        tl.store(linked + block, tl.full((BLOCK_ROWS,), 1, tl.uint8), mask=going)
+        # The next one in another block.
+        place = lower_bound(links, linkable, (number << 32) + (block + 1).to(tl.int64) * BLOCK_COLUMNS)
 
 
-@triton.jit(do_not_specialize=["row_blocks", "column_blocks", "E"])
+@triton.jit(do_not_specialize=["column_blocks", "E"])
 def _list_kernel(
     linked,  # (row_blocks, column_blocks) uint8
-    row_sets,  # (2, row_blocks) int32, first and last
-    column_sets,  # (2, column_blocks) int32
+    row_keys,  # (4, R) int32
+    column_keys,  # (4, C) int32
     areas,  # (3, E, E) int32
     tiles,  # (row_blocks, column_blocks) int32
     counts,  # (row_blocks, 3) int32
-    row_blocks,
     column_blocks,
     E,
     ACTIVE: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     row_block = tl.program_id(0)
     linked += row_block.to(tl.int64) * column_blocks
     tiles += row_block.to(tl.int64) * column_blocks
-    first_set = tl.load(row_sets + row_block)
-    last_set = tl.load(row_sets + row_blocks + row_block)
+    sets = tl.load(row_keys + row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))
+    last_set = tl.max(sets, 0)
+    first_set = tl.maximum(tl.load(row_keys + row_block * BLOCK_ROWS), 0)
     height = last_set + 1 - first_set
     top = areas + first_set * E
     bottom = areas + (last_set + 1) * E
@@ -183,19 +212,20 @@ def _list_kernel(
     for part in tl.static_range(2):  # bulk and mixed tiles first, then SAME tiles behind the bulk
         for first in range(0, column_blocks, CHUNK):
             block = first + tl.arange(0, CHUNK)
-            real = block < column_blocks
-            left = tl.load(column_sets + block, mask=real, other=0)
-            right = tl.load(column_sets + column_blocks + block, mask=real, other=0) + 1
-            area = height * (right - left)
+            inside = block < column_blocks
+            left = tl.load(column_keys + block * BLOCK_COLUMNS, mask=inside, other=-1)
+            right = tl.load(column_keys + (block + 1) * BLOCK_COLUMNS - 1, mask=inside, other=-1) + 1
+            real = (left >= 0) & (last_set >= 0)  # somebody is present on both sides
+            whole = real & (right > 0)
             relation = tl.zeros((CHUNK,), tl.int32)
             for index in tl.static_range(3):
                 corner = index * E * E
-                pairs = tl.load(bottom + corner + right, mask=real & (right < E), other=0)
-                pairs -= tl.load(top + corner + right, mask=real & (right < E), other=0)
-                pairs -= tl.load(bottom + corner + left, mask=real, other=0)
-                pairs += tl.load(top + corner + left, mask=real, other=0)
-                relation = tl.where(pairs == area, index + 1, relation)
-            is_mixed = tl.load(linked + block, mask=real, other=0) > 0
+                pairs = tl.load(bottom + corner + right, mask=whole, other=0)
+                pairs -= tl.load(top + corner + right, mask=whole, other=0)
+                pairs -= tl.load(bottom + corner + left, mask=whole, other=0)
+                pairs += tl.load(top + corner + left, mask=whole, other=0)
+                relation = tl.where(whole & (pairs == height * (right - left)), index + 1, relation)
+            is_mixed = tl.load(linked + block, mask=inside, other=0) > 0
             relation = tl.where(is_mixed, 0, relation)
             is_mixed = real & (relation == 0)
             is_uniform = real & (relation & ACTIVE > 0)

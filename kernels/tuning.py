@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mixcl_dist.kernels.implementation import is_interpreted
-from mixcl_dist.kernels.plan import SPECIAL
+from mixcl_dist.kernels.index import SPECIAL
 
 
 class Tile(NamedTuple):
@@ -135,6 +135,14 @@ def launch_for(rows: Tensor, kernel: str) -> Launch:
     by_width = TILES[architecture, kernel, rows.element_size()]
     tile = next(tile for width, tile in by_width.items() if rows.shape[1] <= width)
     return fit(tile, rows.shape[1], rows.dtype, architecture)
+
+
+def launches_for(rows: Tensor) -> tuple[Launch, Launch]:
+    """Those of the forward and of the backward kernel, for rows that both find padded to one width."""
+    launches = launch_for(rows, "forward"), launch_for(rows, "backward")
+    width = max(launch.width for launch in launches)
+    forward, backward = (launch._replace(width=width) for launch in launches)
+    return forward, backward
 
 
 def fit(tile: Tile, width: int, dtype: torch.dtype, architecture: str) -> Launch:

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mixcl_dist.kernels import backward, forward, plan, tuning
+from mixcl_dist.kernels import backward, forward, fused, index, plan, tuning
 from mixcl_dist.kernels.implementation import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +45,33 @@ TARGETS = {
 #: Bytes of shared memory a program may have; sm_80's tiles are kept small enough for its relatives 8.6 and 8.9.
 SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "hip": 64 * 1024}
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA|UTCQMMA", "hip": "v_mfma"}
-#: The kernels' arguments that are no compile-time constants, as Triton's signatures name their types.
+#: The kernels' arguments that are no compile-time constants, as Triton's signatures name their types; all others are
+#: integers.
 ARGUMENTS = {
-    **dict.fromkeys(("row_keys", "column_keys", "tiles", "counts", "packed_relations"), "*i32"),
-    **dict.fromkeys(("scale", "out", "row_scalars", "column_scalars", "result"), "*fp32"),
-    **dict.fromkeys(("R", "C", "column_blocks", "S"), "i32"),
-    "wide": "*i1",
+    **dict.fromkeys(("row_keys", "column_keys", "keys", "tiles", "counts", "packed_relations", "packed"), "*i32"),
+    **dict.fromkeys(("numbers", "positives", "first_equal", "count", "row_count", "column_count"), "*i32"),
+    **dict.fromkeys(("place", "places", "areas", "is_relation"), "*i32"),
+    **dict.fromkeys(("sorted_key", "sort_key", "order", "in_order", "links", "identity", "candidate_set"), "*i64"),
+    **dict.fromkeys(("group", "anchors"), "*i64"),
+    **dict.fromkeys(("present", "linked"), "*u8"),
+    **dict.fromkeys(("out", "row_scalars", "column_scalars", "scalars", "products", "norm", "common"), "*fp32"),
+    **dict.fromkeys(("temperature", "row_norm", "column_norm", "upstream", "row_weight"), "*fp32"),
+    **dict.fromkeys(("loss", "losses", "floors", "similarities"), "*fp32"),
+    **dict.fromkeys(("totals", "earlier", "weights", "lse", "parts", "sums"), "*fp64"),
+    **dict.fromkeys(("identity_weight", "label_weight"), "fp32"),
 }
+#: Of a few kernels an argument of the same name has another type.
+EXCEPTIONS = {
+    ("_key_kernel", "keys"): "*i64",
+    ("_gather_kernel", "count"): "i32",
+    ("_gather_kernel", "embeddings"): "*bf16",
+    ("_gather_kernel", "in_order"): "*bf16",
+    ("_finish_kernel", "count"): "i32",
+}
+#: Compile-time constants of the small kernels, as a call with groups has them.
+CONSTANTS = {
+    "BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "ACTIVE": 3, "CHUNK": 512, "D": 128, "WIDTH": 128, "KINDS": 2,
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -104,9 +124,9 @@ def build(entry: Entry) -> Build:
     constants = {name: value for name, value in options.items() if name.isupper()}
     constants |= {"HAS_GROUP": True, "WIDE": entry.range == "wide"}
     if entry.kernel == "backward":
-        constants |= {"OUT": launch.out, "WEIGHT": backward.WEIGHTS[dtype]}
-    types = ARGUMENTS | dict.fromkeys(("rows", "columns"), f"*{entry.dtype}")
-    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+        constants |= {"OUT": launch.out, "WEIGHT": backward.WEIGHTS[dtype], "D": entry.width}
+    types = ARGUMENTS | dict.fromkeys(("rows", "columns", "gradient"), f"*{entry.dtype}")
+    signature = signature_of(function, constants, types)
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(function.arg_names)
@@ -134,17 +154,20 @@ def build(entry: Entry) -> Build:
     )
 
 
-def build_plan(architecture: str) -> str:
-    """Compile the small kernels that list tiles; they have nothing to measure."""
-    pointers = {"linked": "*u8"} | dict.fromkeys(("row_blocks", "column_blocks", "E", "count", "blocks"), "i32")
-    for function, constants in (
-        (plan._mark_kernel, {"BLOCK_ROWS": 128}),
-        (plan._list_kernel, {"ACTIVE": 3, "CHUNK": plan.CHUNK}),
-    ):
-        signature = {
-            name: "constexpr" if name in constants else pointers.get(name, "*i32") for name in function.arg_names
-        }
-        triton.compile(ASTSource(function, signature, constants, {}), target=TARGETS[architecture])
+def signature_of(function, constants: dict, types: dict) -> dict[str, str]:
+    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
+
+
+def build_small(architecture: str) -> str:
+    """Compile the kernels around the sweeps; they have nothing to measure."""
+    for module in (index, plan, forward, backward, fused):
+        for name, function in vars(module).items():
+            if name.startswith("_") and name.endswith("_kernel"):
+                defaults = {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
+                constants = defaults | {key: value for key, value in CONSTANTS.items() if key in function.arg_names}
+                types = ARGUMENTS | {argument: kind for (owner, argument), kind in EXCEPTIONS.items() if owner == name}
+                source = ASTSource(function, signature_of(function, constants, types), constants, {})
+                triton.compile(source, target=TARGETS[architecture])
     return architecture
 
 
@@ -177,13 +200,13 @@ def main_loop(code: list[str], architecture: str) -> list[str]:
     branch = re.compile(
         r"BRA\S* .*`\((\.L_x_\d+)\)" if architecture != "hip" else r"s_cbranch\S+ (\.LBB\w+)|s_branch (\.LBB\w+)"
     )
-    for index, line in enumerate(code):
+    for number, line in enumerate(code):
         if line.startswith("."):
-            labels[line.split(":")[0]] = index
+            labels[line.split(":")[0]] = number
         elif found := branch.search(line):
             label = next(group for group in found.groups() if group)
             if label in labels:
-                loops.append(code[labels[label] + 1 : index + 1])
+                loops.append(code[labels[label] + 1 : number + 1])
     exponential = re.compile(r"MUFU\.EX2|v_exp_f32")
     tensor_core = re.compile(TENSOR_CORES[architecture])
     whole = [loop for loop in loops if any(map(exponential.search, loop)) and any(map(tensor_core.search, loop))]
@@ -229,7 +252,7 @@ def main() -> int:
     committed, builds, failed = read_committed(), [], 0
     print(" ".join(f"{name:>12}" for name in Build._fields[:-1]))
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        planned = pool.map(build_plan, sorted({entry.architecture for entry in wanted}))
+        planned = pool.map(build_small, sorted({entry.architecture for entry in wanted}))
         for made in pool.imap(build, wanted):
             builds.append(made)
             wrong = complaints(made, {} if options.write else committed)

@@ -91,6 +91,7 @@ def test_operator_keeps_the_rules_of_the_dispatcher(optional, dtype):
     inputs = (
         torch.tensor(1.0),
         lse,
+        [],
         embeddings.detach(),
         *(value.detach() if isinstance(value, torch.Tensor) else value for value in inputs),
     )

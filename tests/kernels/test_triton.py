@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import backward, forward, mixed_contrastive_loss, plan, tiled, tuning
+from mixcl_dist.kernels import backward, forward, fused, index, mixed_contrastive_loss, plan, tuning
+from mixcl_dist.kernels.batch import Batch
 from mixcl_dist.kernels.implementation import choose, obstacle
-from mixcl_dist.kernels.relations import Contrast, Keys, row_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
@@ -98,29 +98,46 @@ def test_a_positive_does_not_swallow_the_negatives_of_other_tiles():
     embeddings = torch.zeros(512, 16)
     embeddings[:2, 0] = embeddings[2:, 1] = 1
     arguments = rows([3] * 16, length=32, identity="pairs") | {"embeddings": embeddings}
-    temperature = forward.LOG2E / 28.25  # so the positive's exponent is exact
+    temperature = math.log2(math.e) / 28.25  # so the positive's exponent is exact
     _, lse, *_ = loss_and_gradient(arguments, "triton", temperature)
     excess = math.log1p(510 * 2**-28.25)
     torch.testing.assert_close(lse[0, :2] - 1 / temperature, torch.full((2,), excess).double(), rtol=0.1, atol=0)
 
 
-def test_similarities_are_called_wide_when_a_float32_exponential_could_overflow():
-    unit = torch.eye(4)
-    temperatures = torch.tensor([0.02, 0.01])
-    assert [bool(forward.is_wide(unit, unit, temperature)) for temperature in temperatures] == [False, True]
-    assert forward.is_wide(10 * unit, unit, torch.tensor(0.1))
+class Split:
+    """One process whose rows meet the batch's in two parts, as on a ring."""
+
+    size, own = 2, slice(None)
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def blocks(self, embeddings):
+        for which in (slice(0, self.at), slice(self.at, None)):
+            yield which, embeddings[which].clone()
+
+    def gather(self, values):
+        return values
+
+    sum = gather
+
+    def use_ring(self, embeddings):
+        return True
 
 
-def test_columns_that_lack_sets_between_theirs():
-    """As on a ring, where a block has one process's rows: 16 of its columns may hold the first and the last set."""
+@pytest.mark.parametrize("temperature", [0.2, 0.005], ids=["narrow", "wide"])
+def test_columns_that_come_in_parts(temperature, monkeypatch):
+    """And that lack sets between theirs: 16 columns of the first part hold the first and the last of 20 sets."""
     sets = torch.arange(320) % 20
     sets[:16] = torch.tensor([0, 19]).repeat(8)
-    z = normalize(torch.randn(320, 16, generator=torch.Generator().manual_seed(0)), dim=1).to(DEVICE)
-    keys, relations, _ = row_keys(torch.arange(320) // 2, sets, torch.eye(20, dtype=torch.bool), None)
-    keys, relations = Keys(*(None if key is None else key.to(DEVICE) for key in keys)), relations.to(DEVICE)
-    columns = z[:16].clone(), keys.of(slice(16))
-    contrast = Contrast(z, keys, *columns, relations, torch.tensor(0.2, device=DEVICE), 0b11)
-    torch.testing.assert_close(forward.log_sums(contrast), tiled.log_sums(contrast), rtol=1e-4, atol=1e-5)
+    z = normalize(torch.randn(320, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    arguments = {"embeddings": z, "identity": torch.arange(320) // 2, "candidate_set": sets}
+    arguments["set_table"] = torch.eye(20, dtype=torch.bool)
+    want = loss_and_gradient(double(arguments), "reference", temperature)
+    monkeypatch.setattr(Batch, "join", lambda self, process_group, sweep, **same: Split(16))
+    loss, lse, _, gradient = loss_and_gradient(arguments, "triton", temperature)
+    got = loss, lse, gradient / 2  # as the mean over two processes will have it
+    torch.testing.assert_close(got, (want[0], want[1], want[3]), rtol=1e-4, atol=1e-5)
 
 
 def test_autotune_changes_the_table_for_its_width_alone(monkeypatch):
@@ -153,13 +170,9 @@ class Skipped:
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's memory; benchmarks/kernel/run.py measures a GPU's")
 def test_memory_around_the_kernels_stays_below_four_times_the_embeddings(monkeypatch):
     """What PyTorch holds beside 65,536 rows of 128 features, cut as for an H100; kernels themselves hold nothing."""
-    for module, name in (
-        (forward, "forward_kernel"),
-        (backward, "backward_kernel"),
-        (plan, "_mark_kernel"),
-        (plan, "_list_kernel"),
-    ):
-        monkeypatch.setattr(module, name, Skipped())
+    for module in (backward, forward, fused, index, plan):
+        for name in [name for name, value in vars(module).items() if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Skipped())
     monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
     arguments = rows([0, 1, 2, 3], length=16384, identity="pairs", d=128)
     arguments["embeddings"] = arguments["embeddings"].half().requires_grad_()
