@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.build import build
@@ -49,3 +52,38 @@ def data(tmp_path_factory) -> Path:
     """A data set to fine-tune on: four training cases, each annotated in part, and one validation case."""
     folder = tmp_path_factory.mktemp("data")
     return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0)[0]
+
+
+@pytest.fixture
+def imagined_gpu():
+    """Within it tensors are shapes on a device, "cuda:0" too: operands on two devices raise, and so does every operator
+    whose result has a size or a value that the host would have to wait for. Without gradients."""
+    with torch.no_grad(), FakeTensorMode(), _IndexedByOperators():
+        yield torch.device("cuda:0")
+
+
+class _IndexedByOperators(TorchFunctionMode):
+    """Slices and integers by operators that are dispatched: indexing itself asks for a GPU's driver first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__getitem__:
+            return _viewed(*args)
+        if func is torch.Tensor.__setitem__:
+            return torch.ops.aten.copy_(_viewed(*args[:2]), args[2])
+        return func(*args, **(kwargs or {}))
+
+
+def _viewed(tensor, index):
+    index = index if isinstance(index, tuple) else (index,)
+    if ... in index:
+        at = index.index(...)
+        rest = tensor.ndim - sum(each is not None for each in index) + 1
+        index = index[:at] + (slice(None),) * rest + index[at + 1 :]
+    dim = 0
+    for each in index:
+        if isinstance(each, int):
+            tensor = tensor.select(dim, each)
+            continue
+        tensor = tensor.unsqueeze(dim) if each is None else torch.ops.aten.slice(tensor, dim, each.start, each.stop)
+        dim += 1
+    return tensor

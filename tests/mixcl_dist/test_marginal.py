@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.losses import DiceLoss
+from torch.nn import functional as F
 
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.marginal import FOREGROUND_WEIGHT, marginal_loss
@@ -102,3 +103,58 @@ def test_a_crop_that_is_ignored_whole_teaches_nothing(scene):
     loss = marginal_loss(logits, torch.full_like(target, IGNORED), known([1, 1, 1], [1, 1, 1]))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss == 0 and not gradient.any()
+
+
+def loss_of_a_case(logits, target, known):
+    """The definition, voxel by voxel of what is judged: `logits` (K+1, N), `target` (N,), `known` (K+1,)."""
+    judged = target != IGNORED
+    logits, target = logits[:, judged], target[judged]
+    if not target.numel():
+        return 0 * logits.sum()
+    merged = torch.cat([logits[~known].logsumexp(dim=0, keepdim=True), logits[known]])
+    channel = torch.where(known, known.cumsum(0), 0)[target]
+    weight = torch.full((len(merged),), FOREGROUND_WEIGHT, dtype=merged.dtype)
+    weight[0] = 1
+    cross_entropy = F.cross_entropy(merged[None], channel[None], weight=weight)
+    present = torch.bincount(channel, minlength=len(merged))[1:] > 0
+    if not present.any():
+        return cross_entropy
+    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, reduction="none")
+    return cross_entropy + dice(merged[None], channel[None, None]).flatten()[present].mean()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("share_known", [0.0, 0.5, 1.0])
+def test_a_batch_is_the_mean_of_its_cases_in_value_and_gradient(classes, share_known):
+    """Random cases with ignored voxels and absent classes; one has nothing but background, one nothing judged."""
+    generator = torch.Generator().manual_seed(classes)
+    logits = 4 * torch.randn(5, classes + 1, 6, 5, 4, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    known = torch.rand(5, classes + 1, generator=generator) < share_known
+    known[:, 0] = False
+    target = torch.randint(0, classes + 1, (5, 1, 6, 5, 4), generator=generator)
+    target[0][target[0] == 1] = 0
+    target[1] = 0
+    target = torch.where(known.gather(1, target.flatten(1)).view_as(target), target, 0)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORED
+    target[2] = IGNORED
+    cases = zip(logits.flatten(2), target.flatten(1), known, strict=True)
+    expected = torch.stack([loss_of_a_case(*case) for case in cases]).mean()
+    loss = marginal_loss(logits, target, known)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_logits_far_apart_keep_finite_slopes(scene):
+    _, target = scene
+    logits = torch.zeros(2, CLASSES + 1, 6, 6, 6).index_fill(1, torch.tensor([2]), 1e4).requires_grad_()
+    (gradient,) = torch.autograd.grad(marginal_loss(logits, target, known([1, 1, 1], [1, 0, 1])), logits)
+    assert gradient.isfinite().all() and gradient.any()
+
+
+def test_the_loss_stays_on_the_gpu_without_waiting(imagined_gpu):
+    logits = torch.empty(2, CLASSES + 1, 6, 6, 6, device=imagined_gpu)
+    target = torch.empty(2, 1, 6, 6, 6, dtype=torch.int64, device=imagined_gpu)
+    loss = marginal_loss(logits, target, torch.empty(2, CLASSES + 1, dtype=torch.bool, device=imagined_gpu))
+    assert loss.device == imagined_gpu and loss.shape == () and loss.dtype == torch.float32
