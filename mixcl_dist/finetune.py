@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.budget import budget_cases, leak
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
-from mixcl_dist.crops import Crops, LabelledVolume
+from mixcl_dist.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
 from mixcl_dist.marginal import marginal_loss
@@ -182,26 +184,41 @@ def _train(
     device: torch.device,
 ) -> None:
     settings = config.finetune
-    crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed, device)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     schedule = LambdaLR(optimizer, warmup_cosine(settings.steps, settings.warmup_fraction, 0.0))
     network.train()
     begin = time.monotonic()
     steps = range(1, settings.steps + 1)
     for step in progress(steps, total=settings.steps, desc="finetune", unit="step"):
-        batch = crops.batch(settings.batch_size)
-        with autocast(device):
-            logits = network(batch.image.to(device))
-        loss = marginal_loss(logits.float(), batch.target.to(device), batch.known.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
-        optimizer.step()
+        loss = train_step(network, optimizer, crops.batch(settings.batch_size))
         if step % settings.log_every == 0 or step == settings.steps:
             seconds = round(time.monotonic() - begin, 2)
             rate = float(schedule.get_last_lr()[0])
-            record.log(step, seconds=seconds, loss=round(loss.item(), 5), learning_rate=rate)
+            record.log(step, seconds=seconds, loss=_finite(loss, step, record), learning_rate=rate)
         schedule.step()
+
+
+def train_step(network: SegmentationNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
+    """Learn from one batch; returns its loss (0-d, detached), for which the host has not waited."""
+    with autocast(batch.image.device):
+        logits = network(batch.image)
+    loss = marginal_loss(logits.float(), batch.target, batch.known)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+    optimizer.step()
+    return loss.detach()
+
+
+def _finite(loss: Tensor, step: int, record: Run) -> float:
+    """The loss as it is logged; raises `RunError` where it is none, from which training never returns."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise RunError(f"{record.path}: the loss is {value} at step {step}; lower finetune.learning_rate")
+    return round(value, 5)
 
 
 def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -> None:

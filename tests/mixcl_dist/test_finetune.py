@@ -126,6 +126,14 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_loss_that_is_lost_ends_the_trial_in_one_line(config, data, tmp_path):
+    run = tmp_path / "lost"
+    with pytest.raises(RunError, match=r"lost: the loss is nan at step \d; lower finetune\.learning_rate") as refusal:
+        finetune(replace(config, {"finetune.learning_rate": 1e30}), data=data, start=None, run=run)
+    assert "\n" not in str(refusal.value)
+    assert not (run / "dice.json").exists()
+
+
 def test_a_finished_trial_is_not_overwritten(trial, config, data):
     with pytest.raises(RunError, match="finished trial"):
         finetune(config, data=data, start=None, run=trial[0])
