@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from monai.inferers import SlidingWindowInferer
-from monai.metrics import DiceHelper
-from scipy import ndimage
+from torch import Tensor
 
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
@@ -19,6 +18,8 @@ from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.precision import autocast
 
 CASES_SHOWN = 4
+JOINED_BYTES = 2 << 30
+"""Logits of a CT are joined on the device up to this size, beyond it in main memory: a table's trials share a GPU."""
 
 
 @torch.inference_mode()
@@ -40,8 +41,7 @@ def segment(
     seen = dataclasses.replace(volume, label=None)
     if spacing_mm is not None:
         seen = resample(seen, spacing_mm)
-    image = normalise(torch.from_numpy(seen.hu), window_hu)[None, None]
-    # Windows are computed on `device` and joined in main memory, where a whole CT with many classes fits.
+    image = normalise(torch.from_numpy(seen.hu).to(device), window_hu)[None, None]
     slide = SlidingWindowInferer(
         patch_size,
         sw_batch_size=2,
@@ -49,31 +49,54 @@ def segment(
         mode="gaussian",
         cval=-1.0,
         sw_device=device,
-        device="cpu",
+        device=_joined_on(device, network.classifier.out_channels * image.numel()),
     )
     network.eval()
     with autocast(device):
-        logits = slide(image, network)[0].float().numpy()
+        logits = slide(image, network)[0].float()
     network.train()
-    return _largest(logits, np.linalg.inv(seen.affine) @ volume.affine, volume.hu.shape)
+    return _largest(logits, np.linalg.inv(seen.affine) @ volume.affine, volume.hu.shape, device).cpu().numpy()
 
 
-def _largest(logits: np.ndarray, to_logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Argmax over classes of `logits` (K+1, x, y, z) interpolated at the voxels of a grid of `shape`.
+def _joined_on(device: torch.device, logits: int) -> torch.device:
+    """Where the windows of a CT with so many logits are put together."""
+    return device if 4 * logits <= JOINED_BYTES else torch.device("cpu")
 
-    `to_logits` (4, 4) maps an index of that grid to one of the logits' grid, which is parallel to it.
+
+def _largest(logits: Tensor, to_logits: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Argmax over classes of `logits` (K+1, x, y, z) interpolated at the voxels of a grid of `shape`, uint8.
+
+    `to_logits` (4, 4) maps an index of that grid to one of the logits' grid, which is parallel to it; beyond the
+    latter, its border voxel is repeated.
     """
     if np.allclose(to_logits, np.eye(4)):
-        return logits.argmax(axis=0).astype(np.uint8)
-    step, offset = np.diag(to_logits)[:3], to_logits[:3, 3]
-    best = np.full(shape, -np.inf, dtype=np.float32)
-    label = np.zeros(shape, dtype=np.uint8)
+        return logits.argmax(dim=0).to(torch.uint8)
+    axes = [
+        tuple(tensor.to(device) for tensor in _neighbours(*axis))
+        for axis in zip(np.diag(to_logits), to_logits[:3, 3], shape, logits.shape[1:], strict=False)
+    ]
+    best = torch.full(tuple(shape), -torch.inf, device=device)
+    label = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
     for number, channel in enumerate(logits):  # one class at a time: all at once would not fit for a large CT
-        value = ndimage.affine_transform(channel, step, offset, output_shape=shape, order=1, mode="nearest")
-        better = value > best
-        label[better] = number
-        best[better] = value[better]
+        value = _interpolated(channel.to(device), axes)
+        label.masked_fill_(value > best, number)
+        torch.maximum(best, value, out=best)
     return label
+
+
+def _neighbours(step: float, offset: float, size: int, old_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear interpolation along an axis: the two old voxels that make each new one, and the share of the second."""
+    position = (offset + step * torch.arange(size, dtype=torch.float64)).clamp(0, old_size - 1)
+    lower = position.long()
+    return lower, (lower + 1).clamp(max=old_size - 1), (position - lower).float()
+
+
+def _interpolated(field: Tensor, axes: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    for dim in (2, 1, 0):  # the last first: the field is largest where whole planes are copied
+        lower, upper, share = axes[dim]
+        ends = field.index_select(dim, lower), field.index_select(dim, upper)
+        field = torch.lerp(*ends, share.view(-1, *[1] * (2 - dim)))
+    return field
 
 
 def dice_per_class(
@@ -84,13 +107,13 @@ def dice_per_class(
     `prediction` and `truth` are (X, Y, Z) uint8 with `classes[k - 1]` as k. What the truth ignores (`IGNORED`) is left
     out of both.
     """
-    judged = truth != IGNORED
-    prediction, truth = prediction * judged, truth * judged
-    helper = DiceHelper(include_background=False, num_classes=len(classes) + 1, reduction="none", get_not_nans=False)
-    values = helper(y_pred=torch.from_numpy(prediction)[None, None], y=torch.from_numpy(truth)[None, None])[0]
+    judged, count = truth != IGNORED, len(classes) + 1
+    pairs = truth[judged].astype(np.intp) * count + prediction[judged]
+    confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    drawn, total = confusion.sum(axis=1), confusion.sum(axis=0) + confusion.sum(axis=1)
     return {
-        name: round(float(value), 5) if name in reliable and not value.isnan() else None
-        for name, value in zip(classes, values, strict=True)
+        name: round(float(2 * confusion[k, k] / total[k]), 5) if name in reliable and drawn[k] else None
+        for k, name in enumerate(classes, start=1)
     }
 
 

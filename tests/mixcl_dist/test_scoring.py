@@ -7,10 +7,20 @@ import io
 import numpy as np
 import pytest
 import torch
+from monai.metrics import DiceHelper
+from scipy import ndimage
 
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
-from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
+from mixcl_dist.scoring import (
+    JOINED_BYTES,
+    Overlays,
+    _joined_on,
+    _largest,
+    dice_per_class,
+    segment,
+    summarise,
+)
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 
@@ -18,8 +28,14 @@ AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 class BrightIsOne(torch.nn.Module):
     """Says class 1 above 0 HU by a margin that grows with HU."""
 
+    def __init__(self):
+        super().__init__()
+        self.classifier = torch.nn.Conv3d(1, 2, kernel_size=1)
+        for parameter, values in zip(self.parameters(), ([0.0, 1.0], [0.0, 0.0]), strict=True):
+            parameter.data.view(2).copy_(torch.tensor(values))
+
     def forward(self, image):
-        return torch.cat([torch.zeros_like(image), image], dim=1)
+        return self.classifier(image)
 
 
 @pytest.fixture
@@ -66,6 +82,42 @@ def test_nearest_voxels_of_the_coarse_grid_would_be_worse(volume):
     assert dice[0] > dice[1]
 
 
+def grids(shape, seen_shape):
+    """(4, 4): index of a grid of `shape` → index of one of `seen_shape` with the same outer edges."""
+    matrix = np.eye(4)
+    step = np.array(seen_shape) / shape
+    matrix[:3, :3], matrix[:3, 3] = np.diag(step), (step - 1) / 2
+    return matrix
+
+
+@pytest.mark.parametrize("seen_shape", [(20, 18, 14), (40, 50, 26), (60, 50, 1)])
+def test_logits_are_interpolated_as_scipy_does_it(seen_shape):
+    shape = (40, 36, 28)
+    to_logits = grids(shape, seen_shape)
+    logits = np.random.default_rng(0).standard_normal((4, *seen_shape)).astype(np.float32)
+    step, offset = np.diag(to_logits)[:3], to_logits[:3, 3]
+    expected = np.stack(
+        [ndimage.affine_transform(each, step, offset, output_shape=shape, order=1, mode="nearest") for each in logits]
+    )
+    label = _largest(torch.from_numpy(logits), to_logits, shape, torch.device("cpu")).numpy()
+    second, first = np.sort(expected, axis=0)[-2:]
+    differs = label != expected.argmax(axis=0)
+    assert label.dtype == np.uint8 and differs.mean() < 1e-4 and (first - second)[differs].max(initial=0) < 1e-5
+
+
+@pytest.mark.parametrize("joined_on", ["cuda:0", "cpu"])
+def test_labels_are_found_on_the_gpu_without_waiting(imagined_gpu, joined_on):
+    logits = torch.empty(3, 20, 18, 14, device=joined_on)
+    label = _largest(logits, grids((40, 36, 28), logits.shape[1:]), (40, 36, 28), imagined_gpu)
+    assert label.device == imagined_gpu and label.shape == (40, 36, 28) and label.dtype == torch.uint8
+
+
+def test_logits_of_a_ct_too_large_for_the_gpu_are_joined_in_main_memory():
+    gpu = torch.device("cuda:0")
+    assert _joined_on(gpu, JOINED_BYTES // 4) == gpu
+    assert _joined_on(gpu, JOINED_BYTES // 4 + 1) == torch.device("cpu")
+
+
 def test_dice_is_twice_the_overlap_over_the_sum():
     truth = np.zeros((8, 8, 8), dtype=np.uint8)
     truth[:4] = 1
@@ -74,6 +126,17 @@ def test_dice_is_twice_the_overlap_over_the_sum():
     prediction[1:5] = 1
     scores = dice_per_class(prediction, truth, ["a", "b", "absent", "unknown"], ["a", "b", "absent"])
     assert scores == {"a": 0.75, "b": 0.0, "absent": None, "unknown": None}
+
+
+def test_dice_is_that_of_monai():
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.choice(5, (2, 12, 10, 8), p=(0.5, 0.3, 0.1, 0.1, 0)).astype(np.uint8)
+    names = ["a", "b", "c", "absent"]
+    helper = DiceHelper(include_background=False, num_classes=5, reduction="none", get_not_nans=False)
+    expected = helper(y_pred=torch.from_numpy(prediction)[None, None], y=torch.from_numpy(truth)[None, None])[0]
+    scores = dice_per_class(prediction, truth, names, names)
+    assert scores.pop("absent") is None and expected[3].isnan()
+    assert list(scores.values()) == pytest.approx(expected[:3].tolist(), abs=1e-5)
 
 
 def test_what_the_truth_ignores_is_not_scored():
