@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+
+from mixcl_dist.kernels.random import random
 
 
 class Draws:
     """Sources of random numbers for B patches.
 
-    What a patch is given depends on (seed, slot) and the draws before alone, not on the patches beside it: so a run
-    repeats its views on any number of ranks, and after any stop.
+    What a patch is given depends on (seed, slot) and the number of draws before alone, not on the patches beside it
+    nor on the device: so a run repeats its views on any number of ranks, and after any stop.
     """
 
     def __init__(self, seed: int, slots: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._generators = [torch.Generator(self.device).manual_seed(_seed(seed, slot)) for slot in slots]
+        # Pinned, so that the copy does not wait.
+        slot = torch.empty(len(slots), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        slot.numpy()[:] = slots
+        self._slot = slot.to(self.device, non_blocking=True)
+        self._seed = seed
+        self._drawn = 0
 
     def __len__(self) -> int:
-        return len(self._generators)
+        return len(self._slot)
 
-    def uniform(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """(B, *shape), 0 <= value < 1."""
-        return self._each(torch.rand, shape, dtype)
+    def uniform(self, *shape: int, parts: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(parts · B, *shape), 0 < value < 1: the first part of every patch, then the second, …"""
+        return self._draw(shape, parts, dtype, normal=False)
 
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """(B, *shape)."""
-        return self._each(torch.randn, shape, dtype)
+    def normal(self, *shape: int, parts: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(parts · B, *shape), as `uniform`."""
+        return self._draw(shape, parts, dtype, normal=True)
 
-    def exponential(self, *shape: int) -> torch.Tensor:
-        """(B, *shape) float64, of rate 1."""
-        return -torch.log1p(-self.uniform(*shape))
-
-    def whole(self, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        """Whole numbers, each of `low` … `high` inclusive, both (B, …), equally likely."""
-        return low + (self.uniform(*low.shape[1:]) * (high - low + 1)).floor()
-
-    def _each(self, draw, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.stack([draw(shape, generator=g, device=self.device, dtype=dtype) for g in self._generators])
-
-
-def _seed(seed: int, slot: int) -> int:
-    high, low = np.random.SeedSequence([seed, slot]).generate_state(2, np.uint32)
-    return int(high) << 31 | int(low) >> 1
+    def _draw(self, shape: tuple[int, ...], parts: int, dtype: torch.dtype, *, normal: bool) -> torch.Tensor:
+        numbers = random(self._slot, self._seed, self._drawn, parts, math.prod(shape), normal, dtype)
+        self._drawn += 1
+        return numbers.view(-1, *shape)

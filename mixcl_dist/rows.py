@@ -1,32 +1,47 @@
 """Which voxels of two views become rows of the contrastive loss, with their identities and candidate sets.
 
+Nothing here waits for the device that holds the tensors: how many rows there are follows from sizes alone, and a mask
+says which of them the overlap of the views could fill.
+
 Legend: B patches, V = 2·B views (row b is the first, row B + b the second view of patch b), C classes, K cells of a
-patch, P points drawn, R = 2·P rows, S different candidate sets.
+patch, P points drawn in each patch, R = 2·B·P rows, S candidate sets.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from mixcl_dist.config import RowsConfig
+from mixcl_dist.constants import constant, lattice
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.draws import Draws
+
+MAX_SETS = 1024
+"""Most different candidate sets of a batch: the loss makes a table of any two of them."""
+EVERY_CLASS = -1
+"""As a bit mask."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Voxels of the views: the first P rows lie in first views, the last P are their twins in second views."""
+    """Voxels of the views: the first B·P rows lie in first views, the last B·P are their twins in second views."""
 
     voxel_index: torch.Tensor
-    """(R, 4) int64: view, x, y, z."""
+    """(R, 4) int64: view, x, y, z; valid also where a row is not present."""
     identity: torch.Tensor
     """(R,) int64: number of the point that a row shows; each is shown twice."""
     candidate_set: torch.Tensor
     """(R,) int64: index into `set_table`."""
     set_table: torch.Tensor
     """(S, C + 2) bool: the classes that a row may belong to; the last two stand for "no class of the catalogue"."""
+    present: torch.Tensor
+    """(R,) bool: false where the overlap holds no further point; such a row takes no part in the loss."""
     group: torch.Tensor | None = None
 
 
@@ -39,142 +54,187 @@ def sample_rows(
     config: RowsConfig,
     draws: Draws,
 ) -> Rows:
-    """Draw up to `config.per_view_pair` points a patch where both views see it, and say what each may be.
+    """Draw `config.per_view_pair` points a patch where both views see it, and say what each may be.
 
     `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 2) int64 with one bit for each
-    of C + 2 classes: a column for each label and the last for ignored voxels; all on the draws' device. Fewer rows come
-    out where the overlap holds fewer points.
+    of C + 2 classes: a column for each label and the last for ignored voxels; all on the draws' device. There are
+    P = `config.per_view_pair` rows of each view, or one for each cell where that is less (see `_cells`). Of more than
+    `MAX_SETS` candidate sets in one batch, the rows of those with the highest bits are not present.
     """
     patch_from_view = patch_from_view.double()
-    point, patch = _draw_points(torch.linalg.inv(patch_from_view), view_size, label, config, draws)
-    view = torch.cat([patch, patch + len(label)])
-    voxel = _apply(torch.linalg.inv(patch_from_view)[view], point.repeat(2, 1)).round()
-    # A row may be what the label says at its own voxel's centre, or at its twin's: they differ at borders.
-    seen = _apply(patch_from_view[view], voxel).round().long()
-    x, y, z = seen.clamp(min=seen.new_zeros(3), max=seen.new_tensor(label.shape[1:]) - 1).unbind(1)
-    found = label[patch.repeat(2), x, y, z].long().clamp(max=candidate_bits.shape[1] - 1)  # 255 is ignored
-    first, second = candidate_bits[patch.repeat(2), found].chunk(2)
-    sets, candidate_set = torch.unique(first | second, return_inverse=True)
+    voxel, present = _draw_points(patch_from_view, view_size, label, config, draws)
+    sets = _union_of_labels(patch_from_view, voxel, label, candidate_bits).flatten()
+    candidate_set, table, fits = _number_sets(sets, _most_sets(len(label), candidate_bits.shape[1], len(sets)))
     # A catalogue of more classes than bits comes without labels: every set is then all ones.
-    bit = torch.arange(min(candidate_bits.shape[1], 63), device=sets.device)
+    bits = constant(tuple(1 << bit for bit in range(min(candidate_bits.shape[1], 63))), torch.int64, sets.device)
+    view, identity = _row_numbers(*present.shape, sets.device)
     return Rows(
-        voxel_index=torch.cat([view[:, None], voxel.long()], dim=1),
-        identity=torch.arange(len(point), device=sets.device).repeat(2),
+        voxel_index=torch.cat([view, voxel.long().flatten(0, 1)], dim=1),
+        identity=identity,
         candidate_set=candidate_set.repeat(2),
-        set_table=(sets[:, None] >> bit & 1).bool(),
+        set_table=(table[:, None] & bits).bool(),
+        present=(present.flatten() & fits).repeat(2),
     )
 
 
 def _draw_points(
-    view_from_patch: torch.Tensor,
+    patch_from_view: torch.Tensor,
     view_size: tuple[int, int, int],
     label: torch.Tensor,
     config: RowsConfig,
     draws: Draws,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points (P, 3) float64, voxel centres of their patches, and the patch (P,) of each; no two of one cell."""
+    """(V, P, 3) float64 voxels that show P points of each patch, no two of one cell, and which are there (B, P)."""
+    point, border_label = _cell_points(label, config.min_spacing, draws)
+    voxel, seen = _in_both_views(patch_from_view, view_size, label.shape[1:], point.flatten(1, 2))
+    score = _scores(border_label, seen.view(len(label), 2, -1), draws)
     wanted = round(config.border_fraction * config.per_view_pair)
-    anywhere, border, has_border = _cell_points(label, config.min_spacing, draws)
-    seen = _in_both_views(view_from_patch, view_size, border) & has_border
-    weight = _class_balance(label, border, seen)
-    border_cell, chosen = _draw(weight, wanted, draws)
-    border_point = _pick(border, border_cell)
-
-    free = _in_both_views(view_from_patch, view_size, anywhere) & _inside(anywhere, label.shape[1:])
-    free &= ~torch.zeros_like(seen).scatter(1, border_cell, chosen)
-    cell, also_chosen = _draw(free.double(), config.per_view_pair, draws)
-    left = config.per_view_pair - chosen.sum(dim=1, keepdim=True)
-    also_chosen &= torch.arange(cell.shape[1], device=cell.device) < left
-
-    point = torch.cat([border_point, _pick(anywhere, cell)], dim=1)
-    drawn = torch.cat([chosen, also_chosen], dim=1)
-    return point[drawn], drawn.nonzero()[:, 0]
+    chosen, present = _choose(score, wanted, min(config.per_view_pair, score.shape[2]))
+    return voxel.gather(2, chosen[None, ..., None].expand(2, -1, -1, 3)).flatten(0, 1), present
 
 
-def _cell_points(
-    label: torch.Tensor, min_spacing: int, draws: Draws
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A random voxel of each cell (B, K, 3), a random one near a border (B, K, 3), whether the cell has one (B, K).
+def _cell_points(label: torch.Tensor, min_spacing: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two points of each cell, (B, 2, K, 3) int64: a random voxel near a border, and a random one anywhere.
 
-    Cells have an edge of 2·min_spacing − 1 voxels and give points from a cube of `min_spacing` voxels in their
-    corner, so points of different cells are at least `min_spacing` apart along some axis. The grid of cells starts
-    at a random voxel. Points may lie outside the patch.
+    Also the label of the first, (B, K) int64, `IGNORED` where a cell has none. Points anywhere may lie outside the
+    patch. The grid of cells starts at a random voxel.
     """
+    cells = _cells(tuple(label.shape[1:]), min_spacing, label.device)
+    phase = (draws.uniform(3) * cells.edge).long()
+    labels = F.pad(_border_labels(label), cells.padding, value=IGNORED).flatten(1)
+    labels = labels.gather(1, cells.place - (phase * cells.stride).sum(1, keepdim=True))
+    labels = labels.view(len(label), len(cells.corner), len(cells.cube))
+    lots = draws.uniform(*labels.shape[1:])
+    refused = constant(((IGNORED,), (-1,)), torch.int16, label.device)[..., None]  # near a border, and anywhere
+    pick = (lots[:, None] * (labels[:, None] != refused)).argmax(3)
+    point = (cells.corner - phase[:, None])[:, None] + cells.cube[pick]
+    return point, labels.gather(2, pick[:, 0, :, None])[..., 0].long()
+
+
+class _Cells(NamedTuple):
+    """A grid over a patch. Cells have an edge of 2·min_spacing − 1 voxels and give points from a cube of `min_spacing`
+    voxels in their corner, so points of different cells are at least `min_spacing` apart along some axis."""
+
+    edge: int
+    corner: torch.Tensor  #: (K, 3) int64, as all below
+    cube: torch.Tensor  #: (min_spacing³, 3)
+    padding: tuple[int, ...]  #: of a patch, as `pad` takes it, so that every cell lies inside, up to `edge` − 1 lower
+    stride: torch.Tensor  #: (3,), of the padded patch
+    place: torch.Tensor  #: (K · min_spacing³,), of the cubes' voxels in the padded patch
+
+
+@functools.lru_cache(maxsize=8)
+def _cells(shape: tuple[int, int, int], min_spacing: int, device: torch.device) -> _Cells:
     edge = 2 * min_spacing - 1
-    device = label.device
-    phase = (edge * draws.uniform(1, 3)).long()
-    corner = edge * _lattice([size // edge + 2 for size in label.shape[1:]], device) - phase
-    cube = _lattice([min_spacing] * 3, device)
-    voxel = corner[:, :, None] + cube
-    noise = draws.uniform(*voxel.shape[1:3], dtype=torch.float32)
-    near = _lookup(_near_border(label), voxel) & _inside(voxel, label.shape[1:])
-    anywhere = corner + cube[noise.argmax(dim=2)]
-    border = corner + cube[(noise * near).argmax(dim=2)]
-    return anywhere.double(), border.double(), near.any(dim=2)
+    corner = edge * lattice(tuple(size // edge + 2 for size in shape), device)
+    cube = lattice((min_spacing,) * 3, device)
+    after = [edge * (size // edge + 1) + min_spacing - size for size in shape]
+    _, height, depth = (edge - 1 + size + more for size, more in zip(shape, after, strict=True))
+    stride = constant((height * depth, depth, 1), torch.int64, device)
+    place = ((corner[:, None] + cube + edge - 1) * stride).sum(2).flatten()
+    return _Cells(edge, corner, cube, tuple(n for more in reversed(after) for n in (edge - 1, more)), stride, place)
 
 
-def _near_border(label: torch.Tensor) -> torch.Tensor:
-    """(B, X, Y, Z) bool: voxels whose 3 × 3 × 3 neighbourhood holds more than one label."""
-    low = high = label
-    for axis in (
-        1,
-        2,
-        3,
-    ):  # bytes, an axis at a time: many times faster than pooling, which takes floats only
-        index = torch.arange(label.shape[axis], device=label.device)
-        before, after = (index - 1).clamp(min=0), (index + 1).clamp(max=len(index) - 1)
-        low = low.minimum(low.index_select(axis, before)).minimum(low.index_select(axis, after))
-        high = high.maximum(high.index_select(axis, before)).maximum(high.index_select(axis, after))
-    return low != high
+def _border_labels(label: torch.Tensor) -> torch.Tensor:
+    """(B, X, Y, Z) uint8: labels of voxels whose 3 × 3 × 3 neighbourhood holds more than one, `IGNORED` elsewhere."""
+    # Largest label and largest complement around: bytes, an axis at a time, are many times faster than pooling, which
+    # takes floats only.
+    extremes = F.pad(label ^ constant((0, 255), torch.uint8, label.device).view(2, 1, 1, 1, 1), (1,) * 6)
+    for axis, edge in enumerate(label.shape[1:], start=2):
+        before, here, after = (extremes.narrow(axis, start, edge) for start in range(3))
+        extremes = before.maximum(here).maximum(after)
+    return label.masked_fill(extremes[0] ^ extremes[1] == 255, IGNORED)
 
 
-def _class_balance(label: torch.Tensor, point: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """(B, K) float64 weights of usable points that give every label of a patch the same total; 0 for the others, and
-    for ignored voxels."""
-    value = _lookup(label, point.long()).long()
-    usable = usable & (value != IGNORED)
-    count = torch.zeros(len(label), 256, device=label.device, dtype=torch.float64)
-    count.scatter_add_(1, value, usable.double())
-    return usable / count.gather(1, value).clamp(min=1)
+def _in_both_views(
+    patch_from_view: torch.Tensor, view_size: tuple[int, ...], patch_size: tuple[int, ...], point: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest voxels (2, B, N, 3) float64 of points (B, N, 3) in the first and in the second view, moved inside.
 
-
-def _draw(weight: torch.Tensor, count: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to `count` columns of each row, drawn without replacement in proportion to `weight` (B, K).
-
-    Returns (B, count) columns and which of them count: fewer where fewer weights are positive.
+    Also (B, N) bool: the point lies in the patch, and those voxels were inside.
     """
-    # The smallest of exponential waiting times, each with its own rate: weighted drawing without replacement.
-    waiting = draws.exponential(weight.shape[1]) / weight
-    time, column = waiting.topk(min(count, weight.shape[1]), dim=1, largest=False)
-    return column, time.isfinite()
+    # The patch is treated as a third view, of itself.
+    itself = constant(((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)), torch.float64, point.device)
+    maps = torch.cat([patch_from_view.unflatten(0, (2, -1)), itself.expand(1, len(point), 4, 4)])
+    voxel = ((point - maps[..., None, :3, 3]) @ _transposed_inverse(maps[..., :3, :3])).round()
+    inside = _move_inside(voxel, (view_size, view_size, patch_size))
+    return inside[:2], (inside == voxel).all(dim=(0, 3))
 
 
-def _pick(point: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
-    return point.gather(1, cell[..., None].expand(-1, -1, 3))
+def _transposed_inverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Of (…, 3, 3), by cofactors: a batched factorisation takes many launches."""
+    cofactor = torch.linalg.cross(matrix.roll(-1, -2), matrix.roll(-2, -2))
+    return cofactor / (matrix[..., :1, :] * cofactor[..., :1, :]).sum(-1, keepdim=True)
 
 
-def _in_both_views(view_from_patch: torch.Tensor, view_size: tuple[int, int, int], point: torch.Tensor) -> torch.Tensor:
-    """(B, K) bool: the voxel nearest to a point (B, K, 3) exists in both views of its patch."""
-    first, second = (_inside(_apply(matrix[:, None], point).round(), view_size) for matrix in view_from_patch.chunk(2))
-    return first & second
+def _scores(border_label: torch.Tensor, seen: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """(B, 2, K) float32 < 0: the points with the largest ones are to be drawn; −inf where a cell has none.
+
+    Points near borders get weights that give every label of a patch the same total, all others the same weight: the
+    largest log(u) / weight draw without replacement in proportion to it (Efraimidis and Spirakis 2006).
+    """
+    seen[:, 0].logical_and_(border_label != IGNORED)
+    score = draws.uniform(2, seen.shape[2]).log_()
+    count = score.new_zeros(len(seen), IGNORED + 1).scatter_add_(1, border_label, seen[:, 0].float())
+    score[:, 0].mul_(count.gather(1, border_label))
+    return score.masked_fill_(seen.logical_not(), -torch.inf)
 
 
-def _apply(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Affine maps (…, 4, 4) of voxel indices (…, 3)."""
-    return (matrix[..., :3, :3] * index[..., None, :]).sum(-1) + matrix[..., :3, 3]
+def _choose(score: torch.Tensor, border: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, count) columns of (B, 2 · K) points, no two of one cell, and which of them count.
+
+    First the best points near borders, `border` of them or as many as there are, then the best anywhere.
+    """
+    near_border, anywhere = score.unbind(1)
+    first_left_out = near_border.topk(min(border, score.shape[2] - 1) + 1).values[:, -1:]
+    drawn = near_border > first_left_out
+    # The logarithm of true is 0, above every score.
+    best = torch.cat([drawn.log(), anywhere.masked_fill(drawn, -torch.inf)], dim=1).topk(count)
+    return best.indices, best.values > -torch.inf
 
 
-def _inside(voxel: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    return ((voxel >= 0) & (voxel < voxel.new_tensor(size))).all(dim=-1)
+def _union_of_labels(
+    patch_from_view: torch.Tensor, voxel: torch.Tensor, label: torch.Tensor, candidate_bits: torch.Tensor
+) -> torch.Tensor:
+    """(B, P) int64: what a point may be, by the label at the centre of its voxel (V, P, 3) in the one or the other
+    view: they differ at borders."""
+    shape = label.shape[1:]
+    seen = torch.baddbmm(patch_from_view[:, None, :3, 3], voxel, patch_from_view[:, :3, :3].mT).round()
+    stride = constant((shape[1] * shape[2], shape[2], 1), seen.dtype, seen.device)
+    place = (_move_inside(seen, (shape,)) @ stride).long().view(2, len(label), -1)
+    found = label.flatten(1).expand(2, -1, -1).gather(2, place).long()
+    found = found.clamp_(max=candidate_bits.shape[1] - 1)  # 255 is ignored
+    first, second = candidate_bits.expand(2, -1, -1).gather(2, found)
+    return first | second
 
 
-def _lookup(volume: torch.Tensor, voxel: torch.Tensor) -> torch.Tensor:
-    """Values of (B, X, Y, Z) at (B, …, 3) int64; voxels outside take the nearest one inside."""
-    x, y, z = (voxel[..., a].clamp(0, volume.shape[a + 1] - 1) for a in range(3))
-    flat = (x * volume.shape[2] + y) * volume.shape[3] + z
-    return volume.flatten(1).gather(1, flat.flatten(1)).view(flat.shape)
+def _number_sets(sets: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers (N,) of bit masks (N,), equal where those are, the table (capacity,) of masks by number, and which
+    masks (N,) are in it. A number that no mask has stands for every class, the last one for those that are not."""
+    in_order, order = sets.sort()
+    # Numbers begin at 1, but at 0 where all masks are equal: only then is the first no other than the last.
+    place = (in_order != in_order.roll(1)).cumsum(0).clamp_(max=capacity - 1)
+    table = sets.new_full((capacity,), EVERY_CLASS).scatter_(0, place, in_order)
+    number = torch.empty_like(order).scatter_(0, order, place)
+    return number, table, number < capacity - 1
 
 
-def _lattice(shape: list[int], device: torch.device) -> torch.Tensor:
-    """(∏ shape, 3) int64: every voxel index of a box."""
-    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in shape)).view(-1, 3)
+def _most_sets(patches: int, labels: int, points: int) -> int:
+    """How many numbers candidate sets need: each is of two labels of one patch."""
+    return min(patches * math.comb(labels + 1, 2), points, MAX_SETS) + 2
+
+
+@functools.lru_cache(maxsize=8)
+def _row_numbers(patches: int, points: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """View (R, 1) and identity (R,) of each row."""
+    view = torch.arange(2 * patches, device=device).repeat_interleave(points, output_size=2 * patches * points)
+    return view[:, None], torch.arange(patches * points, device=device).repeat(2)
+
+
+def _move_inside(voxel: torch.Tensor, sizes: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Coordinates (len(sizes), …, 3) to the nearest voxels of volumes of these sizes."""
+    first, last = (
+        constant(bound, voxel.dtype, voxel.device).view(-1, *[1] * (voxel.dim() - 2), 3)
+        for bound in ((0, 0, 0), tuple(tuple(edge - 1 for edge in size) for size in sizes))
+    )
+    return voxel.clamp(first, last)

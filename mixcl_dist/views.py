@@ -1,7 +1,7 @@
 """Two degraded, overlapping views of every patch of a batch, and the exact mapping of their voxels to the patch.
 
-All randomness comes from the draws given, on their device, patch by patch. Call outside autocast, as intensities need
-float32.
+All randomness comes from the draws given, on their device, patch by patch; nothing waits for it. Call outside autocast,
+as intensities need float32; geometry is float64, since TF32, where a run allows it, would move voxels.
 
 Legend: B patches, V = 2·B views (row b is the first, row B + b the second view of patch b), (X, Y, Z) patch size,
 (x, y, z) view size.
@@ -9,16 +9,27 @@ Legend: B patches, V = 2·B views (row b is the first, row B + b the second view
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from mixcl_dist.config import ViewsConfig
+from mixcl_dist.constants import constant
 from mixcl_dist.draws import Draws
-from mixcl_dist.intensity import normalise
+from mixcl_dist.intensity import rescale
 
 MASKED_VALUE = -1.0  # air: no tissue inside a body looks like a cube of it, and outside there is nothing to restore
+IDENTITY = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+CROSS_PRODUCT = (
+    (0, 0, 0, 0, 0, -1, 0, 1, 0),
+    (0, 0, 1, 0, 0, 0, -1, 0, 0),
+    (0, -1, 0, 1, 0, 0, 0, 0, 0),
+)
+"""Row a is the matrix, row by row, that crosses axis a with what follows."""
 
 
 @dataclass(frozen=True)
@@ -52,107 +63,144 @@ def make_views(
     if any(edge > patch for edge, patch in zip(config.size, patch_size, strict=True)):
         raise ValueError(f"views.size {config.size} exceeds the patch size {patch_size}; choose a smaller view")
     patch_from_view = _draw_geometry(patch_size, spacing, config, draws)
-    hu = _resample(image.float().repeat(2, 1, 1, 1, 1), patch_from_view, config.size)
+    sharp = _resample(rescale(image, window_hu), patch_from_view, config.size)
     mask = _draw_mask(config, draws)
-    degraded = normalise(_degrade(hu, config, draws), window_hu).masked_fill(mask, MASKED_VALUE)
-    return Views(degraded, normalise(hu, window_hu), mask, patch_from_view.float())
+    hu = 2 / (window_hu[1] - window_hu[0])  # in the network's range
+    degraded = _degrade(sharp, hu, config, draws).clamp_(-1, 1).masked_fill_(mask, MASKED_VALUE)
+    return Views(degraded, sharp.clamp_(-1, 1), mask, patch_from_view.float())
 
 
 def _draw_geometry(
     patch_size: tuple[int, ...], spacing: torch.Tensor, config: ViewsConfig, draws: Draws
 ) -> torch.Tensor:
     """(V, 4, 4) float64: turn and scale about the view's centre in mm, then move to the view's place in the patch."""
-    spacing = spacing.double().repeat(2, 1)
-    size = spacing.new_tensor(config.size)
-    low, high = config.scale
-    scale = low + (high - low) * _of_views(draws.uniform(2, 1))
+    spacing = spacing.double()
+    largest = math.radians(config.rotation_deg)
+    scale, angle = _between([config.scale, (-largest, largest)], draws, torch.float64).view(2, -1, 2, 1).unbind(2)
     # S⁻¹ R S: a rotation in mm, written in voxels
-    turn = _draw_rotations(config.rotation_deg, draws)
-    linear = scale[..., None] * turn * spacing[:, None, :] / spacing[:, :, None]
-    centre = (size - 1) / 2
-    matrix = torch.eye(4, dtype=torch.float64, device=spacing.device).repeat(len(spacing), 1, 1)
-    matrix[:, :3, :3] = linear
-    matrix[:, :3, 3] = _draw_origins(patch_size, scale, config, draws) + centre - linear @ centre
-    return matrix
+    turn = _draw_rotations(angle, draws)
+    linear = (scale[..., None] * turn * (spacing[:, None, :] / spacing[:, :, None])).flatten(0, 1)
+    centre = constant(_middle(config.size), torch.float64, spacing.device)[:, None]
+    place = _draw_origins(patch_size, scale, config, draws).view(-1, 3, 1) + centre
+    shift = torch.baddbmm(place, linear, centre.expand(len(linear), 3, 1), alpha=-1)
+    last_row = constant(((0, 0, 0, 1),), torch.float64, spacing.device)
+    return torch.cat([torch.cat([linear, shift], dim=2), last_row.expand(len(linear), 1, 4)], dim=1)
 
 
-def _draw_rotations(largest_deg: float, draws: Draws) -> torch.Tensor:
-    """(V, 3, 3) float64: turns about a uniformly random axis (Rodrigues' formula)."""
-    axis = F.normalize(_of_views(draws.normal(2, 3)), dim=1)
-    angle = torch.deg2rad(largest_deg * (2 * _of_views(draws.uniform(2, 1, 1)) - 1))
-    identity = torch.eye(3, dtype=axis.dtype, device=axis.device)
-    cross = torch.linalg.cross(axis[:, None, :], identity[None], dim=-1).mT
-    return identity + angle.sin() * cross + (1 - angle.cos()) * cross @ cross
+def _draw_rotations(angle: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """(2, B, 3, 3) float64: turns by `angle` (2, B, 1) about a uniformly random axis (Rodrigues' formula)."""
+    axis = draws.normal(3, parts=2, dtype=torch.float64)
+    axis = axis / axis.norm(dim=1, keepdim=True)
+    cross = (axis @ constant(CROSS_PRODUCT, axis.dtype, axis.device)).view(2, -1, 3, 3)
+    angle = angle[..., None]
+    turn = torch.addcmul(constant(IDENTITY, axis.dtype, axis.device), angle.sin(), cross)
+    return turn.addcmul_(1 - angle.cos(), cross @ cross)
 
 
 def _draw_origins(patch_size: tuple[int, ...], scale: torch.Tensor, config: ViewsConfig, draws: Draws) -> torch.Tensor:
-    """(V, 3) float64 whole voxels: first corner of each view before it is turned and scaled about its centre.
+    """(2, B, 3) float64 whole voxels: first corner of each view before it is turned and scaled about its centre.
 
     Scaled boxes lie inside the patch where they fit, else in its middle; two boxes share at least `min_overlap`.
     """
-    pairs = len(scale) // 2
-    size = scale.new_tensor(config.size)
-    room = scale.new_tensor(patch_size) - size
-    growth = (scale.view(2, pairs, 1).amax(0) - 1).clamp(min=0) * (size - 1) / 2  # the larger scale bounds both boxes
-    low, high = growth.ceil(), (room - growth).floor()
-    fits, middle = low <= high, (room / 2).floor()
-    low, high = torch.where(fits, low, middle), torch.where(fits, high, middle)
+    room = tuple(patch - edge for patch, edge in zip(patch_size, config.size, strict=True))
+    bounds = config.size, _middle(config.size), room, tuple(edge // 2 for edge in room), (0, 0, 0)
+    size, half, room, middle, zero = constant(bounds, scale.dtype, scale.device)
+    growth = (scale.amax(0) - 1) * half  # the larger scale bounds both boxes
+    low = growth.ceil().clamp(zero, middle)
+    end = room - low + 1
+    share, first, second = draws.uniform(3, 3, dtype=scale.dtype).unbind(1)
     # Overlap by volume is a product over axes: its logarithm is shared out among them at random.
-    share = F.normalize(draws.exponential(3), p=1, dim=1)
-    reach = ((1 - config.min_overlap**share) * size).floor()
-    first = draws.whole(low, high)
-    second = draws.whole(torch.maximum(low, first - reach), torch.minimum(high, first + reach))
-    return torch.cat([first, second])
+    share = share.log()
+    reach = ((1 - config.min_overlap ** (share / share.sum(1, keepdim=True))) * size).floor()
+    first = low.lerp(end, first).floor()
+    second = low.maximum(first - reach).lerp(end.minimum(first + reach + 1), second).floor()
+    return torch.stack([first, second])
 
 
 def _resample(image: torch.Tensor, patch_from_view: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Trilinear values of (V, 1, X, Y, Z) at the views' voxels; beyond the patch its border voxel is repeated."""
-    # `grid_sample` counts axes backwards and runs from -1 to 1 between the first and last voxel's centres.
-    half_patch, half_view = (
-        (patch_from_view.new_tensor(shape).flip(0) - 1).clamp(min=1) / 2 for shape in (image.shape[2:], size)
-    )
-    linear = patch_from_view[:, :3, :3].flip(1, 2)
-    centre = linear @ half_view + patch_from_view[:, :3, 3].flip(1)
-    theta = torch.cat([linear * half_view / half_patch[:, None], (centre / half_patch - 1)[..., None]], dim=2)
-    grid = F.affine_grid(theta.float(), [len(image), 1, *size], align_corners=True)
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    """(V, 1, x, y, z) trilinear values of (B, 1, X, Y, Z) at the views' voxels; beyond the patch its border voxel is
+    repeated."""
+    # `grid_sample` counts axes backwards and runs from -1 to 1 between the first and last voxel's centres. Its grid is
+    # a sum, not a matrix product: that could be rounded to TF32.
+    x, y, z = (2 / max(edge - 1, 1) for edge in image.shape[2:])
+    backwards = constant(((0, 0, z, -1), (0, y, 0, -1), (x, 0, 0, -1)), torch.float64, image.device)
+    affine = backwards.expand(len(patch_from_view), 3, 4).bmm(patch_from_view).view(2, -1, 1, 1, 1, 3, 4)
+    pairs = affine.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+    *columns, grid = pairs.unbind(-1)
+    for axis, (edge, column) in enumerate(zip(size, columns, strict=True)):
+        index = constant(tuple(range(edge)), torch.float32, image.device)
+        grid = torch.addcmul(grid, column, index.view([-1 if a == axis else 1 for a in range(4)]))
+    sampled = F.grid_sample(image, grid.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=True)
+    return sampled.view(-1, 2, *size).transpose(0, 1).reshape(-1, 1, *size)
 
 
 def _draw_mask(config: ViewsConfig, draws: Draws) -> torch.Tensor:
     """(V, 1, x, y, z) bool: the same number of blocks in every view, `mask_fraction` of them."""
     blocks = [-(-edge // config.mask_block) for edge in config.size]
-    total = blocks[0] * blocks[1] * blocks[2]
-    rank = _of_views(draws.uniform(2, total)).argsort(dim=1).argsort(dim=1)
-    mask = (rank < round(config.mask_fraction * total)).view(len(rank), 1, *blocks)
-    for axis, edge in enumerate(config.size, start=2):
-        mask = mask.repeat_interleave(config.mask_block, dim=axis).narrow(axis, 0, edge)
-    return mask
+    lots = draws.uniform(math.prod(blocks), parts=2)
+    chosen = lots.topk(round(config.mask_fraction * lots.shape[1]), dim=1).indices
+    mask = torch.zeros_like(lots, dtype=torch.bool).scatter_(1, chosen, True)
+    x, y, z = blocks
+    edge = config.mask_block
+    voxels = mask.view(-1, 1, x, 1, y, 1, z, 1).expand(-1, -1, -1, edge, -1, edge, -1, edge)
+    width, height, depth = config.size
+    return voxels.reshape(-1, 1, x * edge, y * edge, z * edge)[..., :width, :height, :depth]
 
 
-def _degrade(hu: torch.Tensor, config: ViewsConfig, draws: Draws) -> torch.Tensor:
-    """Blur and coarsen each axis of each view differently (as slice thickness does), then add noise and a shift."""
-    sigma = config.blur_sigma * _of_views(draws.uniform(2, 3)).float()
-    factor = 1 + (config.low_resolution - 1) * _of_views(draws.uniform(2, 3)).float()
-    smooth = (_smoothing(edge, sigma[:, a], factor[:, a]) for a, edge in enumerate(config.size))
-    hu = torch.einsum("vcijk,vxi,vyj,vzk->vcxyz", hu, *smooth)
-    deviation, shift = _of_views(draws.uniform(2, 2, 1, 1, 1, 1)).float().unbind(1)
-    noise = _of_views(draws.normal(2, *hu.shape[1:], dtype=torch.float32))
-    return hu + noise * (config.noise_hu * deviation) + config.shift_hu * (2 * shift - 1)
+def _degrade(image: torch.Tensor, hu: float, config: ViewsConfig, draws: Draws) -> torch.Tensor:
+    """Blur and coarsen each axis of each view differently (as slice thickness does), then add noise and a shift.
+
+    `hu` is the size of one HU in the image's units.
+    """
+    ranges = [
+        *[(0.0, config.blur_sigma)] * 3,
+        *[(1.0, config.low_resolution)] * 3,
+        (0.0, config.noise_hu * hu),
+        (-config.shift_hu * hu, config.shift_hu * hu),
+    ]
+    sigma, factor, deviation, shift = _between(ranges, draws, torch.float32).split([3, 3, 1, 1], dim=1)
+    noise = draws.normal(*image.shape[1:], parts=2)
+    for kernel in _smoothings(config.size, sigma, factor):  # the first axis becomes the last, three times
+        image = image.view(len(kernel), len(kernel[0]), -1).mT @ kernel.mT
+    return torch.addcmul(image.view_as(noise), noise, _per_view(deviation)).add_(_per_view(shift))
+
+
+def _smoothings(size: tuple[int, ...], sigma: torch.Tensor, factor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`_smoothing` along each axis by its column of (V, 3), all at once where edges are equal."""
+    if len(set(size)) == 1:
+        return _smoothing(size[0], sigma, factor).unbind(1)
+    return [_smoothing(edge, sigma[:, axis], factor[:, axis]) for axis, edge in enumerate(size)]
 
 
 def _smoothing(edge: int, sigma: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """(V, edge, edge) float32, rows summing to 1: along one axis blur by `sigma` voxels, keep every `factor`-th
-    position and interpolate back; `sigma` 0 and `factor` 1 give the identity."""
-    index = torch.arange(edge, dtype=torch.float32, device=sigma.device)
-    sigma, factor = sigma.clamp(min=1e-3)[:, None, None], factor[:, None, None]
-    distance = index[:, None] - index
-    blur = torch.exp(-0.5 * (distance / sigma) ** 2)
-    coarsen = F.relu(1 - (index[:, None] * factor - index).abs())
-    refine = F.relu(1 - (index[:, None] / factor - index).abs())
+    """(…, edge, edge) float32, rows summing to 1: along one axis blur by `sigma` voxels, keep every `factor`-th
+    position and interpolate back; `sigma` 0 and `factor` 1 give the identity. `sigma` and `factor` are (…)."""
+    index = constant(tuple(range(edge)), torch.float32, sigma.device)
+    blur = (_log_gaussian(edge, sigma.device) / sigma.clamp(min=1e-3).square()[..., None, None]).softmax(-1)
+    position = torch.stack([factor, 1 / factor])[..., None, None] * index[:, None]
+    coarsen, refine = F.relu(1 - (position - index).abs())  # what a position takes from the two beside it
     keep = refine @ coarsen
-    return (keep / keep.sum(2, keepdim=True)) @ (blur / blur.sum(2, keepdim=True))
+    return (keep / keep.sum(-1, keepdim=True)) @ blur
 
 
-def _of_views(drawn: torch.Tensor) -> torch.Tensor:
-    """(B, 2, …), two for each patch, in the order of views: (V, …)."""
-    return drawn.transpose(0, 1).flatten(0, 1)
+@functools.lru_cache(maxsize=8)
+def _log_gaussian(edge: int, device: torch.device) -> torch.Tensor:
+    """(edge, edge) float32, of deviation 1 and not normalised."""
+    index = torch.arange(edge, dtype=torch.float32, device=device)
+    return -(index[:, None] - index).square() / 2
+
+
+def _between(ranges: Sequence[tuple[float, float]], draws: Draws, dtype: torch.dtype) -> torch.Tensor:
+    """(V, len(ranges)) uniform numbers, one of each range for each view."""
+    low, high = constant(tuple(zip(*ranges, strict=True)), dtype, draws.device)
+    return low.lerp(high, draws.uniform(len(ranges), parts=2, dtype=dtype))
+
+
+def _middle(size: tuple[int, ...]) -> tuple[float, ...]:
+    """The index between the first and last voxel."""
+    return tuple((edge - 1) / 2 for edge in size)
+
+
+def _per_view(value: torch.Tensor) -> torch.Tensor:
+    """(V, 1), to go with images of each view."""
+    return value.view(-1, 1, 1, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -51,7 +52,8 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def rows_with(identity: list[int], candidate_set: list[int], set_table: list[list[bool]]) -> Rows:
     index = torch.zeros(len(identity), 4, dtype=torch.int64)
-    return Rows(index, torch.tensor(identity), torch.tensor(candidate_set), torch.tensor(set_table))
+    present = torch.ones(len(identity), dtype=torch.bool)
+    return Rows(index, torch.tensor(identity), torch.tensor(candidate_set), torch.tensor(set_table), present)
 
 
 def info_nce(z: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -137,13 +139,25 @@ def test_a_perfect_reconstruction_costs_nothing():
     assert mixcl_loss(output_of(reconstruction=clean), views, None, objective)[0] == 0
 
 
-def test_no_rows_give_a_finite_loss():
-    rows = Rows(*(torch.zeros(shape, dtype=torch.int64) for shape in ((0, 4), 0, 0)), torch.zeros(0, 4).bool())
-    z = torch.zeros(0, 8, requires_grad=True)
+def test_rows_that_are_not_present_change_nothing():
+    z, objective = unit(12, 8), ObjectiveConfig(**{**OFF, "voxel_identity": 1.0, "voxel_label": 1.0})
+    table = [[True, False, False, False], [False, True, False, False], [True] * 4]
+    rows = rows_with([*range(6)] * 2, [0, 1, 2, 0, 1, 2] * 2, table)
+    present = torch.tensor([True, True, True, True, False, False] * 2)
+    some = dataclasses.replace(rows, present=present)
+    kept = rows_with(rows.identity[present].tolist(), rows.candidate_set[present].tolist(), table)
+    expected, _ = mixcl_loss(output_of(z[present]), None, kept, objective)
+    torch.testing.assert_close(mixcl_loss(output_of(z), None, some, objective)[0], expected)
+
+
+def test_no_row_present_gives_a_finite_loss():
+    rows = rows_with([0, 1, 0, 1], [0] * 4, [[True] * 4])
+    rows = dataclasses.replace(rows, present=torch.zeros(4, dtype=torch.bool))
+    z = unit(4, 8).requires_grad_()
     objective = ObjectiveConfig(**{**OFF, "voxel_identity": 1.0, "voxel_label": 1.0})
     total, _ = mixcl_loss(output_of(z), None, rows, objective)
     total.backward()
-    assert total == 0 and z.grad.shape == (0, 8)
+    assert total == 0 and (z.grad == 0).all()
 
 
 def test_an_objective_without_any_term_is_refused():
