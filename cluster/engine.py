@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What ZeRO shards over the ranks: 1 optimizer states, 2 also gradients, 3 also parameters."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What ZeRO shards over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters; None is 0
+    for one rank and 1 for several."""
     accumulation_steps: int = 1
     """Backward passes for each optimizer step."""
     gradient_clipping: float = 1.0
-    """Largest norm of the global gradient."""
+    """Largest norm of the global gradient; 0 leaves it as it is."""
+    compile: bool = False
+    """Let `torch.compile` make the network's kernels, which takes minutes once."""
 
 
 class Engine(Protocol):
@@ -56,11 +60,16 @@ def launch(
     """Wrap `module` in a DeepSpeed engine; without a launcher it is a group of one process, no MPI needed.
 
     `micro_batch_size` is the number of samples of one rank in one backward pass. Under a launcher (RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT in the environment) the process joins that group.
+    MASTER_ADDR, MASTER_PORT in the environment) the process joins that group. DeepSpeed switches off an autocast
+    around the engine on a GPU, so a module that wants one has it within its forward. At ZeRO stage 0 nothing in a step
+    waits for the device.
     """
     alone = _stand_alone()
     deepspeed = _import_deepspeed()
+    stage = _zero_stage(config)
 
+    if config.compile:
+        module.compile(dynamic=False)
     if alone:
         # One process has nobody to share memory with: this spares a C++ build of half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,13 +82,21 @@ def launch(
         config={
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": config.accumulation_steps,
-            "gradient_clipping": config.gradient_clipping,
-            "zero_optimization": {"stage": config.zero_stage},
+            "gradient_clipping": config.gradient_clipping if stage else 0.0,  # see `_DeepSpeed.step`
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
+            # It would wait for the device twice in every step.
+            "timers": {"throughput": {"enabled": False}},
         },
     )
-    return _DeepSpeed(engine)
+    if not stage and alone:
+        engine.enable_backward_allreduce = False  # there is nobody to reduce with: it would only copy all gradients
+    return _DeepSpeed(engine, config.gradient_clipping)
+
+
+def _zero_stage(config: EngineConfig) -> int:
+    return config.zero_stage if config.zero_stage is not None else int(world_size() > 1)
 
 
 def world_size() -> int:
@@ -90,8 +107,10 @@ def world_size() -> int:
 class _DeepSpeed:
     """`Engine` over a `deepspeed.DeepSpeedEngine`."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: Any, gradient_clipping: float):
         self._engine = engine
+        self._largest_norm = gradient_clipping or math.inf
+        self._norm: torch.Tensor | None = None
         self.device = engine.device
         self.rank = engine.global_rank
         self.world_size = engine.world_size
@@ -104,14 +123,19 @@ class _DeepSpeed:
         self._engine.backward(loss)
 
     def step(self) -> None:
+        from torch.nn.utils import clip_grad_norm_
+
+        # At stage 0 DeepSpeed clips with a few kernels for each parameter and constants that the host waits for.
+        if not self._engine.zero_optimization_stage() and self._engine.is_gradient_accumulation_boundary():
+            self._norm = clip_grad_norm_(self.module.parameters(), self._largest_norm)
         self._engine.step()
 
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
 
     def gradient_norm(self) -> float:
-        """Norm of the global gradient before clipping; NaN before the first step and at ZeRO stage 0."""
-        norm = self._engine.get_global_grad_norm()
+        """Norm of the global gradient before clipping, NaN before the first step; waits for the device."""
+        norm = self._engine.get_global_grad_norm() if self._engine.zero_optimization_stage() else self._norm
         return float("nan") if norm is None else float(norm)
 
     def barrier(self) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from mixcl_dist.data_shards.processes import Mapper
 from mixcl_dist.data_shards.shard import Member, index_path, read_index, read_sample, write_shard
 from mixcl_dist.data_shards.spool import Spooled, shard_of
 from mixcl_dist.data_shards.storage import publish
+from mixcl_dist.data_shards.versions import versions_of
 
 PACKAGES = ("numpy", "scipy", "blosc2", "pcodec", "webdataset", "mixcl-dist")
 
@@ -144,7 +144,7 @@ def _manifest(
         spacing_histogram=spacing_histogram([case.spacing_mm for case in cases]),
         annotated=annotated_by_dataset(cases),
         settings=config.recorded(),
-        versions={package: version(package) for package in PACKAGES},
+        versions=versions_of(PACKAGES),
         tables=tables,
     )
 

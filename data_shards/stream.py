@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -410,4 +410,8 @@ def _pin(ring: Ring) -> None:
     address, size = np.frombuffer(ring.memory, np.uint8).ctypes.data, len(ring.memory)
     error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
     if int(error) != 0:
+        with suppress(
+            RuntimeError
+        ):  # CUDA keeps the error for whoever launches next: that is done here, where it is known
+            torch.ones(1, device="cuda")
         logger.warning("the memory of batches could not be pinned (CUDA error %s)", int(error))

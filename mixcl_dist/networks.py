@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixcl_dist.config import NetworkConfig
+from mixcl_dist.precision import autocast, row_dtype
 
 
 class Backbone(nn.Module):
@@ -30,6 +31,8 @@ class Backbone(nn.Module):
             upsample_kernel_size=[2] * (levels - 1),
             filters=config.filters,
             norm_name=("INSTANCE", {"affine": True}),
+            # In place it would change a view of the norm's result, for which autograd copies gradients many times.
+            act_name=("LEAKYRELU", {"negative_slope": 0.01, "inplace": False}),
             res_block=config.architecture == "residual_dynunet",
         )
         # The parts alone: DynUNet registers them a second time, and an output layer that would never get a gradient.
@@ -62,7 +65,7 @@ class NetworkOutput(NamedTuple):
     """What the objective is computed from; a tuple, as ZeRO-3 looks for tensors in those."""
 
     voxel: torch.Tensor
-    """(R, D) float32 embeddings of length 1."""
+    """(R, D) embeddings of length 1, rounded to the device's `row_dtype` after they were normalised in float32."""
     crop: torch.Tensor
     """(V, D') float32 embeddings of length 1."""
     reconstruction: torch.Tensor
@@ -80,16 +83,20 @@ class PretrainNetwork(nn.Module):
         self.reconstruction_head = nn.Conv3d(self.backbone.voxel_channels, 1, kernel_size=1)
 
     def forward(self, image: torch.Tensor, voxel_index: torch.Tensor) -> NetworkOutput:
-        """`image` (V, 1, x, y, z) normalised; `voxel_index` (R, 4) int64: the view and voxel of each row."""
-        features, bottleneck = self.backbone(image)
-        view, x, y, z = voxel_index.unbind(1)
-        # Instance normalisation fixes a channel's average up to the activation, so the maximum is pooled beside it.
-        pooled = torch.cat([bottleneck.mean(dim=(2, 3, 4)), bottleneck.amax(dim=(2, 3, 4))], dim=1)
-        return NetworkOutput(
-            voxel=F.normalize(self.voxel_head(features[view, :, x, y, z]).float(), dim=1),
-            crop=F.normalize(self.crop_head(pooled).float(), dim=1),
-            reconstruction=self.reconstruction_head(features),
-        )
+        """`image` (V, 1, x, y, z) normalised; `voxel_index` (R, 4) int64: the view and voxel of each row.
+
+        Autocasts by itself, as the engine switches off one around it.
+        """
+        with autocast(image.device):
+            features, bottleneck = self.backbone(image)
+            view, x, y, z = voxel_index.unbind(1)
+            # Instance normalisation fixes a channel's average up to the activation, so the maximum is pooled, too.
+            pooled = torch.cat([bottleneck.mean(dim=(2, 3, 4)), bottleneck.amax(dim=(2, 3, 4))], dim=1)
+            return NetworkOutput(
+                voxel=_directions(self.voxel_head(features[view, :, x, y, z])).to(row_dtype(image.device)),
+                crop=_directions(self.crop_head(pooled)),
+                reconstruction=self.reconstruction_head(features),
+            )
 
 
 class SegmentationNetwork(nn.Module):
@@ -104,6 +111,11 @@ class SegmentationNetwork(nn.Module):
         """(B, 1, x, y, z) normalised → logits (B, n_classes + 1, x, y, z), background first."""
         features, _ = self.backbone(image)
         return self.classifier(features)
+
+
+def _directions(embedding: torch.Tensor) -> torch.Tensor:
+    """Rows brought to length 1 in float32."""
+    return F.normalize(embedding.float(), dim=1)
 
 
 def _mlp(channels: int, dim: int) -> nn.Sequential:

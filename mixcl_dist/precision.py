@@ -13,6 +13,19 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
 
+def row_dtype(device: torch.device) -> torch.dtype:
+    """What the loss is given rows in: bfloat16 on a GPU that has it, whose tensor cores it then runs on.
+
+    On a CPU the loss computes in float32, so there is nothing to gain.
+    """
+    return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+
+
+def arithmetic(device: torch.device) -> str:
+    """What a run says of its arithmetic."""
+    return "bfloat16 autocast, float32 master weights" if has_bfloat16(device) else "float32"
+
+
 def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

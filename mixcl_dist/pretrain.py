@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mixcl_dist.data_shards.stream import Mixture, PatchStream
 from mixcl_dist.draws import Draws
 from mixcl_dist.networks import PretrainNetwork
 from mixcl_dist.objective import mixcl_loss
-from mixcl_dist.precision import autocast
+from mixcl_dist.precision import arithmetic
 from mixcl_dist.progress import progress
 from mixcl_dist.recorder import Recorder
 from mixcl_dist.rows import sample_rows
@@ -37,14 +38,15 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
     """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
 
     `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
-    who they are. With `resume`
-    the newest whole checkpoint in `run` is continued exactly: same samples, same views.
+    who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
+    Between two logs nothing in a step waits for a GPU.
     Raises `RunError`, `ConfigError` or the stream's errors, each one line with the cure.
     """
     manifest = Manifest.load(shards)
     _check(config, manifest, run, resume)
     label_cases = budgeted_labels(manifest, config.budget)
     torch.manual_seed(config.pretrain.seed)
+    torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     network = PretrainNetwork(config.network)
     engine = _launch(network, config)
     stream = _stream(config, shards, run, manifest, label_cases, engine)
@@ -55,6 +57,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
     network.train()
     steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
     if engine.rank == 0:
+        print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
         steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
     for step in steps:
         for _ in range(config.engine.accumulation_steps):
@@ -70,8 +73,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
                 config.rows,
                 draws,
             )
-            with autocast(engine.device):
-                output = engine(views.image, rows.voxel_index)
+            output = engine(views.image, rows.voxel_index)
             loss, terms = mixcl_loss(output, views, rows, config.objective)
             engine.backward(loss)
             engine.step()
@@ -162,6 +164,7 @@ def _launch(network: PretrainNetwork, config: Config) -> Engine:
         lr=config.optimizer.learning_rate,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
     schedule = warmup_cosine(config.pretrain.steps, config.optimizer.warmup_fraction, config.optimizer.final_fraction)
     return launch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Batch
 from mixcl_dist.networks import PretrainNetwork
-from mixcl_dist.precision import autocast
+from mixcl_dist.precision import arithmetic
 from mixcl_dist.run import Run, RunError, write_atomic, write_json
 from mixcl_dist.views import Views
 
@@ -40,7 +39,8 @@ class Recorder:
         if engine.rank == 0:
             facts = _label_facts(config, manifest, label_cases)
             parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-            self._run = Run.create(path, "pretrain", config, parameters=parameters, **facts)
+            facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
+            self._run = Run.create(path, "pretrain", config, **facts)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -54,28 +54,20 @@ class Recorder:
             self._run.forget_metrics_after(step)
 
     def add(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Add one backward pass's loss and terms to the means that `log` writes.
-
-        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors.
-        """
-        one = torch.ones((), device=loss.device)
-        anchors = terms.get("voxel_label_anchors", one).float()
-        for name, value in {"loss": loss.detach(), **terms}.items():
-            weight = anchors if name in LABEL_TERMS else one
-            self._sums[name] += torch.where(weight > 0, weight * value, 0)
-            self._weights[name] += weight
-        self._passes += 1
+        """Keep one backward pass's loss and terms, 0-d, for the means that `log` writes; nothing waits for them."""
+        self._names = ["loss", *terms]
+        self._passes.append(torch.stack([value.float() for value in (loss.detach(), *terms.values())]))
 
     def log(self, step: int) -> None:
         """Write the means since the last call, learning rate, speed; raises `RunError` where the loss is not finite."""
-        if not torch.isfinite(self._sums["loss"]):
+        means = self._means()
+        if not math.isfinite(means["loss"]):
             raise RunError(
                 f"the loss is not finite at step {step}; lower --optimizer.learning_rate, then --resume latest"
             )
         seconds = time.monotonic() - self._interval_start
         batch_size = self._config.pretrain.batch_size
-        samples = self._passes / self._config.engine.accumulation_steps * batch_size
-        means = {name: float(total / self._weights[name]) for name, total in self._sums.items()}
+        samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
         scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
         scalars |= {
             "samples": step * batch_size,
@@ -89,10 +81,22 @@ class Recorder:
             self._run.log(step, **scalars)
         self._begin_interval()
 
+    def _means(self) -> dict[str, float]:
+        """Of each term over the passes kept, NaN for one that none of them says anything of.
+
+        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors.
+        """
+        passes = torch.stack(self._passes).double().cpu().numpy()
+        values = dict(zip(self._names, passes.T, strict=True))
+        means = {}
+        for name, value in values.items():
+            weight = values["voxel_label_anchors"] if name in LABEL_TERMS else np.ones_like(value)
+            means[name] = float(np.average(value[weight > 0], weights=weight[weight > 0])) if weight.any() else math.nan
+        return means
+
     def _begin_interval(self) -> None:
-        self._sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self._engine.device))
-        self._weights: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self._engine.device))
-        self._passes, self._waited, self._interval_start = 0, 0.0, time.monotonic()
+        self._passes: list[torch.Tensor] = []
+        self._waited, self._interval_start = 0.0, time.monotonic()
 
     def pictures(self, step: int, batch: Batch, views: Views) -> None:
         """Keep the middle slice of a few first views: clean, degraded, restored, embedding in colours, label."""
@@ -100,7 +104,7 @@ class Recorder:
         shown, (width, height, depth) = len(image), image.shape[2:]
         index = _slice_index(shown, width, height, depth // 2, image.device)
         self._engine.module.eval()
-        with torch.no_grad(), autocast(self._engine.device):
+        with torch.no_grad():
             output = self._engine(image, index)
         self._engine.module.train()
         if not self._run:
@@ -184,10 +188,9 @@ def _principal_colours(embedding: torch.Tensor) -> torch.Tensor:
     return ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
 
 
-def _compact(array) -> np.ndarray:
-    array = (
-        array.detach().float().cpu().numpy()
-        if torch.is_tensor(array) and array.is_floating_point()
-        else np.asarray(array)
-    )
+def _compact(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """In main memory, floating numbers as float16."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
     return array.astype(np.float16) if array.dtype.kind == "f" else array

@@ -9,12 +9,12 @@ import resource
 import time
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mixcl_dist import __version__
 from mixcl_dist.config import Config, to_yaml
+from mixcl_dist.data_shards.versions import versions_of
 
 PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "monai", "ray", "numpy")
 
@@ -148,7 +148,7 @@ def _cpu_name() -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | versions_of(PACKAGES)
 
 
 def now() -> str:

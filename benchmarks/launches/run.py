@@ -23,7 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels are counted, not r
 import torch
 from count import LaunchCounter
 
-from mixcl_dist import finetune, precision, pretrain
+from mixcl_dist import finetune, networks, precision, pretrain
 from mixcl_dist.cluster import engine
 from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.build import build
@@ -79,7 +79,10 @@ def count(folder: Path) -> LaunchCounter:
     config = load(overrides=list(SETTINGS.items()))
     cohort = write_cohort(folder / "cohort", training=2, validation=1, unlabelled=0, size=(24, 24, 24), spacing_mm=14)
     build(cohort[:1], folder / "shards", config.build)
-    with mock.patch.object(precision, "has_bfloat16", lambda device: True):  # as on the GPUs that this stands for
+    with (  # as on the GPUs that this stands for
+        mock.patch.object(precision, "has_bfloat16", lambda device: True),
+        mock.patch.object(networks, "row_dtype", lambda device: torch.bfloat16),
+    ):
         count_pretraining(counter, config, folder / "shards", folder / "pretraining")
         count_finetuning(counter, config, cohort[0], folder / "finetuning")
     return counter

@@ -12,14 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pydicom
 
 from mixcl_dist.data_shards.sources.case import Case, ClassValues
 from mixcl_dist.data_shards.sources.dicom import LPS_TO_RAS, Series, guarded
 from mixcl_dist.data_shards.volume import CaseError
+
+if TYPE_CHECKING:
+    import pydicom
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +83,14 @@ def draw_rois(
     centre lies within an odd number of its contours, so one within another is a hole. Contours beyond the grid are
     cut off. Raises `CaseError` for open contours, for those between slices, and for a ROI that skips slices.
     """
+    from pydicom import dcmread
+
     with guarded(file):
         contours = {
             int(roi.ReferencedROINumber): [
                 (one.ContourGeometricType, np.array(one.ContourData, float)) for one in drawn
             ]
-            for roi in pydicom.dcmread(file, force=True).ROIContourSequence
+            for roi in dcmread(file, force=True).ROIContourSequence
             if int(roi.ReferencedROINumber) in classes and (drawn := roi.get("ContourSequence"))
         }
     to_index = np.linalg.inv(affine) @ LPS_TO_RAS
@@ -194,8 +198,10 @@ def _fitting(drawing: _Drawing, found: Sequence[Series]) -> int:
 
 
 def _read_drawing(file: Path, listed: frozenset[str]) -> _Drawing:
+    from pydicom import dcmread
+
     with guarded(file):
-        dataset = pydicom.dcmread(file, force=True, stop_before_pixels=True)
+        dataset = dcmread(file, force=True, stop_before_pixels=True)
         return (_rtstruct if dataset.Modality == "RTSTRUCT" else _seg)(file, dataset, listed)
 
 

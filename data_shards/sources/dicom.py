@@ -15,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
-from pydicom.misc import is_dicom
 
 from mixcl_dist.data_shards.sources.case import Case
 from mixcl_dist.data_shards.sources.pseudonym import pseudonym
 from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine, untilt, untilted
+
+if TYPE_CHECKING:
+    import pydicom
 
 for library in ("pydicom", "highdicom"):  # whose warnings quote header values
     logging.getLogger(library).propagate = False
@@ -119,10 +121,12 @@ def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     Voxels that the scanner marked as padding are air. A series with a tilted gantry is brought to a grid with right
     angles by moving each slice within its plane. Raises `CaseError`.
     """
+    from pydicom import dcmread
+
     headers, images = [], {}
     for file in files:
         with guarded(file):
-            dataset = pydicom.dcmread(file, force=True)
+            dataset = dcmread(file, force=True)
             headers.append(_header(file, dataset))
             images[file] = _hu(dataset)
     ordered = _in_order(headers)
@@ -144,10 +148,13 @@ def guarded(file: Path) -> Iterator[None]:
 
 def _read_header(file: Path) -> _Slice | str | None:
     """What is needed of a header; only the modality of what is no scan, None for what is no DICOM."""
+    from pydicom import dcmread
+    from pydicom.misc import is_dicom
+
     with guarded(file):
         if file.suffix.lower() not in (".dcm", ".ima") and not is_dicom(file):
             return None
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
+        dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
         if "Modality" not in dataset and "MediaStorageSOPClassUID" not in dataset.file_meta:
             raise ValueError("no DICOM elements")
         modality = str(dataset.get("Modality"))

@@ -1,13 +1,16 @@
 """The DeepSpeed engine without a launcher: one CPU process does what plain PyTorch does."""
 
+import contextlib
 import copy
 import functools
+import math
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.cluster.engine import EngineConfig, launch
+from mixcl_dist.cluster.engine import EngineConfig, _zero_stage, launch
 
 
 def module():
@@ -72,6 +75,86 @@ def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage):
     train_engine(resumed, batches(6)[3:])
     torch.testing.assert_close(resumed(x), expected, rtol=0, atol=0)
     resumed.close()
+
+
+@pytest.mark.parametrize(("ranks", "given", "stage"), [(1, None, 0), (4, None, 1), (1, 1, 1), (4, 0, 0), (4, 3, 3)])
+def test_nothing_is_sharded_for_one_rank_unless_it_is_asked_for(monkeypatch, ranks, given, stage):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert _zero_stage(EngineConfig(zero_stage=given)) == stage
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_gradients_norm_is_that_before_clipping(stage):
+    config = EngineConfig(zero_stage=stage, gradient_clipping=0.01)
+    engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
+    plain, x = module(), batches(1)[0]
+    assert math.isnan(engine.gradient_norm())
+    train_engine(engine, [x])
+    plain(x).square().mean().backward()
+    expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in plain.parameters()])
+    assert engine.gradient_norm() == pytest.approx(expected.item(), rel=1e-5)
+    engine.close()
+
+
+def test_no_clipping_leaves_gradients_as_they_are():
+    config = EngineConfig(gradient_clipping=0)
+    model = module()
+    plain = copy.deepcopy(model)
+    engine = launch(model, optimizer, schedule, micro_batch_size=4, config=config)
+    train_engine(engine, batches(3))
+    train_plain(plain, batches(3), math.inf, 1)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    engine.close()
+
+
+def test_a_step_does_not_wait_for_the_device(monkeypatch):
+    fused = functools.partial(optimizer, fused=True)
+    engine = launch(module(), fused, schedule, micro_batch_size=4, config=EngineConfig())
+    waits = []
+    monkeypatch.setattr(get_accelerator(), "synchronize", lambda *device: waits.append(device))
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(tensor))
+    train_engine(engine, batches(5))
+    assert not waits
+    engine.close()
+
+
+class AutocastProbe(torch.nn.Module):
+    """Tells the dtype of a product in its forward, with an autocast of its own around it or not."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 1)
+        self.own = own
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16) if self.own else contextlib.nullcontext():
+            product = self.layer(x)
+        self.dtype = product.dtype
+        return product.float()
+
+
+@pytest.mark.parametrize(("own", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_autocast_works_within_a_module_and_is_switched_off_around_the_engine(own, dtype):
+    """DeepSpeed looks at CUDA's autocast state alone, so that is set here to see on a CPU what a GPU would do."""
+    model = AutocastProbe(own)
+    engine = launch(model, optimizer, schedule, micro_batch_size=4, config=EngineConfig())
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            engine(batches(1)[0])
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert model.dtype == dtype
+    engine.close()
+
+
+def test_a_network_is_compiled_where_that_is_asked_for(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(options))
+    launch(module(), optimizer, schedule, micro_batch_size=4, config=EngineConfig()).close()
+    assert not compiled
+    launch(module(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(compile=True)).close()
+    assert compiled == [{"dynamic": False}]
 
 
 @pytest.mark.parametrize("stage", [1, 3])

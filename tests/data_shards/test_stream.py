@@ -25,7 +25,7 @@ from mixcl_dist.data_shards.codec import decode
 from mixcl_dist.data_shards.manifest import Manifest, ManifestError, case_of
 from mixcl_dist.data_shards.order import Order
 from mixcl_dist.data_shards.shard import read_index
-from mixcl_dist.data_shards.stream import Batch, Mixture, PatchStream, StreamError
+from mixcl_dist.data_shards.stream import Batch, Mixture, PatchStream, StreamError, _pin
 
 
 def stream_of(shards: Path, **changes) -> PatchStream:
@@ -473,3 +473,22 @@ def test_batches_cross_to_a_gpu_one_ahead_in_the_same_order(built, monkeypatch):
         assert batch.keys == expected[number]
         assert events[-1] == expected[number + 1] and events.count("arrived") == number + 1
         assert stream.position()["slot"] == 3 * (number + 1), "what crossed ahead is not taken yet"
+
+
+def test_memory_that_cannot_be_pinned_spoils_no_launch(monkeypatch, caplog):
+    """CUDA keeps a failed call's error for the next launch; stand-ins for both."""
+    pending = []
+
+    def register(*region):
+        pending.append("an error")
+        return 1
+
+    def launch(*shape, device):
+        if pending:
+            raise RuntimeError(pending.pop())
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch, "ones", launch)
+    _pin(SimpleNamespace(memory=bytearray(16)))
+    launch(1, device="cuda")
+    assert "could not be pinned (CUDA error 1)" in caplog.text

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from monai.networks.nets import DynUNet
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from mixcl_dist import networks, precision
+from mixcl_dist.cluster.engine import EngineConfig, launch
 from mixcl_dist.config import NetworkConfig
 from mixcl_dist.networks import Backbone, PretrainNetwork, SegmentationNetwork
 
 FILTERS = (4, 6, 8)
 ARCHITECTURES = ["dynunet", "residual_dynunet"]
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """On every machine alike; tests of bfloat16 switch it on."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
 
 
 def config(architecture: str = "dynunet") -> NetworkConfig:
@@ -49,15 +60,51 @@ def test_every_parameter_is_used_once(architecture):
     assert len(stored) == len(set(stored))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_embeddings_have_length_one_in_float32(autocast):
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = PretrainNetwork(config())(torch.randn(2, 1, 8, 8, 8), voxels())
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_embeddings_have_length_one_in_float32(monkeypatch, bfloat16):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: bfloat16)
+    output = PretrainNetwork(config())(torch.randn(2, 1, 8, 8, 8), voxels())
     assert output.voxel.shape == (9, 12) and output.crop.shape == (2, 10)
     assert output.reconstruction.shape == (2, 1, 8, 8, 8)
+    assert output.reconstruction.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
     for embedding in (output.voxel, output.crop):
         assert embedding.dtype == torch.float32
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
+
+
+def test_rows_are_rounded_for_the_loss_once_they_have_length_one(monkeypatch):
+    network, image, index = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8), voxels()
+    exact = network(image, index)
+    monkeypatch.setattr(networks, "row_dtype", lambda device: torch.bfloat16)
+    rounded = network(image, index)
+    torch.testing.assert_close(rounded.voxel, exact.voxel.bfloat16(), rtol=0, atol=0)
+    assert rounded.crop.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "dtype"),
+    [("cuda", True, torch.bfloat16), ("cuda", False, torch.float32), ("cpu", True, torch.float32)],
+)
+def test_rows_are_bfloat16_on_a_gpu_that_has_it(monkeypatch, device, bfloat16, dtype):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: bfloat16)
+    assert precision.row_dtype(torch.device(device)) == dtype
+    assert ("bfloat16" in precision.arithmetic(torch.device(device))) == bfloat16
+
+
+def test_the_network_autocasts_within_an_engine_that_switches_it_off(monkeypatch):
+    """DeepSpeed looks at CUDA's autocast state alone, so that is set here to see on a CPU what a GPU would do."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    network = PretrainNetwork(config())
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
+    schedule = functools.partial(LambdaLR, lr_lambda=lambda step: 1)
+    engine = launch(network, optimizer, schedule, micro_batch_size=1, config=EngineConfig())
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        output = engine(torch.randn(2, 1, 8, 8, 8), voxels())
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert output.reconstruction.dtype == torch.bfloat16 and network.reconstruction_head.weight.dtype == torch.float32
+    engine.close()
 
 
 def test_a_row_is_the_head_at_its_own_voxel():

@@ -34,7 +34,7 @@ def wait_for(path, process, seconds=120):
         time.sleep(0.01)
 
 
-def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_path):
+def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_path, capsys):
     config = replace(small_config, {"pretrain.steps": 3, "budget.fraction": 0.5})
     pretrain(config, shards=shards, run=tmp_path / "run")
     facts = read_json(tmp_path / "run" / "run.json")
@@ -46,8 +46,11 @@ def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_pa
     assert [entry["step"] for entry in metrics] == [1, 2, 3]
     assert {"loss", "voxel_identity", "crop_identity", "reconstruction", "learning_rate", "samples_per_s",
             "data_wait_share"} <= set(metrics[-1])  # fmt: skip
+    assert all(entry["gradient_norm"] > 0 for entry in metrics)
     Backbone(config.network).load_state_dict(load_file(tmp_path / "run" / "network.safetensors"))
     assert (tmp_path / "run" / "samples.npz").exists()
+    assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
+    assert f"pretrain: {facts['arithmetic']} on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
