@@ -26,6 +26,7 @@ def arithmetic(device: torch.device) -> str:
     return "bfloat16 autocast, float32 master weights" if has_bfloat16(device) else "float32"
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot look into what asks the hardware
 def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -22,7 +22,8 @@ ARCHITECTURES = ["dynunet", "residual_dynunet"]
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     """On every machine alike; tests of bfloat16 switch it on."""
-    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+    answer = torch.compiler.assume_constant_result(lambda device: False)
+    monkeypatch.setattr(precision, "has_bfloat16", answer)
 
 
 def config(architecture: str = "dynunet") -> NetworkConfig:
@@ -126,6 +127,15 @@ def test_the_memory_format_changes_no_result():
     network = network.to(memory_format=torch.channels_last_3d)
     for a, b in zip(plain, network(image.to(memory_format=torch.channels_last_3d), index), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_network_is_one_graph_for_the_compiler():
+    """Also where the hardware is asked for bfloat16; what the graph is compiled to is the compiler's business."""
+    network, image, index = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8), voxels()
+    compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=False)
+    for a, b in zip(network(image, index), compiled(image, index), strict=True):
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
 
 
 def test_an_image_that_cannot_be_halved_often_enough_is_refused():
