@@ -29,6 +29,7 @@ from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.build import build
 from mixcl_dist.kernels import mixed_contrastive_loss
 from mixcl_dist.phantom import write_cohort
+from mixcl_dist.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "launches.csv"
@@ -46,6 +47,7 @@ COUNTED_STEP = 3  # the first ones allocate what later ones use again; the last 
 PRETRAIN_STAGES = {"views": "make_views", "rows": "sample_rows", "objective, forward": "mixcl_loss"}
 ENGINE_STAGES = {"network, forward": "__call__", "network and objective, backward": "backward", "optimizer": "step"}
 BOOKKEEPING = "bookkeeping"
+READING = "reading"  # in main memory on a GPU, too: in no table
 
 LOSS_STAGES = {"loss, N = 8,192": 8_192, "loss, N = 65,536": 65_536, "loss, 16 crops": 16}
 PRETRAINING, FINETUNING = "pre-training step", "fine-tuning step"
@@ -107,6 +109,7 @@ def count_pretraining(counter: LaunchCounter, config: Config, shards: Path, run:
         _staged(counter, pretrain, PRETRAIN_STAGES),
         _staged(counter, engine._DeepSpeed, ENGINE_STAGES),
         mock.patch.object(pretrain, "progress", _counting(counter)),
+        mock.patch.object(Recorder, "waiting", lambda recorder: counter.stage(READING)),
         counter.stage(BOOKKEEPING),
     ):
         pretrain.pretrain(config, shards=shards, run=run)

@@ -130,5 +130,5 @@ def test_no_stage_makes_more_launches_or_waits_than_the_committed_table_says(ben
 
 @pytest.mark.parametrize(("launches", "waits", "said"), [(600, 0, "met"), (601, 0, "MISSED"), (600, 1, "MISSED")])
 def test_bars_are_met_or_missed(benchmark, launches, waits, said):
-    count = benchmark.Count("pre-training step", launches, waits, 2090, 25)
+    count = benchmark.Count("pre-training step", launches, waits, 2090, 21)
     assert benchmark.verdict(count).startswith(said)
