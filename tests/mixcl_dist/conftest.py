@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from mixcl_dist import constants, objective, rows, views
 from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.build import build
 from mixcl_dist.phantom import write_cohort
@@ -58,8 +59,18 @@ def data(tmp_path_factory) -> Path:
 def imagined_gpu():
     """Within it tensors are shapes on a device, "cuda:0" too: operands on two devices raise, and so does every operator
     whose result has a size or a value that the host would have to wait for. Without gradients."""
-    with torch.no_grad(), FakeTensorMode(), _IndexedByOperators():
+    _forget_constants()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _IndexedByOperators():
         yield torch.device("cuda:0")
+    _forget_constants()
+
+
+def _forget_constants() -> None:
+    """A shape that was kept as a constant would be met by other tests."""
+    for module in (constants, objective, rows, views):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 class _IndexedByOperators(TorchFunctionMode):
@@ -67,23 +78,14 @@ class _IndexedByOperators(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.__getitem__:
-            return _viewed(*args)
+            return _indexed(*args)
         if func is torch.Tensor.__setitem__:
-            return torch.ops.aten.copy_(_viewed(*args[:2]), args[2])
+            return torch.ops.aten.copy_(_indexed(*args[:2]), args[2])
         return func(*args, **(kwargs or {}))
 
 
-def _viewed(tensor, index):
-    index = index if isinstance(index, tuple) else (index,)
-    if ... in index:
-        at = index.index(...)
-        rest = tensor.ndim - sum(each is not None for each in index) + 1
-        index = index[:at] + (slice(None),) * rest + index[at + 1 :]
-    dim = 0
-    for each in index:
-        if isinstance(each, int):
-            tensor = tensor.select(dim, each)
-            continue
-        tensor = tensor.unsqueeze(dim) if each is None else torch.ops.aten.slice(tensor, dim, each.start, each.stop)
-        dim += 1
-    return tensor
+def _indexed(tensor, index):
+    if torch.is_tensor(index):
+        return torch.ops.aten.index(tensor, [index])
+    view = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[index]
+    return tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + view.storage_offset())

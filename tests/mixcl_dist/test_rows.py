@@ -6,15 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from mixcl_dist.config import RowsConfig, ViewsConfig
-from mixcl_dist.constants import constant, lattice
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.draws import Draws
-from mixcl_dist.rows import Rows, _cells, _row_numbers, sample_rows
-from mixcl_dist.views import _log_gaussian, make_views
+from mixcl_dist.rows import Rows, sample_rows
+from mixcl_dist.views import make_views
 
 PATCH, SIZE = (32, 28, 24), (20, 20, 16)
 LIVER, SPLEEN = 1, 2
@@ -53,19 +50,6 @@ def all_rows_of(matrix, label, bits, seed=0, **config) -> Rows:
 def only_present(rows: Rows) -> Rows:
     of_rows = {name: getattr(rows, name)[rows.present] for name in ("voxel_index", "identity", "candidate_set")}
     return dataclasses.replace(rows, **of_rows, present=rows.present[rows.present])
-
-
-class IndexingOfFakes(TorchFunctionMode):
-    """Lets a PyTorch without CUDA index fake CUDA tensors, which it does not by itself."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.Tensor.__getitem__:
-            return function(*args, **(kwargs or {}))
-        tensor, index = args
-        if torch.is_tensor(index):
-            return torch.ops.aten.index(tensor, [index])
-        view = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[index]
-        return tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + view.storage_offset())
 
 
 def rows_of(*arguments, **config) -> Rows:
@@ -243,22 +227,18 @@ def test_sets_that_find_no_place_leave_their_rows_out(monkeypatch):
     assert some.set_table.any(dim=1).all() and torch.equal(*kept.chunk(2))
 
 
-def test_views_and_rows_are_made_on_a_gpu_without_waiting_for_it():
+def test_views_and_rows_are_made_on_a_gpu_without_waiting_for_it(request):
     """Fake tensors refuse what depends on contents, and operands of two devices."""
-    for cached in (constant, lattice, _cells, _row_numbers, _log_gaussian):
-        cached.cache_clear()
     draws = Draws(0, range(2))
-    with FakeTensorMode(allow_non_fake_inputs=True), IndexingOfFakes():
-        draws.device, draws._slot = torch.device("cuda:0"), draws._slot.to("cuda:0")
-        image = torch.zeros(2, 1, *PATCH, dtype=torch.int16, device="cuda:0")
-        spacing = torch.ones(2, 3, device="cuda:0")
-        views = make_views(image, spacing, ViewsConfig(size=SIZE), (-1000, 1000), draws)
-        bits = torch.zeros(2, 4, dtype=torch.int64, device="cuda:0")
-        rows = sample_rows(views.patch_from_view, SIZE, image[:, 0].byte(), bits, RowsConfig(), draws)
-    for cached in (constant, lattice, _cells, _row_numbers, _log_gaussian):
-        cached.cache_clear()
+    imagined_gpu = request.getfixturevalue("imagined_gpu")
+    draws.device, draws._slot = imagined_gpu, draws._slot.to(imagined_gpu)
+    image = torch.zeros(2, 1, *PATCH, dtype=torch.int16, device=imagined_gpu)
+    spacing = torch.ones(2, 3, device=imagined_gpu)
+    views = make_views(image, spacing, ViewsConfig(size=SIZE), (-1000, 1000), draws)
+    bits = torch.zeros(2, 4, dtype=torch.int64, device=imagined_gpu)
+    rows = sample_rows(views.patch_from_view, SIZE, image[:, 0].byte(), bits, RowsConfig(), draws)
     made = [value for value in (vars(views) | vars(rows)).values() if value is not None]
-    assert {value.device.type for value in made} == {"cuda"}
+    assert {value.device for value in made} == {imagined_gpu}
     assert rows.present.shape == (1024,) and views.image.shape == (4, 1, *SIZE)
 
 
