@@ -108,7 +108,7 @@ def sweep(
             rows.keys.shape[1],
             columns.keys.shape[1],
             plan.tiles.shape[1],
-            len(index.packed_relations),
+            index.packed_relations.shape[1],
             gradient.first_row,
             gradient.processes,
             HAS_GROUP=index.has_group,
@@ -195,7 +195,7 @@ def row_scalars_of(
     return exponent, factor, pull
 
 
-@triton.jit(do_not_specialize=["column_blocks", "S", "first_row", "processes"])
+@triton.jit(do_not_specialize=["column_blocks", "words", "first_row", "processes"])
 def backward_kernel(
     rows,  # (R, WIDTH) embeddings
     columns,  # (C, WIDTH)
@@ -203,7 +203,7 @@ def backward_kernel(
     column_keys,  # (4, C)
     tiles,  # (R / BLOCK_ROWS, column_blocks) int32
     counts,  # (R / BLOCK_ROWS, 3) int32: bulk, SAME and mixed tiles
-    packed_relations,  # (S, S) int32
+    packed_relations,  # (S, words) int32
     temperature,  # 0-d float32
     row_norm,  # 0-d float32
     column_norm,
@@ -216,7 +216,7 @@ def backward_kernel(
     R,
     C,
     column_blocks,
-    S,
+    words,
     first_row,
     processes,
     HAS_GROUP: tl.constexpr,
@@ -285,7 +285,7 @@ def backward_kernel(
         )
         s *= scale
         in_identity, in_label, twin, same = pair_masks(
-            row_keys, column_keys, packed_relations, row, start, R, C, S, HAS_GROUP, SPECIAL
+            row_keys, column_keys, packed_relations, row, start, R, C, words, HAS_GROUP, SPECIAL
         )
         weight = softmax_pair(s, row_scalars + row, R, column_scalars + column, C, WIDE)
         weight = tl.where(in_identity, weight, 0.0)

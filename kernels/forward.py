@@ -25,17 +25,23 @@ LN2 = tl.constexpr(math.log(2))
 WIDE_FROM = tl.constexpr(UNSHIFTED_LIMIT)
 
 
-def sweep(rows: Side, columns: Side, plan: Plan, index: Index, temperature: Tensor, launch: Launch) -> Tensor:
-    """(10, R) float32: every sorted row's sums over these columns, in the parts that the kernel keeps apart."""
+def sweep(
+    rows: Side, columns: Side, plan: Plan, rest: Plan, index: Index, temperature: Tensor, launch: Launch
+) -> Tensor:
+    """(10, R) float32: every sorted row's sums over these columns, in the parts that the kernel keeps apart.
+
+    Args:
+        rest: what is swept of the plan where no exponential can leave float32.
+    """
     padded = rows.keys.shape[1]
     out = torch.empty(10, padded, dtype=torch.float32, device=temperature.device)
-    for is_wide in (False, True):
+    for is_wide, listed in ((False, rest), (True, plan)):
         forward_kernel[(len(plan.tiles),)](
             rows.embeddings,
             columns.embeddings,
             rows.keys,
             columns.keys,
-            *plan,
+            *listed,
             index.packed_relations,
             temperature,
             rows.norm,
@@ -44,7 +50,7 @@ def sweep(rows: Side, columns: Side, plan: Plan, index: Index, temperature: Tens
             padded,
             columns.keys.shape[1],
             plan.tiles.shape[1],
-            len(index.packed_relations),
+            index.packed_relations.shape[1],
             HAS_GROUP=index.has_group,
             WIDE=is_wide,
             **launch.options(),
@@ -178,7 +184,7 @@ def _finish_kernel(
         tl.store(part + (2 + relation) * tl.num_programs(0), tl.sum(cosine, 0))
 
 
-@triton.jit(do_not_specialize=["column_blocks", "S"])
+@triton.jit(do_not_specialize=["column_blocks", "words"])
 def forward_kernel(
     rows,  # (R, WIDTH) embeddings
     columns,  # (C, WIDTH)
@@ -186,7 +192,7 @@ def forward_kernel(
     column_keys,  # (4, C)
     tiles,  # (R / BLOCK_ROWS, column_blocks) int32
     counts,  # (R / BLOCK_ROWS, 3) int32: bulk, SAME and mixed tiles
-    packed_relations,  # (S, S) int32
+    packed_relations,  # (S, words) int32
     temperature,  # 0-d float32
     row_norm,  # 0-d float32, the largest length of a row
     column_norm,
@@ -194,7 +200,7 @@ def forward_kernel(
     R,
     C,
     column_blocks,
-    S,
+    words,
     HAS_GROUP: tl.constexpr,
     WIDE: tl.constexpr,  # the variant where exponentials could leave float32; the other one returns at once
     BLOCK_ROWS: tl.constexpr,
@@ -250,7 +256,7 @@ def forward_kernel(
         block = columns + start.to(tl.int64) * WIDTH
         s, _, _ = similarity(rows, head, tail, block, BLOCK_ROWS, SPECIAL, WIDTH, HEAD, TAIL, RESIDENT, PRECISION)
         in_identity, in_label, twin, same = pair_masks(
-            row_keys, column_keys, packed_relations, row, start, R, C, S, HAS_GROUP, SPECIAL
+            row_keys, column_keys, packed_relations, row, start, R, C, words, HAS_GROUP, SPECIAL
         )
         twins += tl.sum(tl.where(twin, s, 0.0), 1)
         same_class += tl.sum(tl.where(same, s, 0.0), 1)
@@ -345,18 +351,20 @@ def add_sum(total, exponent, more, more_exponent, WIDE: tl.constexpr):
 
 @triton.jit
 def pair_masks(
-    row_keys, column_keys, packed_relations, row, start, R, C, S, HAS_GROUP: tl.constexpr, SPECIAL: tl.constexpr
+    row_keys, column_keys, packed_relations, row, start, R, C, words, HAS_GROUP: tl.constexpr, SPECIAL: tl.constexpr
 ):
     """Of pairs with the SPECIAL columns from `start` on: members of both relations, then positives of both.
 
-    Sorted columns hold consecutive sets, so a word of packed relations has a row's relations with all of them, and no
-    table is looked up for a pair.
+    Sorted columns hold consecutive sets, so two words of packed relations have a row's relations with all of them, and
+    no table is looked up for a pair.
     """
     column = start + tl.arange(0, SPECIAL)
     column_set = tl.load(column_keys + column)
     first_set = tl.maximum(tl.load(column_keys + start), 0)  # of a step with rows at all the first is one
     row_set = tl.maximum(tl.load(row_keys + row), 0)
-    word = tl.load(packed_relations + row_set.to(tl.int64) * S + first_set)
+    words_of_row = packed_relations + row_set.to(tl.int64) * words + first_set // SPECIAL
+    low, high = tl.load(words_of_row).to(tl.int64) & 0xFFFFFFFF, tl.load(words_of_row + 1).to(tl.int64) << 32
+    word = ((low | high) >> 2 * (first_set % SPECIAL)).to(tl.int32)
     shift = 2 * tl.maximum(column_set - first_set, 0)  # padding has set −1
     relation = (word[:, None] >> shift[None, :]) & 3
     real = (tl.load(row_keys + 3 * R + row)[:, None] != tl.load(column_keys + 3 * C + column)[None, :]) & (

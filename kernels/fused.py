@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels import backward, forward
+from mixcl_dist.kernels import backward, forward, triangle
 from mixcl_dist.kernels.batch import Batch
 from mixcl_dist.kernels.distributed import Alone, Peers
 from mixcl_dist.kernels.implementation import held_dtype
-from mixcl_dist.kernels.index import Index, active_bits, for_columns, make_index
+from mixcl_dist.kernels.index import Index, active_bits, for_columns, make_index, packed_width
 from mixcl_dist.kernels.output import empty_outputs
 from mixcl_dist.kernels.plan import Side, plan_tiles, sort_side
-from mixcl_dist.kernels.tuning import launches_for
+from mixcl_dist.kernels.tuning import Launch, launch_for, launches_for
 
 
 def loss(batch: Batch, process_group: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -31,8 +31,7 @@ def loss(batch: Batch, process_group: str) -> tuple[list[Tensor], list[Tensor]]:
     active, out, earlier = active_bits(batch.weights), None, None
     for columns, related in _columns(batch, peers, index, own):
         earlier = None if out is None else forward.fold(out, earlier)
-        plan = plan_tiles(own, columns, related.areas, active, launch.tile)
-        out = forward.sweep(own, columns, plan, related, batch.temperature, launch)
+        out = _forward_sweep(own, columns, related, batch.temperature, active, launch)
     outputs = empty_outputs(batch.embeddings)
     total, losses, lse, anchors, floors, similarities = outputs
     if out is None:  # a process without rows
@@ -97,7 +96,7 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
         common=empty(torch.float32, sets, sets),
         set_rows=empty(torch.int32, sets),
         place=empty(torch.int32, sets),
-        packed_relations=empty(torch.int32, sets, sets),
+        packed_relations=empty(torch.int32, sets, packed_width(sets)),
         areas=empty(torch.int32, 3, sets + 1, sets + 1),
         positives=empty(torch.int32, 2, rows),
         weight=empty(torch.float64, 2, rows),
@@ -130,6 +129,16 @@ def _columns(batch: Batch, peers: Alone | Peers, index: Index, own: Side) -> Ite
             yield _side(embeddings, of_columns, which), of_columns
         else:
             yield own if embeddings is batch.embeddings else _side(embeddings, index, which), index
+
+
+def _forward_sweep(own: Side, columns: Side, index: Index, temperature: Tensor, active: int, launch: Launch) -> Tensor:
+    plan = plan_tiles(own, columns, index.areas, active, launch.tile)
+    if not launch.tile.triangle or columns is not own:
+        return forward.sweep(own, columns, plan, plan, index, temperature, launch)
+    halved = triangle.divide(plan, own, launch.tile)
+    out = forward.sweep(own, own, plan, halved.rest, index, temperature, launch)
+    triangle.add_pair_sums(out, own, halved, temperature, launch_for(own.embeddings, "triangle"))
+    return out
 
 
 def _side(embeddings: Tensor, index: Index, which: slice) -> Side:

@@ -33,7 +33,9 @@ class Index(NamedTuple):
     common: Tensor  #: (S, S) float32, how many classes two sets share
     set_rows: Tensor  #: (S,) int32, how many present rows have a set
     place: Tensor  #: (S,) int32, of a set; what rows do not have is undefined
-    packed_relations: Tensor  #: (S, S) int32: [a, b] has the relations of place a with places b to b + 15, 2 bits each
+    packed_relations: (
+        Tensor  #: (S, W) int32: [a, w] has the relations of place a with places 16 w to 16 w + 15, 2 bits each
+    )
     areas: Tensor  #: (3, E, E) int32: how many pairs of places a' < a, b' < b are OPEN, SAME, DIFF
     positives: Tensor  #: (2, N) int32, how many positives a row has, of the identity and of the label relation
     weight: Tensor  #: (2, N) float64, a row's weight as anchor of either relation, 0 if it is none
@@ -70,7 +72,7 @@ def make_index(
     sort_key = torch.empty_like(keys[0])
     numbers = torch.empty_like(keys, dtype=torch.int32)
     positives = torch.empty(2, rows, dtype=torch.int32, device=device)
-    _first_equal_kernel[(sets,)](common, first_equal, sets)
+    _first_equal_kernel[(triton.cdiv(sets, 16),)](common, first_equal, sets)
     _key_kernel[grid](identity, group, present, keys, rows)
     in_order, order = keys.sort(dim=1)
     _number_kernel[(*grid, len(keys))](
@@ -99,6 +101,11 @@ def for_columns(index: Index, which: slice) -> Index:
     return index._replace(place=place, packed_relations=packed_relations, areas=areas)
 
 
+def packed_width(sets: int) -> int:
+    """Words of packed relations: one more than hold them, as 16 places begin in one word and end in the next."""
+    return triton.cdiv(sets, SPECIAL) + 1
+
+
 def _count(sorted_key: Tensor, sets: int) -> Tensor:
     count = torch.empty(sets, dtype=torch.int32, device=sorted_key.device)
     _count_kernel[(triton.cdiv(sets, BLOCK),)](sorted_key, count, len(sorted_key), sets)
@@ -108,10 +115,11 @@ def _count(sorted_key: Tensor, sets: int) -> Tensor:
 def _relate(common: Tensor, row_count: Tensor, column_count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Places of the columns' sets, and how rows' places are related to them, packed and as areas."""
     sets = len(common)
-    place, packed = torch.empty_like(row_count), torch.empty_like(common, dtype=torch.int32)
+    place, packed = torch.empty_like(row_count), row_count.new_empty(sets, packed_width(sets))
     areas = torch.zeros(3, sets + 1, sets + 1, dtype=torch.int32, device=common.device)
-    _relation_kernel[(sets,)](common, row_count, column_count, place, areas, sets)
-    _pack_kernel[(sets,)](areas, packed, sets)
+    taken = place.new_empty(1)
+    _relation_kernel[(sets,)](common, row_count, column_count, place, taken, areas, sets)
+    _pack_kernel[(triton.cdiv(packed.numel(), BLOCK),)](areas, taken, packed, sets, packed.shape[1])
     return place, packed, areas.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
 
 
@@ -136,17 +144,18 @@ def lower_bound(values, count, key):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _first_equal_kernel(common, first_equal, S, CHUNK: tl.constexpr = 256):
+def _first_equal_kernel(common, first_equal, S, BLOCK: tl.constexpr = 16, CHUNK: tl.constexpr = 128):
     """Of each set the first one with the same classes."""
-    a = tl.program_id(0)
-    size = tl.load(common + a * S + a)
+    a = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.load(common + a * (S + 1), mask=a < S, other=0)
     first = a
-    for start in range(0, a + 1, CHUNK):
+    for start in range(0, tl.minimum((tl.program_id(0) + 1) * BLOCK, S), CHUNK):
         b = start + tl.arange(0, CHUNK)
-        shared = tl.load(common + a * S + b, mask=b < S, other=-1)
-        equal = (shared == size) & (tl.load(common + b * S + b, mask=b < S, other=-1) == size)
-        first = tl.minimum(first, tl.min(tl.where(equal, b, S), 0))
-    tl.store(first_equal + a, first)
+        sizes = tl.load(common + b * (S + 1), mask=b < S, other=-1)
+        shared = tl.load(common + a[:, None] * S + b[None, :], mask=(a < S)[:, None] & (b < S)[None, :], other=-1)
+        equal = (shared == size[:, None]) & (shared == sizes[None, :])
+        first = tl.minimum(first, tl.min(tl.where(equal, b[None, :], S), 1))
+    tl.store(first_equal + a, first, mask=a < S)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -208,18 +217,22 @@ def _count_kernel(sorted_key, count, N, S, BLOCK: tl.constexpr = BLOCK):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _relation_kernel(common, row_count, column_count, places, areas, S, CHUNK: tl.constexpr = 256):
-    """Places of the columns' sets, and in `areas` which relation a row's place and a column's have."""
+def _relation_kernel(common, row_count, column_count, places, taken, areas, S, CHUNK: tl.constexpr = 256):
+    """Places of the columns' sets, how many the rows' sets take, and in `areas` how a row's and a column's relate."""
     a = tl.program_id(0)
     if tl.load(row_count + a) == 0:
         return
     place = tl.zeros((), tl.int32)
+    behind = tl.zeros((), tl.int32)
     as_column = tl.zeros((), tl.int32)
-    for start in range(0, a, CHUNK):
+    for start in range(0, S, CHUNK):
         b = start + tl.arange(0, CHUNK)
-        place += tl.sum((tl.load(row_count + b, mask=b < a, other=0) > 0).to(tl.int32), 0)
+        has = (tl.load(row_count + b, mask=b < S, other=0) > 0).to(tl.int32)
+        place += tl.sum(tl.where(b < a, has, 0), 0)
+        behind += tl.sum(tl.where(b < a, 0, has), 0)
         as_column += tl.sum((tl.load(column_count + b, mask=b < a, other=0) > 0).to(tl.int32), 0)
     tl.store(places + a, as_column)
+    tl.store(taken, place + behind)
     E = S + 1
     size = tl.load(common + a * S + a)
     before = tl.zeros((), tl.int32)
@@ -234,19 +247,20 @@ def _relation_kernel(common, row_count, column_count, places, areas, S, CHUNK: t
         tl.store(areas + ((relation - 1) * E + place + 1) * E + column + 1, 1, mask=has)
 
 
-@triton.jit(do_not_specialize=["S"])
-def _pack_kernel(is_relation, packed, S, CHUNK: tl.constexpr = 128, SPECIAL: tl.constexpr = SPECIAL):
-    a = tl.program_id(0)
+@triton.jit(do_not_specialize=["S", "words"])
+def _pack_kernel(is_relation, taken, packed, S, words, BLOCK: tl.constexpr = BLOCK, SPECIAL: tl.constexpr = SPECIAL):
+    if tl.program_id(0) * BLOCK >= tl.load(taken) * words:
+        return
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a, first = number // words, number % words * SPECIAL
     E = S + 1
-    for start in range(0, S, CHUNK):
-        b = start + tl.arange(0, CHUNK)
-        step = tl.arange(0, SPECIAL)[None, :]
-        other = b[:, None] + step
-        relation = tl.zeros((CHUNK, SPECIAL), tl.int32)
-        for kind in tl.static_range(3):
-            found = tl.load(is_relation + (kind * E + a + 1) * E + other + 1, mask=other < S, other=0)
-            relation += (kind + 1) * found
-        tl.store(packed + a * S + b, tl.sum(relation << 2 * step, 1), mask=b < S)
+    step = tl.arange(0, SPECIAL)[None, :]
+    b = first[:, None] + step
+    relation = tl.zeros((BLOCK, SPECIAL), tl.int32)
+    for kind in tl.static_range(3):
+        place = (kind * E + a[:, None] + 1) * E + b + 1
+        relation += (kind + 1) * tl.load(is_relation + place, mask=(a < S)[:, None] & (b < S), other=0)
+    tl.store(packed + number, tl.sum(relation << 2 * step, 1), mask=a < S)
 
 
 @triton.jit(do_not_specialize=["N", "S"])

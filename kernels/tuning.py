@@ -27,6 +27,9 @@ class Tile(NamedTuple):
     stages: int  #: depth of the software pipeline
     step: int = 0  #: rows are streamed in steps of so many features; 0: they are loaded whole, once
     out: int = 0  #: features of the gradient that one program finishes; 0: all
+    triangle: bool = False  #: of "forward": whole pairs of blocks go through triangle.py
+    polynomial: int = 0  #: of "triangle": one exponential in so many (2, 4, 8) is a polynomial; 0: none
+    descriptor: bool = False  #: of "triangle": columns are loaded by tensor descriptors (TMA)
 
 
 class Launch(NamedTuple):
@@ -61,8 +64,8 @@ class Launch(NamedTuple):
 
 
 #: By architecture, kernel and bytes of a number: tiles by the largest width that they serve. "sm_80" keeps within the
-#: 99 KiB of shared memory that its smaller relatives (8.6, 8.9, 12.0) have. On "sm_90" all have 8 warps: others have
-#: seen chained products of 4 warps read out of bounds with Triton 3.7.1.
+#: 99 KiB of shared memory that its smaller relatives (8.6, 8.9, 12.0) have. On "sm_90" all have 8 warps but for
+#: "triangle", which has no chained products: others have seen those of 4 warps read out of bounds with Triton 3.7.1.
 TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
     {
         ("sm_80", "forward", 2): {
@@ -110,6 +113,12 @@ TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
         for architecture, warps in {"sm_80": 4, "sm_90": 8, "sm_100": 4, "hip": 4}.items()
         for kernel in ("forward", "backward")
     }
+    | {  # as many rows as "forward" has, and 16 columns a warp on sm_90
+        ("sm_80", "triangle", 2): {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+        ("sm_90", "triangle", 2): {128: Tile(128, 64, 4, 3), 192: Tile(128, 64, 4, 3), 256: Tile(128, 128, 8, 3)},
+        ("sm_100", "triangle", 2): {128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 2)},
+    }
+    | {("interpreter", "triangle", size): {256: Tile(64, 64, 8, 1)} for size in (2, 4)}
     | {
         ("interpreter", kernel, size): {
             256: Tile(64, 64, 8, 1),
@@ -126,6 +135,15 @@ CANDIDATES = [
     for rows, warps in ((64, 4), (64, 8), (128, 4), (128, 8))
     for columns in (32, 64, 128)
     for stages in (2, 3, 4)
+]
+
+#: What there is to try for "triangle" on sm_90, which :func:`autotune` leaves alone.
+TRIANGLE_CANDIDATES = [
+    Tile(128, columns, warps, stages, polynomial=polynomial, descriptor=descriptor)
+    for columns, warps in ((64, 4), (128, 8))
+    for stages in (3, 5)
+    for polynomial in (0, 8, 4)
+    for descriptor in (False, True)
 ]
 
 

@@ -1,7 +1,7 @@
 """Build every Triton kernel of the tuning table ahead of time, without a GPU, and look at what came out.
 
     python benchmarks/kernel/builds.py                      build all, print a table, compare it with the committed one
-    python benchmarks/kernel/builds.py --write              … and make it the committed one
+    python benchmarks/kernel/builds.py --write              … and put what was built into the committed one
     python benchmarks/kernel/builds.py --only sm_90 bf16 128
 
 A build fails the check with a spilled register, without tensor-core instructions, with more shared memory than the
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mixcl_dist.kernels import backward, forward, fused, index, plan, tuning
+from mixcl_dist.kernels import backward, forward, fused, index, plan, triangle, tuning
 from mixcl_dist.kernels.implementation import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +49,14 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA|UTCQMMA", 
 #: integers.
 ARGUMENTS = {
     **dict.fromkeys(("row_keys", "column_keys", "keys", "tiles", "counts", "packed_relations", "packed"), "*i32"),
-    **dict.fromkeys(("numbers", "positives", "first_equal", "count", "row_count", "column_count"), "*i32"),
+    **dict.fromkeys(("pairs", "pair_counts", "rest_tiles", "rest_counts"), "*i32"),
+    **dict.fromkeys(("numbers", "positives", "first_equal", "count", "row_count", "column_count", "taken"), "*i32"),
     **dict.fromkeys(("place", "places", "areas", "is_relation"), "*i32"),
     **dict.fromkeys(("sorted_key", "sort_key", "order", "in_order", "links", "identity", "candidate_set"), "*i64"),
     **dict.fromkeys(("group", "anchors"), "*i64"),
-    **dict.fromkeys(("present", "linked"), "*u8"),
+    **dict.fromkeys(("present", "linked", "kinds"), "*u8"),
     **dict.fromkeys(("out", "row_scalars", "column_scalars", "scalars", "products", "norm", "common"), "*fp32"),
+    **dict.fromkeys(("own_sums", "strip_sums"), "*fp32"),
     **dict.fromkeys(("temperature", "row_norm", "column_norm", "upstream", "row_weight"), "*fp32"),
     **dict.fromkeys(("loss", "losses", "floors", "similarities"), "*fp32"),
     **dict.fromkeys(("totals", "earlier", "weights", "lse", "parts", "sums"), "*fp64"),
@@ -71,7 +73,15 @@ EXCEPTIONS = {
 #: Compile-time constants of the small kernels, as a call with groups has them.
 CONSTANTS = {
     "BLOCK_ROWS": 128, "BLOCK_COLUMNS": 64, "ACTIVE": 3, "CHUNK": 512, "D": 128, "WIDTH": 128, "KINDS": 2,
+    "BLOCK": 128, "RATIO": 2, "STRIPS": triangle.STRIPS, "PARTS": triangle.PARTS,
 }  # fmt: skip
+
+
+KERNELS = {
+    "forward": forward.forward_kernel,
+    "backward": backward.backward_kernel,
+    "triangle": triangle.triangle_kernel,
+}
 
 
 class Entry(NamedTuple):
@@ -107,9 +117,8 @@ def entries() -> list[Entry]:
         if architecture != "interpreter":
             dtypes = [name for name, dtype in DTYPES.items() if dtype.itemsize == size]
             widths = sorted({64, *by_width})
-            found += [
-                Entry(architecture, kernel, *rest) for rest in itertools.product(dtypes, widths, ("narrow", "wide"))
-            ]
+            ranges = ("narrow",) if kernel == "triangle" else ("narrow", "wide")
+            found += [Entry(architecture, kernel, *rest) for rest in itertools.product(dtypes, widths, ranges)]
     return found
 
 
@@ -119,13 +128,20 @@ def build(entry: Entry) -> Build:
     by_width = tuning.TILES[entry.architecture, entry.kernel, dtype.itemsize]
     tile = next(tile for width, tile in by_width.items() if entry.width <= width)
     launch = tuning.fit(tile, entry.width, dtype, entry.architecture)
-    function = forward.forward_kernel if entry.kernel == "forward" else backward.backward_kernel
+    function = KERNELS[entry.kernel]
     options = launch.options()
     constants = {name: value for name, value in options.items() if name.isupper()}
-    constants |= {"HAS_GROUP": True, "WIDE": entry.range == "wide"}
+    types = ARGUMENTS | dict.fromkeys(("rows", "columns", "embeddings", "gradient"), f"*{entry.dtype}")
+    if entry.kernel == "triangle":
+        constants |= {"STRIPS": triangle.STRIPS, "PARTS": triangle.PARTS, "POLYNOMIAL": tile.polynomial}
+        if tile.descriptor:
+            types["streamed"] = f"tensordesc<{entry.dtype}[{tile.columns}, {launch.head}]>"
+        else:
+            constants["streamed"] = None
+    else:
+        constants |= {"HAS_GROUP": True, "WIDE": entry.range == "wide"}
     if entry.kernel == "backward":
         constants |= {"OUT": launch.out, "WEIGHT": backward.WEIGHTS[dtype], "D": entry.width}
-    types = ARGUMENTS | dict.fromkeys(("rows", "columns", "gradient"), f"*{entry.dtype}")
     signature = signature_of(function, constants, types)
     aligned = {
         (index,): [["tt.divisibility", 16]]
@@ -160,7 +176,7 @@ def signature_of(function, constants: dict, types: dict) -> dict[str, str]:
 
 def build_small(architecture: str) -> str:
     """Compile the kernels around the sweeps; they have nothing to measure."""
-    for module in (index, plan, forward, backward, fused):
+    for module in (index, plan, forward, triangle, backward, fused):
         for name, function in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 defaults = {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
@@ -233,9 +249,17 @@ def read_committed() -> dict[Entry, Build]:
         return {}
     with COMMITTED.open() as file:
         rows = list(csv.DictReader(file))
-    numbers = [name for name, kind in Build.__annotations__.items() if kind == "int"]
+    numbers = [name for name, kind in get_type_hints(Build).items() if kind is int]
     builds = [Build(**row | {name: int(row[name]) for name in numbers}) for row in rows]
     return {Entry(*made[:5]): made for made in builds}
+
+
+def write_committed(builds: dict[Entry, Build]) -> None:
+    """Builds of entries that the table has no more are left out."""
+    COMMITTED.parent.mkdir(parents=True, exist_ok=True)
+    with COMMITTED.open("w", newline="") as file:
+        rows = [builds[entry] for entry in entries() if entry in builds]
+        csv.writer(file, lineterminator="\n").writerows([Build._fields, *rows])
 
 
 def main() -> int:
@@ -259,10 +283,8 @@ def main() -> int:
             failed += bool(wrong)
             print(" ".join(f"{value:>12}" for value in made[:-1]), "; ".join(wrong), flush=True)
     if options.write:
-        COMMITTED.parent.mkdir(parents=True, exist_ok=True)
-        with COMMITTED.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([Build._fields, *builds])
-    print(f"the kernels that list tiles: built for {', '.join(planned)}")
+        write_committed(committed | {Entry(*made[:5]): made for made in builds})
+    print(f"the small kernels: built for {', '.join(planned)}")
     print(f"{len(builds)} builds by triton {triton.__version__}, {failed} with complaints")
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "kernel"))
+import builds
 
 
 def build(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks" / "kernel" / "builds.py"), "--only", *words]
+    command = [sys.executable, builds.__file__, "--only", *words]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "hip"])
+@pytest.mark.parametrize(
+    ("architecture", "kernel"),
+    [*itertools.product(["sm_80", "sm_90", "sm_100", "hip"], ["forward", "backward"]), ("sm_90", "triangle")],
+)
 def test_the_usual_build_uses_tensor_cores_and_spills_nothing(architecture, kernel):
     run = build(architecture, kernel, "bf16", "128", "narrow")
     assert run.returncode == 0, run.stdout + run.stderr
@@ -35,3 +39,11 @@ def test_no_build_of_the_table_spills_or_has_grown(architecture):
 def test_a_word_that_no_entry_has_is_refused():
     run = build("sm_75")
     assert run.returncode == 2 and "--only sm_75: no entry of the tuning table" in run.stderr
+
+
+def test_a_longer_loop_than_the_committed_one_is_a_complaint():
+    committed = builds.read_committed()
+    assert set(committed) == set(builds.entries())
+    for made in committed.values():
+        assert not builds.complaints(made, committed)
+        assert builds.complaints(made._replace(loop=made.loop * 2), committed)
