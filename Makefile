@@ -1,8 +1,9 @@
 # The two commands a newcomer needs are `make demo` and `make test`; each installs what it needs into .venv first.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check wheel install clean
+.PHONY: demo test test-slow check wheel install clean gpu-pack gpu-emulate
 
 demo: install
 	$(BIN)/mixcl demo --out runs/demo
@@ -19,6 +20,18 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What a GPU machine without a network needs beside the repository, and a rehearsal of what is run there, without a GPU.
+gpu-pack: install
+	$(BIN)/python benchmarks/gpu/pack.py
+
+gpu-emulate: .venv-gpu/installed gpu-pack
+	$(BIN)/python benchmarks/gpu/emulate.py
+
+.venv-gpu/installed: benchmarks/gpu/environment.txt
+	$(PYTHON312) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --requirement benchmarks/gpu/environment.txt
+	touch $@
+
 wheel: install
 	$(BIN)/python -m build
 
@@ -33,4 +46,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-gpu .pack build dist *.egg-info

@@ -12,7 +12,7 @@ from inputs import MIXES, Rows, make_rows, nearly_converged, with_every_argument
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import mixed_contrastive_loss
+from mixcl_dist.kernels import mixed_contrastive_loss, tuning
 
 LOSS_ERROR = 1e-4  #: of the loss, or of 1 where the loss is less
 GRADIENT_ERROR = 3e-3  #: of the norm; the temperature's gradient is held to it, too
@@ -55,6 +55,32 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if on_gpu and not quick:
         for dtype in HALF:
             yield Case("many rows", make_rows("realistic", 65_537, 128, dtype, device))
+
+
+def entry_names(architecture: str) -> list[str]:
+    """All that the tuning table holds for an architecture, as "bf16-128": a dtype and the widest rows of an entry."""
+    widths: dict[int, set[int]] = {}
+    for (of, _kernel, size), by_width in tuning.TILES.items():
+        if of == architecture:
+            widths.setdefault(size, set()).update(by_width)
+    return [f"{dtype_name(d)}-{width}" for d in (*HALF, torch.float32) for width in sorted(widths.get(d.itemsize, ()))]
+
+
+def entry_cases(name: str, counts: tuple[int, ...], device: torch.device) -> list[Case]:
+    """Cases for one of :func:`entry_names`: every variant of its kernels, and rows near convergence."""
+    dtype_named, _, width = name.partition("-")
+    dtype = next(dtype for dtype in (*HALF, torch.float32) if dtype_name(dtype) == dtype_named)
+    found = []
+    for count in counts:
+        drawn = make_rows("realistic", count, int(width), dtype, device)
+        found += [
+            Case("realistic", drawn),
+            Case("every argument", with_every_argument(drawn)),
+            Case("identity alone", replace(drawn, label_weight=0.0)),
+            Case("temperature 0.01", replace(drawn, temperature=0.01)),
+        ]
+    mass = CONVERGED_MASSES[0]
+    return [*found, Case("converged", nearly_converged(counts[0] // 2 * 2, int(width), dtype, device, mass), mass)]
 
 
 class Evaluation(NamedTuple):

@@ -35,6 +35,12 @@ class Journal:
         return [r for r in self.records if all(name in r and r[name] == value for name, value in wanted.items())]
 
 
+def read(folder: Path) -> list[dict]:
+    """The records of an earlier run, without a last one that was cut short."""
+    *lines, _unfinished = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
 class Bar(NamedTuple):
     """A figure that was promised, and what came of it."""
 

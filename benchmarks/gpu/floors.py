@@ -1,0 +1,92 @@
+"""The least time that the parts of a pre-training step can take: bytes over bandwidth, FLOP over the matmul rate.
+
+Legend: V views of E³ voxels, P parameters, N rows of width D. Floors count what no implementation can leave out, each
+input and output once, in 16 bits where the step computes in bfloat16; they say how far off a part is, not why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixcl_dist.config import Config
+from mixcl_dist.networks import PretrainNetwork
+
+HALF, SINGLE = 2, 4  #: bytes
+COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part has to do at least."""
+
+    flop: float = 0.0
+    bytes: float = 0.0
+
+    def seconds(self, rate: float, bandwidth: float) -> float:
+        return max(self.flop / rate, self.bytes / bandwidth)
+
+
+def floors(config: Config) -> dict[str, Work]:
+    """By part, for one step of a configuration on one GPU; without a GPU, from shapes alone."""
+    views, voxels = 2 * config.pretrain.batch_size, torch.Size(config.views.size).numel()
+    rows = views * config.rows.per_view_pair
+    forward, backward, parameters = network(config, views)
+    width = config.network.voxel_dim
+    return {
+        # A patch is read for either view; image, clean view and mask are written.
+        "views": Work(bytes=views * voxels * (2 * SINGLE + HALF + 1)),
+        "network": forward,
+        "loss": Work(2 * rows**2 * width, rows * width * HALF + 2 * views * voxels * SINGLE),
+        "backward": Work(backward.flop + 4 * rows**2 * width, backward.bytes),
+        # Parameter, gradient and both moments are read, all but the gradient written.
+        "optimizer": Work(bytes=7 * SINGLE * parameters),
+    }
+
+
+def network(config: Config, views: int) -> tuple[Work, Work, int]:
+    """Forward and backward of the network, its convolutions alone, and its number of parameters."""
+    with torch.device("meta"):
+        model = PretrainNetwork(config.network).to(torch.bfloat16)
+        image = torch.empty(views, 1, *config.views.size, dtype=torch.bfloat16)
+        index = torch.zeros(views * config.rows.per_view_pair, 4, dtype=torch.int64)
+    with FlopCounterMode(display=False) as flop, _ConvolutionBytes() as traffic:
+        output = model(image, index)
+        forward = Work(flop.get_total_flops(), traffic.bytes)
+        sum(part.float().sum() for part in output).backward()
+    backward = Work(flop.get_total_flops() - forward.flop, traffic.bytes - forward.bytes)
+    return forward, backward, sum(parameter.numel() for parameter in model.parameters())
+
+
+class _ConvolutionBytes(TorchDispatchMode):
+    """Bytes of all convolutions' inputs and outputs; what stands between two of them can be fused into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "convolution" in func.__name__:
+            tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def bandwidth(device: torch.device, count: int = COPY_BYTES, rounds: int = 10) -> float:
+    """Bytes a second, read and written, of a large copy on a GPU: the best of some rounds."""
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize(device)
+        best = min(best, start.elapsed_time(end) / 1e3)
+    return 2 * count / best

@@ -1,0 +1,76 @@
+"""What was measured on which card with which sources: a line of JSON an item, so that the next run knows what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+#: How an item stands, in the order in which items are run; those that are "done" are not.
+STATES = ("missing", "stale", "failed", "done")
+
+
+class Ledger:
+    """The newest record of every item on one card.
+
+    A record has `item`, `digest` (of the sources that matter for it), `card`, `status` ("done" or "failed") and
+    figures. `path` is appended to and synced item by item; it begins with what `earlier` files hold of this card, so
+    that it is whole by itself.
+    """
+
+    def __init__(self, path: Path, card: str, earlier: Iterable[Path] = ()) -> None:
+        self.path, self.card = path, card
+        self.records: dict[str, dict] = {}
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
+        for source in (*earlier, path):
+            for record in read(source):
+                if record["card"] == card:
+                    self.records[record["item"]] = record
+        if not path.exists():
+            self._write(self.records.values())
+
+    def state(self, item: str, digest: str) -> str:
+        """One of `STATES`."""
+        record = self.records.get(item)
+        if record is None:
+            return "missing"
+        return record["status"] if record["digest"] == digest else "stale"
+
+    def add(self, item: str, digest: str, status: str, **figures: object) -> dict:
+        record = {"item": item, "digest": digest, "card": self.card, "status": status, **figures}
+        with self._lock:
+            self.records[item] = record
+            self._write([record])
+        return record
+
+    def _write(self, records: Iterable[dict]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The records of a file, without a last line that a killed process left unfinished."""
+    if path.exists():
+        *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+        yield from map(json.loads, lines)
+
+
+def digest_of(root: Path, patterns: Iterable[str], *settings: object) -> str:
+    """Of the contents of all files that match, and of settings."""
+    total = hashlib.sha256(repr(settings).encode())
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()}):
+        total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)

@@ -1,0 +1,108 @@
+"""What there is to measure: five stages of jobs, each job a program that measures some items.
+
+An item's name begins with its stage, `table/pretrained-0.05-s1`. Limits are what an H100 should stay well within.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+KERNELS = ("kernels/*.py",)
+GATE = (*KERNELS, "benchmarks/kernel/gate.py", "benchmarks/kernel/inputs.py", "benchmarks/gpu/check.py")
+PRODUCT = (
+    *KERNELS,
+    *(f"{room}/*.{kind}" for room in ("mixcl_dist", "mixcl_dist/recipes", "cluster") for kind in ("py", "yaml")),
+    "data_shards/*.py",
+    "data_shards/sources/*.py",
+)
+SWEPT_WIDTHS = (128, 64, 256)
+VIEWS, TINY_VIEWS = (48, 96), (16,)
+TINY_WIDTH, PATIENCE = 256, 6
+SEEDS, FRACTIONS = (0, 1, 2), ("0.05", "0.15")
+TRIALS_SIDE_BY_SIDE = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program in this folder and the items that it measures, one after the other."""
+
+    program: str
+    items: tuple[str, ...]
+    limit: float  #: seconds
+    sources: tuple[str, ...]  #: files whose content the figures depend on
+    barred_by: tuple[str, ...] = ()  #: items that must not have failed
+    needs: tuple[str, ...] = ()  #: files in the work folder, made by other jobs
+    makes: str = ""  #: such a file; this job is run where one that is run needs it, and it is not there
+    wave: int = 0  #: the jobs of a stage's wave run side by side, once the wave before has ended
+    launcher: tuple[str, ...] = ()  #: what runs Python
+
+
+def plan(stage: str, entries: list[str], tiny: bool) -> list[Job]:
+    """All jobs of a stage; `entries` names the tuning table's entries for this card, as "bf16-128".
+
+    With `tiny` there are few, and each has as much time as Triton's interpreter may need.
+    """
+    stages = {"check": _check, "kernel": _kernel, "step": _step, "tiles": _tiles, "table": _table}
+    if tiny:
+        entries = [entry for entry in entries if int(entry.partition("-")[2]) <= TINY_WIDTH]
+    jobs = stages[stage]([f"check/{entry}" for entry in entries], tiny)
+    return [replace(job, limit=PATIENCE * job.limit) for job in jobs] if tiny else list(jobs)
+
+
+NAMES = ("check", "kernel", "step", "tiles", "table")
+
+
+def _check(entries: list[str], tiny: bool) -> Iterator[Job]:
+    yield Job("check.py", tuple(entries), 150, GATE)
+    if sanitizer := shutil.which("compute-sanitizer"):
+        launcher = sanitizer, "--tool", "memcheck", "--error-exitcode", "9"
+        yield Job("check.py", ("check/sanitizer",), 90, GATE, launcher=launcher, wave=1)
+
+
+def _kernel(entries: list[str], tiny: bool) -> Iterator[Job]:
+    sources = *KERNELS, "benchmarks/kernel/*.py", "benchmarks/gpu/kernel.py"
+    yield Job("kernel.py", ("kernel/benchmark",), 200, sources, barred_by=tuple(entries))
+    if shutil.which("ncu"):
+        sources = *KERNELS, "benchmarks/gpu/counters.py"
+        yield Job("counters.py", ("kernel/counters",), 90, sources, barred_by=tuple(entries), wave=1)
+
+
+def _step(entries: list[str], tiny: bool) -> Iterator[Job]:
+    sources = *PRODUCT, "benchmarks/gpu/step.py", "benchmarks/gpu/floors.py"
+    for wave, edge in enumerate(TINY_VIEWS if tiny else VIEWS):
+        shards = _shards(edge)
+        yield Job("table.py", (f"step/shards-{edge}",), 60, PRODUCT, makes=shards, wave=2 * wave)
+        yield Job("step.py", (f"step/{edge}",), 100, sources, tuple(entries), (shards,), wave=2 * wave + 1)
+
+
+def _tiles(entries: list[str], tiny: bool) -> Iterator[Job]:
+    sources = *GATE, "benchmarks/gpu/tiles.py", "benchmarks/gpu/prepared.py"
+    items = [f"tiles/{kernel}-bf16-{width}" for width in SWEPT_WIDTHS for kernel in ("forward", "backward")]
+    yield Job("tiles.py", tuple(items[:2] if tiny else items), 240, sources, barred_by=tuple(entries))
+
+
+def _table(entries: list[str], tiny: bool) -> Iterator[Job]:
+    sources = *PRODUCT, "benchmarks/gpu/table.py"
+    edge, seeds, fractions = (16, SEEDS[:1], FRACTIONS[:1]) if tiny else (48, SEEDS, FRACTIONS)
+    shards = _shards(edge)
+    yield Job("table.py", (f"table/shards-{edge}",), 60, PRODUCT, makes=shards)
+    for seed in seeds:
+        made = f"runs/pretrained-s{seed}/network.safetensors"
+        item = f"table/pretraining-s{seed}"
+        yield Job("table.py", (item,), 180, PRODUCT, tuple(entries), (shards,), makes=made, wave=1)
+        for fraction in fractions:
+            for arm, needs in (("scratch", ()), ("pretrained", (made,))):
+                item = f"table/{arm}-{fraction}-s{seed}"
+                yield Job("table.py", (item,), 180, sources, needs=needs, wave=2)
+
+
+def _shards(edge: int) -> str:
+    return f"shards-{edge}/manifest.json"
+
+
+def command(job: Job, items: list[str], folder: str, arguments: list[str]) -> list[str]:
+    """How a job's program is started for some of its items."""
+    return [*job.launcher, sys.executable, f"{folder}/{job.program}", *items, *arguments]

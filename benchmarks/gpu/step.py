@@ -1,0 +1,184 @@
+"""A pre-training step at a real size: its time as the product logs it, then a profile with a floor beside each part."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from worker import work  # first, as it makes what follows importable
+
+# isort: split
+import floors
+import timing
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mixcl_dist import pretrain as product
+from mixcl_dist.config import Config, load
+from mixcl_dist.run import read_metrics
+
+SETTINGS = {
+    48: {"pretrain.batch_size": 16, "rows.per_view_pair": 256, "data.workers": 4},
+    96: {"pretrain.batch_size": 4, "rows.per_view_pair": 1024, "data.workers": 4},
+    16: {"pretrain.batch_size": 2, "rows.per_view_pair": 8, "data.workers": 1},  # --tiny
+}
+FILTERS, TINY_FILTERS = [32, 64, 128, 256], [4, 8, 16]
+WARM, TIMED, PROFILED = 30, 60, 10  #: steps; of --tiny 1 each
+PART = "part/"
+IN_MODULE = {"make_views": "views", "sample_rows": "rows", "mixcl_loss": "loss"}
+IN_ENGINE = {"__call__": "network", "backward": "backward", "step": "optimizer"}
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def measure(item: str, options: argparse.Namespace) -> dict:
+    edge = int(item.partition("/")[2])
+    warm, timed, profiled = (1, 1, 1) if options.tiny else (WARM, TIMED, PROFILED)
+    config = settings(edge, warm + timed + profiled + 1, options.tiny)  # the last step makes pictures and is left out
+    run = options.work / "runs" / f"step-{edge}"
+    shutil.rmtree(run, ignore_errors=True)
+    watch = Watch(warm + timed + 1, profiled)
+    product.progress = watch
+    for name, part in IN_MODULE.items():
+        setattr(product, name, labelled(part, getattr(product, name)))
+    product.launch = with_labels(product.launch)
+    product.pretrain(config, shards=options.work / f"shards-{edge}", run=run)
+    watch.profile.export_chrome_trace(str(options.out / f"step-{edge}.json.gz"))
+    figures = logged(run, config, warm, warm + timed) | profiled_figures(watch.profile, profiled)
+    return beside_floors(figures, config)
+
+
+def settings(edge: int, steps: int, tiny: bool) -> Config:
+    values = {"views.size": [edge] * 3, "network.filters": TINY_FILTERS if tiny else FILTERS}
+    values |= {"pretrain.steps": steps, "pretrain.log_every": 1 if tiny else 10, "budget.fraction": 0.05}
+    return load(recipe="openkbp", overrides=[(key, str(value)) for key, value in (values | SETTINGS[edge]).items()])
+
+
+class Watch:
+    """Stands in for the product's progress, and so sees where each step begins and ends."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.last = first, first + count - 1
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        self.profile = profile(activities=activities)
+
+    def __call__(self, steps: Iterable[int], **_: object) -> Iterator[int]:
+        for step in steps:
+            if step == self.first:
+                synchronise()
+                self.profile.__enter__()
+            yield step
+            if step == self.last:
+                synchronise()
+                self.profile.__exit__(None, None, None)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def labelled(part: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with record_function(PART + part):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def with_labels(launch: Callable) -> Callable:
+    def launched(*args, **kwargs):
+        engine = launch(*args, **kwargs)
+        for method, part in IN_ENGINE.items():
+            setattr(type(engine), method, labelled(part, getattr(type(engine), method)))
+        return engine
+
+    return launched
+
+
+def logged(run: Path, config: Config, first: int, last: int) -> dict:
+    """Speed and wait for data, as the product says, over the steps after `first` up to `last`; the most memory."""
+    entries = [entry for entry in read_metrics(run / "metrics.jsonl") if first < entry["step"] <= last]
+    seconds = sum(entry["seconds"] for entry in entries)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else math.nan
+    return {
+        "step_ms": 1e3 * seconds / (last - first),
+        "samples_per_s": (last - first) * config.pretrain.batch_size / seconds,
+        "data_wait": sum(entry["data_wait_share"] * entry["seconds"] for entry in entries) / seconds,
+        "memory_gib": memory,
+    }
+
+
+def profiled_figures(prof: profile, steps: int) -> dict:
+    """Of one step: ms that the GPU is busy, by part and by kernel; launches and waits; the loss kernels' share."""
+    rows = prof.key_averages()
+    kernels = [event for event in prof.events() if on_device(event)]
+    busy = covered([(event.time_range.start, event.time_range.end) for event in kernels]) / 1e3 / steps
+    parts = {
+        row.key.removeprefix(PART): row.device_time_total / 1e3 / steps for row in rows if row.key.startswith(PART)
+    }
+    if busy:  # runs on a thread of its own, under no label: what is left
+        parts["backward"] = max(busy - sum(ms for part, ms in parts.items() if part != "backward"), 0)
+    loss = sum(row.device_time_total for row in rows if row.key.startswith("mixcl_dist::")) / 1e3 / steps
+    return {
+        "busy_ms": busy,
+        "parts_ms": parts,
+        "loss_share": loss / busy if busy else math.nan,
+        "launches": sum(row.count for row in rows if row.key in LAUNCHES) / steps,
+        "waits": sum(row.count for row in rows if row.key in WAITS) / steps,
+        "kernels_ms": longest(kernels, steps),
+    }
+
+
+def on_device(event) -> bool:
+    return event.device_type == DeviceType.CUDA and not event.name.startswith((PART, "ProfilerStep"))
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(end - max(start, reached), 0)
+        reached = max(reached, end)
+    return total
+
+
+def longest(kernels: list, steps: int, most: int = 20) -> dict[str, float]:
+    times: dict[str, float] = {}
+    for event in kernels:
+        times[event.name[:90]] = times.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 1e3 / steps
+    return dict(sorted(times.items(), key=lambda pair: -pair[1])[:most])
+
+
+def beside_floors(figures: dict, config: Config) -> dict:
+    """Add the card's rates, the floor of each part in ms, the share of the matmul rate, and a line for people."""
+    head = f"{figures['step_ms']:.1f} ms a step of {config.pretrain.batch_size} patches"
+    head += f", data wait {figures['data_wait']:.1%}"
+    works = floors.floors(config)
+    flop = sum(work.flop for work in works.values())
+    if not torch.cuda.is_available():
+        return {"step_ms": figures["step_ms"], "teraflop": flop / 1e12, "text": f"{head}, no GPU to compare with"}
+    torch.cuda.empty_cache()
+    device = torch.device("cuda")
+    bandwidth = floors.bandwidth(device)
+    rate = 1e12 * timing.Matmul(timing.Stopwatch(device), torch.bfloat16).teraflops
+    floor = {part: 1e3 * work.seconds(rate, bandwidth) for part, work in works.items()}
+    figures |= {"floors_ms": floor, "teraflop": flop / 1e12, "matmul_teraflops": rate / 1e12}
+    figures |= {"bandwidth_tb": bandwidth / 1e12, "mfu": flop / rate / figures["step_ms"] * 1e3}
+    parts = [f"{part} {ms:.3g} (floor {floor.get(part, 0):.3g})" for part, ms in figures["parts_ms"].items()]
+    text = (
+        f"{head}, GPU busy {figures['busy_ms'] / figures['step_ms']:.0%}, MFU {figures['mfu']:.1%}, "
+        f"loss {figures['loss_share']:.1%}, {figures['launches']:.0f} launches, {figures['waits']:.0f} waits, "
+        f"{figures['memory_gib']:.1f} GiB; ms by part: {', '.join(parts)}"
+    )
+    return figures | {"text": text}
+
+
+if __name__ == "__main__":
+    work(__doc__, measure)

@@ -1,0 +1,127 @@
+"""Which tile is fastest? Every candidate has to be right first; then all take turns, and the table gets a proposal."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from worker import work  # first, as it makes what follows importable
+
+# isort: split
+import gate
+import timing
+import torch
+from inputs import Rows, make_rows
+from prepared import ALONE, KERNELS, in_force, prepared
+
+from mixcl_dist.kernels import tuning
+from mixcl_dist.kernels.tuning import Tile
+
+ROWS, CHECKED_ROWS, TINY_ROWS = 65_536, 513, 65
+FLOP = {"forward": 2, "backward": 4}  #: times N²D, of what is nominal
+COMPILERS = 12  #: processes that compile side by side
+SECONDS = 4.0  #: of measuring an item
+
+
+def measure(item: str, options: argparse.Namespace) -> dict:
+    """Of `tiles/KERNEL-DTYPE-WIDTH` the time of every candidate, the fastest, and what the table would get."""
+    kernel, dtype, width = item.partition("/")[2].rsplit("-", 2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = draw(TINY_ROWS if options.tiny else ROWS, int(width), dtype, device)
+    small = draw(TINY_ROWS if options.tiny else CHECKED_ROWS, int(width), dtype, device)
+    now = tuning.launch_for(rows.embeddings, KERNELS[kernel]).tile
+    tiles = list(dict.fromkeys([now, *candidates(rows)]))[: 2 if options.tiny else None]
+    if device.type == "cuda":
+        compile_ahead(kernel, int(width), dtype, tiles)
+    right, passed_over = {}, {}
+    for tile in tiles:
+        if reason := objection(kernel, small, tile):
+            passed_over[label(tile)] = reason
+        else:
+            right[tile] = prepared(kernel, rows, tile)
+    return report(kernel, rows, now, take_turns(right, device), passed_over)
+
+
+def draw(count: int, width: int, dtype: str, device: torch.device) -> Rows:
+    chosen = next(d for d in (*gate.HALF, torch.float32) if gate.dtype_name(d) == dtype)
+    return make_rows("realistic", count, width, chosen, device)
+
+
+def candidates(rows: Rows) -> list[Tile]:
+    """Those of the table's own search; on Hopper with 8 warps alone, as the table says."""
+    on_hopper = tuning.architecture_of(rows.embeddings.device) == "sm_90"
+    return [tile for tile in tuning.CANDIDATES if tile.warps == 8 or not on_hopper]
+
+
+def compile_ahead(kernel: str, width: int, dtype: str, tiles: list[Tile]) -> None:
+    """Fill Triton's cache by several processes; what fails there fails here again, and is told then."""
+    with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_one, kernel, width, dtype, tile) for tile in tiles]
+        for job in jobs:
+            job.exception()
+
+
+def compile_one(kernel: str, width: int, dtype: str, tile: Tile) -> None:
+    rows = draw(CHECKED_ROWS, width, dtype, torch.device("cuda"))
+    objection(kernel, rows, tile)
+    prepared(kernel, draw(512, width, dtype, torch.device("cuda")), tile)()
+    torch.cuda.synchronize()
+
+
+def objection(kernel: str, rows: Rows, tile: Tile) -> str:
+    """Why a tile is not to be timed: it does not compile or fit, or is wrong."""
+    try:
+        with in_force(kernel, rows, tile):
+            result = gate.check(gate.Case("realistic", rows), "triton")
+    except Exception as error:  # a compiler's own, or out of resources; a GPU that has faulted fails all that follows
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
+    return "" if result["passed"] else f"wrong: gradient error {result['gradient_error']:.1e}"
+
+
+def take_turns(calls: dict, device: torch.device) -> dict[Tile, float]:
+    """Median ms of every call, measured in rounds."""
+    stopwatch = timing.Stopwatch(device)
+    laps = stopwatch.rounds({tile: lap_of(call) for tile, call in calls.items()}, SECONDS, most=30) if calls else {}
+    return {tile: statistics.median(itertools.chain(*found)) for tile, found in laps.items()}
+
+
+def lap_of(call) -> timing.Work:
+    def lap() -> Iterator[None]:
+        call()
+        yield
+
+    return lap
+
+
+def report(kernel: str, rows: Rows, now: Tile, ms: dict[Tile, float], passed_over: dict[str, str]) -> dict:
+    if not ms:
+        return {"passed": False, "passed_over": passed_over, "text": "no tile is right"}
+    best = min(ms, key=ms.__getitem__)
+    count, width = rows.embeddings.shape
+    rate = FLOP[KERNELS[kernel]] * count**2 * width / ms[best] / 1e9
+    key = tuning.architecture_of(rows.embeddings.device), KERNELS[kernel], rows.embeddings.element_size()
+    before = f"{ms[now]:.4g} ms" if now in ms else f"not measured: {passed_over.get(label(now))}"
+    what = "the kernel alone" if ALONE else "the whole call"
+    proposal = f"{key}: {{{width}: {label(best)}}},  # {ms[best]:.4g} ms, {label(now)} {before}; {what}, N {count:,}"
+    return {
+        "proposal": proposal.replace("'", '"'),
+        "milliseconds": {label(tile): time for tile, time in sorted(ms.items(), key=lambda pair: pair[1])},
+        "passed_over": passed_over,
+        "teraflops": rate,
+        "text": f"{kernel}: {proposal}, {rate:.3g} TFLOP/s".replace("'", '"'),
+    }
+
+
+def label(tile: Tile) -> str:
+    """As the table's source has it."""
+    defaults = Tile._field_defaults
+    rest = [f"{name}={value}" for name, value in tile._asdict().items() if name in defaults and value != defaults[name]]
+    return f"Tile({', '.join([*map(str, tile[:4]), *rest])})"
+
+
+if __name__ == "__main__":
+    work(__doc__, measure)

@@ -1,0 +1,126 @@
+"""What the programs of the GPU queue compute from their measurements, held against figures made by hand."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixcl_dist.config import load
+from mixcl_dist.kernels import tuning
+
+FOLDERS = [Path(__file__).resolve().parents[2] / "benchmarks" / name for name in ("gpu", "kernel")]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    for folder in reversed(FOLDERS):
+        monkeypatch.syspath_prepend(folder)
+    before, path = set(sys.modules), list(sys.path)
+    yield import_module
+    sys.path[:] = path
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
+            del sys.modules[name]
+
+
+def test_the_floor_of_a_network_grows_with_its_voxels(benchmark):
+    floors = benchmark("floors")
+    tiny = [("network.filters", "[4,8,16]"), ("rows.per_view_pair", "1")]  # whose own FLOP do not grow
+    small, large = (load(overrides=[*tiny, ("views.size", f"[{edge},{edge},{edge}]")]) for edge in (16, 32))
+    (forward, _, parameters), (more, more_backward, same) = (floors.network(config, 2) for config in (small, large))
+    assert same == parameters
+    assert more.flop == pytest.approx(8 * forward.flop, rel=0.05)
+    assert more_backward.flop == pytest.approx(2 * more.flop, rel=0.15)  # no gradient of the image is wanted
+    assert more.bytes == pytest.approx(8 * forward.bytes, rel=0.05)
+
+
+def test_one_convolution_has_the_flop_and_bytes_of_its_definition(benchmark):
+    floors = benchmark("floors")
+    with floors.FlopCounterMode(display=False) as flop, floors._ConvolutionBytes() as traffic:
+        image = torch.empty(2, 3, 8, 8, 8, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(5, 3, 3, 3, 3, dtype=torch.bfloat16, device="meta")
+        torch.nn.functional.conv3d(image, weight, padding=1)
+    assert flop.get_total_flops() == 2 * (2 * 8**3) * 5 * (3 * 27)
+    assert traffic.bytes == 2 * (2 * 3 * 8**3 + 5 * 3 * 27 + 2 * 5 * 8**3)
+
+
+def test_a_floor_is_the_slower_of_arithmetic_and_memory(benchmark):
+    work = benchmark("floors").Work(flop=6e12, bytes=1e9)
+    assert work.seconds(rate=1e12, bandwidth=1e9) == 6
+    assert work.seconds(rate=1e15, bandwidth=1e9) == 1
+
+
+def test_overlapping_kernels_count_once_as_busy(benchmark):
+    covered = benchmark("step").covered
+    assert covered([(0, 2), (1, 3), (1.5, 1.75), (5, 6)]) == 4
+    assert covered([]) == 0
+
+
+def test_every_entry_of_the_table_is_put_to_the_gate(benchmark):
+    gate = benchmark("gate")
+    for architecture in ("sm_80", "sm_90", "sm_100", "interpreter"):
+        names = gate.entry_names(architecture)
+        reached = set()
+        for name in names:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name.split("-")[0]]
+            for kernel in ("forward", "backward"):
+                by_width = tuning.TILES[architecture, kernel, dtype.itemsize]
+                width = next(width for width in by_width if int(name.split("-")[1]) <= width)
+                reached.add((kernel, dtype, width))
+        table = {
+            (kernel, dtype, width)
+            for (of, kernel, size), by_width in tuning.TILES.items()
+            for dtype in (torch.float16, torch.bfloat16, torch.float32)
+            for width in by_width
+            if of == architecture and dtype.itemsize == size
+        }
+        assert reached == table
+
+
+def test_an_entrys_cases_have_every_variant(benchmark):
+    cases = benchmark("gate").entry_cases("fp16-64", (33,), torch.device("cpu"))
+    assert {case.name for case in cases} >= {"realistic", "every argument", "temperature 0.01", "converged"}
+    assert all(case.rows.embeddings.dtype == torch.float16 and case.rows.embeddings.shape[1] == 64 for case in cases)
+    assert any(case.rows.group is not None for case in cases) and any(case.mass for case in cases)
+
+
+def test_a_tile_is_in_force_within_its_block_alone(benchmark, monkeypatch):
+    monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
+    prepared, inputs = benchmark("prepared"), benchmark("inputs")
+    rows = inputs.make_rows("realistic", 8, 64, torch.bfloat16, torch.device("cpu"))
+    before = tuning.launch_for(rows.embeddings, "forward").tile
+    other = tuning.Tile(64, 32, 8, 4)
+    with prepared.in_force("forward", rows, other):
+        assert tuning.launch_for(rows.embeddings, "forward").tile == other
+        wider = inputs.make_rows("realistic", 8, 128, torch.bfloat16, torch.device("cpu"))
+        assert tuning.launch_for(wider.embeddings, "forward").tile == before
+    assert tuning.launch_for(rows.embeddings, "forward").tile == before
+
+
+def test_a_sweep_proposes_an_entry_that_python_reads(benchmark, monkeypatch):
+    monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
+    tiles, inputs = benchmark("tiles"), benchmark("inputs")
+    rows = inputs.make_rows("realistic", 16, 128, torch.bfloat16, torch.device("cpu"))
+    now, faster = tuning.Tile(128, 64, 8, 3), tuning.Tile(64, 64, 8, 2, step=128)
+    found = tiles.report("forward", rows, now, {now: 2.0, faster: 1.0}, {})
+    assert eval(f"{{{found['proposal']}\n}}", {"Tile": tuning.Tile}) == {("sm_90", "forward", 2): {128: faster}}
+    assert found["teraflops"] == pytest.approx(2 * 16**2 * 128 / 1e-3 / 1e12)
+    assert not tiles.report("forward", rows, now, {}, {"Tile(1)": "wrong"})["passed"]
+
+
+def test_counters_are_told_kernel_by_kernel(benchmark):
+    counters = benchmark("counters")
+    head = "ID,Kernel Name,Section Name,Metric Name,Metric Unit,Metric Value"
+    rows = [("0", "forward_kernel", "Duration", "ms", "1.5"), ("0", "forward_kernel", "DRAM Throughput", "%", "12.5")]
+    rows += [("1", "backward_kernel", "Duration", "ns", "2,500"), ("1", "backward_kernel", "Registers", "", "255")]
+    lines = [
+        head,
+        *(f'"{i}","{name}","a section","{metric}","{unit}","{value}"' for i, name, metric, unit, value in rows),
+    ]
+    found = counters.by_kernel([",".join(f'"{word}"' for word in head.split(",")), *lines[1:]])
+    assert found["0"] == {"Kernel Name": "forward_kernel", "Duration": 1500, "DRAM Throughput": 12.5}
+    assert counters.describe(found["1"]) == "duration 2.5 µs"

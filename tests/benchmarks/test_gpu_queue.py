@@ -1,0 +1,299 @@
+"""The queue for a GPU machine: what is run, in which order, for how long, and what is kept of it; without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+
+
+@pytest.fixture(autouse=True)
+def siblings(monkeypatch):
+    """The modules import each other as their own command would; other benchmarks have some of the same names."""
+    monkeypatch.syspath_prepend(FOLDER)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+            del sys.modules[name]
+
+
+def load(name: str):
+    return import_module(name)
+
+
+# The ledger
+
+
+def test_an_item_is_missing_then_done_then_stale_or_failed(tmp_path):
+    ledger = load("ledger").Ledger(tmp_path / "ledger.jsonl", "a card")
+    assert ledger.state("check/x", "1") == "missing"
+    ledger.add("check/x", "1", "done")
+    assert ledger.state("check/x", "1") == "done"
+    assert ledger.state("check/x", "2") == "stale"
+    ledger.add("check/x", "2", "failed")
+    assert ledger.state("check/x", "2") == "failed"
+
+
+def test_a_record_is_on_disk_at_once_and_outlives_a_torn_line(tmp_path):
+    ledger, path = load("ledger"), tmp_path / "ledger.jsonl"
+    ledger.Ledger(path, "a card").add("check/x", "1", "done", text="whole")
+    with path.open("a") as file:
+        file.write('{"item": "check/y", "dig')  # the process was killed here
+    again = ledger.Ledger(path, "a card")
+    assert again.state("check/x", "1") == "done" and again.state("check/y", "1") == "missing"
+    again.add("check/y", "1", "done")
+    assert [record["item"] for record in ledger.read(path)] == ["check/x", "check/y"]
+
+
+def test_earlier_results_count_for_their_card_alone(tmp_path):
+    ledger = load("ledger")
+    for card in ("one", "other"):
+        ledger.Ledger(tmp_path / card / "ledger.jsonl", card).add("check/x", "1", "done", text=card)
+    new = ledger.Ledger(tmp_path / "out" / "ledger.jsonl", "one", sorted(tmp_path.glob("o*/ledger.jsonl")))
+    assert new.records["check/x"]["text"] == "one"
+    assert [record["card"] for record in ledger.read(new.path)] == ["one"]  # whole by itself
+
+
+def test_a_digest_changes_with_sources_that_match_and_with_no_other(tmp_path):
+    digest_of = load("ledger").digest_of
+    (tmp_path / "kernel.py").write_text("1")
+    first = digest_of(tmp_path, ["*.py"])
+    (tmp_path / "notes.md").write_text("other")
+    assert digest_of(tmp_path, ["*.py"]) == first
+    (tmp_path / "kernel.py").write_text("2")
+    assert digest_of(tmp_path, ["*.py"]) != first
+    assert digest_of(tmp_path, ["*.py"], "tiny") != digest_of(tmp_path, ["*.py"])
+
+
+# Time
+
+
+def test_stages_share_the_time_and_pass_on_what_they_leave():
+    shares = load("run").Shares(100, {"a": 1, "b": 1, "c": 2})
+    assert shares.deadline("a") - time.monotonic() == pytest.approx(25, abs=0.5)
+    assert shares.deadline("b") - time.monotonic() == pytest.approx(100 / 3, abs=0.5)  # the first took no time
+    assert shares.deadline("c") - time.monotonic() == pytest.approx(100, abs=0.5)
+
+
+def test_a_wave_weighs_as_much_as_its_longest_job():
+    stages = load("stages")
+    jobs = [stages.Job("p", (str(k),), limit, (), wave=k // 2) for k, limit in enumerate((10, 30, 5, 5))]
+    assert load("run").weight(jobs) == 35
+
+
+# Running jobs
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """A queue whose programs are those that a test writes into its folder."""
+    run = load("run")
+    monkeypatch.setattr(run, "LEAST", 0.0)
+    ledger = load("ledger").Ledger(tmp_path / "out" / "ledger.jsonl", "a card")
+    return run.Queue(ledger, tmp_path, tmp_path / "out", tiny=False, root=tmp_path, folder=tmp_path)
+
+
+def job(queue, body: str, *items: str, limit: float = 20, **rest):
+    """A job whose program runs `body` for every `item`."""
+    name = f"program{len(list(queue.root.glob('program*')))}.py"
+    head = "import json, os, pathlib, sys, time\nitems = [word for word in sys.argv[1:] if word.startswith('x/')]\n"
+    head += "def tell(**figures): print(json.dumps({'item': item, **figures}), flush=True)\nfor item in items:\n"
+    (queue.root / name).write_text(head + textwrap.indent(textwrap.dedent(body), "    "))
+    return load("stages").Job(name, items, limit, (name,), **rest)
+
+
+def states(queue, job) -> dict[str, str]:
+    return {item: queue.state(job, item) for item in job.items}
+
+
+def soon(seconds: float = 20) -> float:
+    return time.monotonic() + seconds
+
+
+def test_items_are_recorded_with_their_figures(queue):
+    one = job(queue, "tell(ms=3, text='fine')", "x/a", "x/b")
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "done", "x/b": "done"}
+    assert queue.ledger.records["x/b"]["ms"] == 3 and not queue.wrong
+
+
+def test_an_item_that_fails_has_its_last_line_and_stops_no_other(queue):
+    body = "tell() if item != 'x/b' else sys.exit(print('what follows') or 'illegal memory access')"
+    one = job(queue, body, "x/a", "x/b", "x/c")
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "done", "x/b": "failed", "x/c": "done"}
+    assert "illegal memory access" in queue.ledger.records["x/b"]["text"]
+    assert queue.wrong == ["x/b"]
+
+
+def test_a_program_that_hangs_is_killed_at_its_limit(queue):
+    one = job(queue, "time.sleep(60)", "x/a", limit=1.5)
+    begin = time.monotonic()
+    queue.run_stage([one], soon())
+    assert time.monotonic() - begin < 10
+    assert states(queue, one) == {"x/a": "failed"} and "not done within" in queue.ledger.records["x/a"]["text"]
+
+
+def test_what_the_stage_has_no_time_for_is_missing_and_not_wrong(queue):
+    one = job(queue, "tell() if item == 'x/a' else time.sleep(60)", "x/a", "x/b", "x/c")
+    queue.run_stage([one], soon(2))
+    assert states(queue, one) == {"x/a": "done", "x/b": "missing", "x/c": "missing"}
+    assert not queue.wrong
+
+
+def test_what_is_known_is_not_measured_again_until_its_sources_change(queue):
+    one = job(queue, "tell(at=time.time())", "x/a")
+    queue.run_stage([one], soon())
+    first = queue.ledger.records["x/a"]
+    queue.run_stage([one], soon())
+    assert queue.ledger.records["x/a"] == first
+    program = queue.root / one.program
+    program.write_text(program.read_text() + "# changed\n")
+    assert states(queue, one) == {"x/a": "stale"}
+    queue.run_stage([one], soon())
+    assert queue.ledger.records["x/a"]["at"] > first["at"]
+
+
+def test_what_is_missing_comes_before_what_is_stale_and_that_before_what_failed(queue):
+    one = job(queue, "tell(at=time.time())", "x/failed", "x/stale", "x/missing")
+    queue.ledger.add("x/stale", "of other sources", "done")
+    queue.ledger.add("x/failed", queue.digest(one), "failed")
+    queue.run_stage([one], soon())
+    times = {item: record["at"] for item, record in queue.ledger.records.items()}
+    assert sorted(times, key=times.get) == ["x/missing", "x/stale", "x/failed"]
+
+
+def test_no_kernel_that_failed_its_gate_is_timed(queue):
+    gate = job(queue, "tell(passed=item != 'x/wrong', text='gradient error 1')", "x/right", "x/wrong")
+    barred = job(queue, "tell()", "x/timing", barred_by=("x/right", "x/wrong"), wave=1)
+    free = job(queue, "tell()", "x/other", barred_by=("x/right",), wave=1)
+    queue.run_stage([gate, barred, free], soon())
+    assert states(queue, barred) == {"x/timing": "missing"} and states(queue, free) == {"x/other": "done"}
+    assert queue.wrong == ["x/wrong", "x/timing"]
+
+
+def test_what_others_need_is_made_once_and_only_for_them(queue):
+    make = job(queue, "pathlib.Path('made').write_text('') or tell()", "x/make", makes="made")
+    use = job(queue, "assert pathlib.Path('made').exists(); tell()", "x/use", needs=("made",), wave=1)
+    queue.run_stage([make], soon())
+    assert not (queue.root / "made").exists()  # nobody needs it
+    queue.run_stage([make, use], soon())
+    assert states(queue, use) == {"x/use": "done"}
+    (queue.root / "made").unlink()
+    assert queue.wanted([make, use]) == []  # nor now
+
+
+def test_what_needs_something_that_could_not_be_made_is_left_out(queue):
+    make = job(queue, "sys.exit('no space left')", "x/make", makes="made")
+    use = job(queue, "tell()", "x/use", needs=("made",), wave=1)
+    queue.run_stage([make, use], soon())
+    assert states(queue, use) == {"x/use": "missing"} and queue.wrong == ["x/make"]
+
+
+def test_the_jobs_of_a_wave_run_side_by_side(queue):
+    body = (
+        "pathlib.Path(item[2:]).write_text('')\nwhile len(list(pathlib.Path('.').glob('lane*'))) < 3: time.sleep(0.01)"
+    )
+    jobs = [job(queue, f"{body}\ntell()", f"x/lane{k}") for k in range(3)]
+    queue.run_stage(jobs, soon())
+    assert all(state == "done" for one in jobs for state in states(queue, one).values())
+
+
+def test_a_killed_run_leaves_no_program_behind(queue, tmp_path):
+    one = job(queue, "pathlib.Path('pid').write_text(str(os.getpid())) and time.sleep(60)", "x/a")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import run, ledger, stages, pathlib, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "queue = run.Queue(ledger.Ledger(here / 'o' / 'l', 'c'), here, here / 'o', False, root=here, folder=here)\n"
+        f"queue.run_stage([stages.Job({one.program!r}, ('x/a',), 60, ())], time.monotonic() + 60)\n"
+    )
+    process = subprocess.Popen([sys.executable, driver])
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    program = Path("/proc") / (tmp_path / "pid").read_text()
+    process.kill()
+    process.wait()
+    until(lambda: not program.exists() or "Z" in (program / "stat").read_text().rpartition(")")[2].split()[0])
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# The plan and the summary
+
+
+def test_every_stage_has_a_plan_whose_names_are_its_own():
+    stages = load("stages")
+    for tiny in (False, True):
+        for stage in stages.NAMES:
+            jobs = stages.plan(stage, ["bf16-256", "fp32-1024"], tiny)
+            items = [item for job in jobs for item in job.items]
+            assert items and len(set(items)) == len(items)
+            assert all(item.startswith(f"{stage}/") for item in items)
+            assert all((FOLDER / job.program).exists() for job in jobs)
+            made = {job.makes: job.wave for job in jobs if job.makes}
+            assert all(made[need] < job.wave for job in jobs for need in job.needs)
+            root = FOLDER.parents[1]
+            assert all(any(root.glob(pattern)) for job in jobs for pattern in job.sources if "yaml" not in pattern)
+
+
+def test_timing_waits_for_the_gate_of_every_entry():
+    stages = load("stages")
+    for stage in ("kernel", "step", "tiles"):
+        timings = [job for job in stages.plan(stage, ["bf16-128"], False) if not job.makes]
+        assert timings and all(job.barred_by == ("check/bf16-128",) for job in timings)
+
+
+def test_the_summary_says_what_is_current_missing_and_wrong():
+    states = {"check/a": "done", "check/b": "failed", "kernel/c": "missing"}
+    records = {"check/a": {"text": "error 1e-4", "date": "2026-01-01"}, "check/b": {"text": "error 1"}}
+    text = load("summary").write("a card", states, records, ["check/b"])
+    assert "1 of 3 items are current" in text
+    assert "| check/a | done | 2026-01-01 | error 1e-4 |" in text
+    assert "Not measured in time: kernel/c." in text and "WRONG: check/b." in text
+
+
+def test_a_partial_table_says_how_much_of_it_there_is():
+    dice = {"scratch-0.05-s0": 0.5, "pretrained-0.05-s0": 0.6, "scratch-0.05-s1": 0.7}
+    planned = [f"table/{arm}-{f}-s{s}" for arm in ("scratch", "pretrained") for f in ("0.05", "0.15") for s in (0, 1)]
+    states = {item: "done" if item[6:] in dice else "missing" for item in planned}
+    records = {f"table/{name}": {"dice": value} for name, value in dice.items()}
+    text = "\n".join(load("summary").few_label_table(states, records))
+    assert "3 of 8 planned trials" in text
+    assert "| 5% | 60.0 (2) | 60.0 (1) | +10.0 |" in text
+    assert "| 15% | – | – | – |" in text
+
+
+def test_records_are_plain_json(queue):
+    one = job(queue, "tell(text='µs')", "x/a")
+    queue.run_stage([one], soon())
+    (line,) = (queue.out / "ledger.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == "µs"
+
+
+def test_a_program_that_cannot_be_started_is_a_failure_like_others(queue):
+    one = job(queue, "tell()", "x/a", launcher=("/nowhere/compute-sanitizer",))
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "failed"} and "/nowhere" in queue.ledger.records["x/a"]["text"]
+    assert queue.wrong == ["x/a"]
+
+
+def test_a_program_without_reports_tells_by_its_exit_code(queue):
+    fine, bad = job(queue, "print('0 errors')", "x/fine"), job(queue, "sys.exit('1 error')", "x/bad")
+    queue.run_stage([fine, bad], soon())
+    assert states(queue, fine) == {"x/fine": "done"} and states(queue, bad) == {"x/bad": "failed"}
+    assert queue.ledger.records["x/fine"]["text"] == "0 errors"
