@@ -22,7 +22,7 @@ import ledger
 import pack
 import stages
 
-CUT_AFTER = 2  #: items
+CUT_AFTER = 4  #: items, which is within the third stage
 
 
 def main(argv: list[str] | None = None) -> int:

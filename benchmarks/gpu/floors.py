@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,20 +51,20 @@ def floors(config: Config) -> dict[str, Work]:
 
 def network(config: Config, views: int) -> tuple[Work, Work, int]:
     """Forward and backward of the network, its convolutions alone, and its number of parameters."""
-    with torch.device("meta"):
-        model = PretrainNetwork(config.network).to(torch.bfloat16)
-        image = torch.empty(views, 1, *config.views.size, dtype=torch.bfloat16)
+    with FakeTensorMode():  # shapes without numbers
+        model = PretrainNetwork(config.network)
+        image = torch.empty(views, 1, *config.views.size)
         index = torch.zeros(views * config.rows.per_view_pair, 4, dtype=torch.int64)
-    with FlopCounterMode(display=False) as flop, _ConvolutionBytes() as traffic:
-        output = model(image, index)
-        forward = Work(flop.get_total_flops(), traffic.bytes)
-        sum(part.float().sum() for part in output).backward()
+        with FlopCounterMode(display=False) as flop, _ConvolutionBytes() as traffic:
+            output = model(image, index)
+            forward = Work(flop.get_total_flops(), traffic.bytes)
+            sum(part.float().sum() for part in output).backward()
     backward = Work(flop.get_total_flops() - forward.flop, traffic.bytes - forward.bytes)
     return forward, backward, sum(parameter.numel() for parameter in model.parameters())
 
 
 class _ConvolutionBytes(TorchDispatchMode):
-    """Bytes of all convolutions' inputs and outputs; what stands between two of them can be fused into them."""
+    """16-bit bytes of all convolutions' inputs and outputs; what stands between two of them can be fused into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class _ConvolutionBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if "convolution" in func.__name__:
             tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.bytes += sum(HALF * tensor.numel() for tensor in tensors)
         return result
 
 

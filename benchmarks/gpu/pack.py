@@ -192,7 +192,15 @@ def unpack(pack: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         pool.starmap(extract, [(path, work) for path in sorted(pack.glob("*.tar.xz"))], 1)
+    relocate(work / "cache")
     laid.write_text(stamps)
+
+
+def relocate(cache: Path) -> None:
+    """Triton's lists of what belongs together have whole paths, and it compiles again what is not found there."""
+    for group in cache.glob("*/__grp__*.json"):
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.resolve().parent / name) for name in names}}))
 
 
 def extract(archive: Path, into: Path) -> None:

@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from worker import ROOT  # first, as it makes what follows importable
+import worker  # noqa: F401, first, as it makes what follows importable
 
 # isort: split
 import gate
 import torch
-from inputs import Rows, make_rows, with_every_argument
+from inputs import make_rows, with_every_argument
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import KernelInterface
 
 from mixcl_dist.kernels import implementation, op, tuning
 
-WIDTHS = (64, 128, 192, 256, 1024)
-COUNTS = (513, 512)  #: rows; pointers and sizes that 16 divides are compiled apart
+WIDTHS, COMMON = (1024, 256, 192, 128, 64), 128
+COUNTS = (513, 512)  #: rows; sizes that 16 divides are compiled apart
 
 
 class Hopper:
@@ -47,16 +49,11 @@ class Hopper:
 
 def main() -> None:
     begin = time.monotonic()
-    pretend()
-    failed = 0
-    for rows in wanted():
-        try:
-            call(rows)
-        except Exception as error:  # the machine compiles what is missing
-            failed += 1
-            print(f"{tuple(rows.embeddings.shape)}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"), initializer=pretend) as pool:
+        failures = [failure for failure in pool.map(compile_for, *zip(*wanted(), strict=True)) if failure]
+    print("\n".join(failures), file=sys.stderr)  # the machine compiles what is missing
     made = len(list(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")))
-    print(f"{made} kernels compiled for sm_90 in {time.monotonic() - begin:.0f} s, {failed} calls failed")
+    print(f"{made} kernels compiled for sm_90 in {time.monotonic() - begin:.0f} s, {len(failures)} calls failed")
     if not made:
         sys.exit("nothing was compiled")
 
@@ -71,22 +68,25 @@ def pretend() -> None:
     op.check_values = lambda *_: None
 
 
-def wanted() -> list[Rows]:
-    """Rows for which other variants of the kernels are called, by dtype, width, groups and weights."""
-    found = []
-    for dtype, width, count in itertools.product((*gate.HALF, torch.float32), WIDTHS, COUNTS):
-        rows = make_rows("realistic", count, width, dtype, torch.device("cpu"))
-        found += [rows, with_every_argument(rows)]
-        if width == 128:
-            found += [replace(rows, label_weight=0.0), replace(rows, identity_weight=0.0)]
-    return found
+def wanted() -> list[tuple[torch.dtype, int, int]]:
+    """Dtypes, widths and numbers of rows for which other variants of the kernels are called, the longest first."""
+    calls = itertools.product((torch.float32, *gate.HALF), WIDTHS, COUNTS)
+    return [call for call in calls if call[1] == COMMON or call[2] == COUNTS[0]]
 
 
-def call(rows: Rows) -> None:
-    """Forward and backward; the two operators, as what lies around them would look at the numbers."""
-    gate.evaluate(rows, "triton")
+def compile_for(dtype: torch.dtype, width: int, count: int) -> str:
+    """Forward and backward with and without groups, at the common width with either relation alone; what went wrong."""
+    rows = make_rows("realistic", count, width, dtype, torch.device("cpu"))
+    variants = [rows, with_every_argument(rows)]
+    if width == COMMON:
+        variants += [replace(rows, label_weight=0.0), replace(rows, identity_weight=0.0)]
+    try:
+        for variant in variants:
+            gate.evaluate(variant, "triton")
+    except Exception as error:
+        return f"{dtype}, {count} x {width}: {type(error).__name__}: {str(error)[:200]}"
+    return ""
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -120,3 +120,13 @@ def test_the_size_counts_pack_and_repository_but_nothing_that_git_ignores(pack, 
         monkeypatch.setattr(pack, "LIMIT", limit)
         assert pack.complain(folder, root) == code
     assert "over by 1 bytes" in capsys.readouterr().err
+
+
+def test_compiled_kernels_are_found_where_they_are_laid_out(pack, tmp_path):
+    group = json.dumps({"child_paths": {"k.cubin": "/elsewhere/KEY/k.cubin", "k.ptx": "/elsewhere/KEY/k.ptx"}}).encode()
+    members = [(group, "cache/KEY/__grp__k.json"), (b"machine code", "cache/KEY/k.cubin")]
+    pack.make_part(tmp_path, "cache", "1", lambda: pack.write_archive(tmp_path / "cache.tar.xz", members))
+    pack.unpack(tmp_path, tmp_path / "work")
+    folder = tmp_path / "work" / "cache" / "KEY"
+    paths = json.loads((folder / "__grp__k.json").read_text())["child_paths"]
+    assert Path(paths["k.cubin"]).read_bytes() == b"machine code"
