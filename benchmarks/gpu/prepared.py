@@ -1,6 +1,7 @@
 """A kernel's launches with their arguments made beforehand, so that the kernel alone is timed.
 
-A variant is one more entry of `KERNELS`, "forward-NAME", that `prepared` and `in_force` know.
+A variant is one more entry of `KERNELS`, "forward-NAME", with candidates of its own; `prepared` and `in_force` have to
+know it, and `stages.SWEPT_KERNELS` to name it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class Prepared(Protocol):
         """All that comes before a kernel's launches is done now; each call of the result launches it, and no more."""
 
 
-#: Kernels and their variants, and the place in the tuning table that each could take.
+#: Kernels and their variants, and the name under which the tuning table has each.
 KERNELS = {"forward": "forward", "backward": "backward"}
+CANDIDATES = dict.fromkeys(KERNELS, tuning.CANDIDATES)
 ALONE = False  #: whether `prepared` times the kernel without the call around it
 
 

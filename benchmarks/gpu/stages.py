@@ -18,7 +18,7 @@ PRODUCT = (
     "data_shards/*.py",
     "data_shards/sources/*.py",
 )
-SWEPT_WIDTHS = (128, 64, 256)
+SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward"), (128, 64, 256)
 VIEWS, TINY_VIEWS = (48, 96), (16,)
 TINY_WIDTH, PATIENCE = 256, 6
 SEEDS, FRACTIONS = (0, 1, 2), ("0.05", "0.15")
@@ -80,7 +80,7 @@ def _step(entries: list[str], tiny: bool) -> Iterator[Job]:
 
 def _tiles(entries: list[str], tiny: bool) -> Iterator[Job]:
     sources = *GATE, "benchmarks/gpu/tiles.py", "benchmarks/gpu/prepared.py"
-    items = [f"tiles/{kernel}-bf16-{width}" for width in SWEPT_WIDTHS for kernel in ("forward", "backward")]
+    items = [f"tiles/{kernel}-bf16-{width}" for width in SWEPT_WIDTHS for kernel in SWEPT_KERNELS]
     yield Job("tiles.py", tuple(items[:2] if tiny else items), 240, sources, barred_by=tuple(entries))
 
 

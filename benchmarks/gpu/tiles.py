@@ -16,7 +16,7 @@ import gate
 import timing
 import torch
 from inputs import Rows, make_rows
-from prepared import ALONE, KERNELS, in_force, prepared
+from prepared import ALONE, CANDIDATES, KERNELS, in_force, prepared
 
 from mixcl_dist.kernels import tuning
 from mixcl_dist.kernels.tuning import Tile
@@ -34,7 +34,7 @@ def measure(item: str, options: argparse.Namespace) -> dict:
     rows = draw(TINY_ROWS if options.tiny else ROWS, int(width), dtype, device)
     small = draw(TINY_ROWS if options.tiny else CHECKED_ROWS, int(width), dtype, device)
     now = tuning.launch_for(rows.embeddings, KERNELS[kernel]).tile
-    tiles = list(dict.fromkeys([now, *candidates(rows)]))[: 2 if options.tiny else None]
+    tiles = list(dict.fromkeys([now, *candidates(kernel, rows)]))[: 2 if options.tiny else None]
     if device.type == "cuda":
         compile_ahead(kernel, int(width), dtype, tiles)
     right, passed_over = {}, {}
@@ -51,10 +51,10 @@ def draw(count: int, width: int, dtype: str, device: torch.device) -> Rows:
     return make_rows("realistic", count, width, chosen, device)
 
 
-def candidates(rows: Rows) -> list[Tile]:
-    """Those of the table's own search; on Hopper with 8 warps alone, as the table says."""
+def candidates(kernel: str, rows: Rows) -> list[Tile]:
+    """On Hopper those with 8 warps alone, as the table says."""
     on_hopper = tuning.architecture_of(rows.embeddings.device) == "sm_90"
-    return [tile for tile in tuning.CANDIDATES if tile.warps == 8 or not on_hopper]
+    return [tile for tile in CANDIDATES[kernel] if tile.warps == 8 or not on_hopper]
 
 
 def compile_ahead(kernel: str, width: int, dtype: str, tiles: list[Tile]) -> None:
@@ -102,7 +102,7 @@ def report(kernel: str, rows: Rows, now: Tile, ms: dict[Tile, float], passed_ove
         return {"passed": False, "passed_over": passed_over, "text": "no tile is right"}
     best = min(ms, key=ms.__getitem__)
     count, width = rows.embeddings.shape
-    rate = FLOP[KERNELS[kernel]] * count**2 * width / ms[best] / 1e9
+    rate = FLOP[kernel.partition("-")[0]] * count**2 * width / ms[best] / 1e9
     key = tuning.architecture_of(rows.embeddings.device), KERNELS[kernel], rows.embeddings.element_size()
     before = f"{ms[now]:.4g} ms" if now in ms else f"not measured: {passed_over.get(label(now))}"
     what = "the kernel alone" if ALONE else "the whole call"
