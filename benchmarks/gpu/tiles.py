@@ -32,18 +32,12 @@ def measure(item: str, options: argparse.Namespace) -> dict:
     kernel, dtype, width = item.partition("/")[2].rsplit("-", 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = draw(TINY_ROWS if options.tiny else ROWS, int(width), dtype, device)
-    small = draw(TINY_ROWS if options.tiny else CHECKED_ROWS, int(width), dtype, device)
     now = tuning.launch_for(rows.embeddings, KERNELS[kernel]).tile
     tiles = list(dict.fromkeys([now, *candidates(kernel, rows)]))[: 2 if options.tiny else None]
-    if device.type == "cuda":
-        compile_ahead(kernel, int(width), dtype, tiles)
-    right, passed_over = {}, {}
-    for tile in tiles:
-        if reason := objection(kernel, small, tile):
-            passed_over[label(tile)] = reason
-        else:
-            right[tile] = prepared(kernel, rows, tile)
-    return report(kernel, rows, now, take_turns(right, device), passed_over)
+    found = objections(kernel, int(width), dtype, tiles, device)
+    calls = {tile: prepared(kernel, rows, tile) for tile in tiles if not found[tile]}
+    passed_over = {label(tile): reason for tile, reason in found.items() if reason}
+    return report(kernel, rows, now, take_turns(calls, device), passed_over)
 
 
 def draw(count: int, width: int, dtype: str, device: torch.device) -> Rows:
@@ -57,28 +51,35 @@ def candidates(kernel: str, rows: Rows) -> list[Tile]:
     return [tile for tile in CANDIDATES[kernel] if tile.warps == 8 or not on_hopper]
 
 
-def compile_ahead(kernel: str, width: int, dtype: str, tiles: list[Tile]) -> None:
-    """Fill Triton's cache by several processes; what fails there fails here again, and is told then."""
+def objections(kernel: str, width: int, dtype: str, tiles: list[Tile], device: torch.device) -> dict[Tile, str]:
+    """Of each tile why it is not to be timed, or "".
+
+    On a GPU by processes side by side, which fill Triton's cache. Where a tile makes one of them fault, another times.
+    """
+    if device.type == "cpu":
+        return {tile: objection(kernel, draw(TINY_ROWS, width, dtype, device), tile) for tile in tiles}
     with ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_one, kernel, width, dtype, tile) for tile in tiles]
-        for job in jobs:
-            job.exception()
+        jobs = {tile: pool.submit(try_out, kernel, width, dtype, tile) for tile in tiles}
+        return {tile: str(job.exception() or job.result()) for tile, job in jobs.items()}
 
 
-def compile_one(kernel: str, width: int, dtype: str, tile: Tile) -> None:
-    rows = draw(CHECKED_ROWS, width, dtype, torch.device("cuda"))
-    objection(kernel, rows, tile)
-    prepared(kernel, draw(512, width, dtype, torch.device("cuda")), tile)()
-    torch.cuda.synchronize()
+def try_out(kernel: str, width: int, dtype: str, tile: Tile) -> str:
+    reason = objection(kernel, draw(CHECKED_ROWS, width, dtype, torch.device("cuda")), tile)
+    if not reason:
+        prepared(
+            kernel, draw(512, width, dtype, torch.device("cuda")), tile
+        )()  # compiled as for any number that 16 divides
+        torch.cuda.synchronize()
+    return reason
 
 
 def objection(kernel: str, rows: Rows, tile: Tile) -> str:
-    """Why a tile is not to be timed: it does not compile or fit, or is wrong."""
+    """A tile does not compile, does not fit, or is wrong."""
     try:
         with in_force(kernel, rows, tile):
             result = gate.check(gate.Case("realistic", rows), "triton")
-    except Exception as error:  # a compiler's own, or out of resources; a GPU that has faulted fails all that follows
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160] if str(error).strip() else ''}"
+    except Exception as error:  # the compiler has many of its own
+        return f"{type(error).__name__}: {' '.join(str(error).split())[-160:]}"
     return "" if result["passed"] else f"wrong: gradient error {result['gradient_error']:.1e}"
 
 
