@@ -27,9 +27,10 @@ SETTINGS = {
     96: {"pretrain.batch_size": 4, "rows.per_view_pair": 1024, "data.workers": 4},
     16: {"pretrain.batch_size": 2, "rows.per_view_pair": 8, "data.workers": 1},  # --tiny
 }
+VARIANTS = {"": {}, "compile": {"engine.compile": True}}
 FILTERS, TINY_FILTERS = [32, 64, 128, 256], [4, 8, 16]
 WARM, TIMED, PROFILED = 30, 60, 10  #: steps; of --tiny 1 each
-PART = "part/"
+PART, LOSS = "part/", "mixcl_dist::"  #: how labels, and the loss's operators, begin
 IN_MODULE = {"make_views": "views", "sample_rows": "rows", "mixcl_loss": "loss"}
 IN_ENGINE = {"__call__": "network", "backward": "backward", "step": "optimizer"}
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -37,10 +38,12 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def measure(item: str, options: argparse.Namespace) -> dict:
-    edge = int(item.partition("/")[2])
+    name = item.partition("/")[2]
+    edge, _, variant = name.partition("-")
     warm, timed, profiled = (1, 1, 1) if options.tiny else (WARM, TIMED, PROFILED)
-    config = settings(edge, warm + timed + profiled + 1, options.tiny)  # the last step makes pictures and is left out
-    run = options.work / "runs" / f"step-{edge}"
+    steps = warm + timed + profiled + 1  # the last step makes pictures and is left out
+    config = settings(int(edge), variant, steps, options.tiny)
+    run = options.work / "runs" / f"step-{name}"
     shutil.rmtree(run, ignore_errors=True)
     watch = Watch(warm + timed + 1, profiled)
     product.progress = watch
@@ -48,15 +51,16 @@ def measure(item: str, options: argparse.Namespace) -> dict:
         setattr(product, name, labelled(part, getattr(product, name)))
     product.launch = with_labels(product.launch)
     product.pretrain(config, shards=options.work / f"shards-{edge}", run=run)
-    watch.profile.export_chrome_trace(str(options.out / f"step-{edge}.json.gz"))
+    watch.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
     figures = logged(run, config, warm, warm + timed) | profiled_figures(watch.profile, profiled)
     return beside_floors(figures, config)
 
 
-def settings(edge: int, steps: int, tiny: bool) -> Config:
+def settings(edge: int, variant: str, steps: int, tiny: bool) -> Config:
     values = {"views.size": [edge] * 3, "network.filters": TINY_FILTERS if tiny else FILTERS}
     values |= {"pretrain.steps": steps, "pretrain.log_every": 1 if tiny else 10, "budget.fraction": 0.05}
-    return load(recipe="openkbp", overrides=[(key, str(value)) for key, value in (values | SETTINGS[edge]).items()])
+    values |= SETTINGS[edge] | VARIANTS[variant]
+    return load(recipe="openkbp", overrides=[(key, str(value)) for key, value in values.items()])
 
 
 class Watch:
@@ -117,15 +121,17 @@ def logged(run: Path, config: Config, first: int, last: int) -> dict:
 
 def profiled_figures(prof: profile, steps: int) -> dict:
     """Of one step: ms that the GPU is busy, by part and by kernel; launches and waits; the loss kernels' share."""
-    rows = prof.key_averages()
-    kernels = [event for event in prof.events() if on_device(event)]
+    rows, events = prof.key_averages(), prof.events()
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     busy = covered([(event.time_range.start, event.time_range.end) for event in kernels]) / 1e3 / steps
     parts = {
-        row.key.removeprefix(PART): row.device_time_total / 1e3 / steps for row in rows if row.key.startswith(PART)
+        row.key.removeprefix(PART): row.device_time_total / 1e3 / steps
+        for row in rows
+        if row.key.startswith(PART) and row.device_type == DeviceType.CPU  # on the device it spans pauses, too
     }
     if busy:  # runs on a thread of its own, under no label: what is left
         parts["backward"] = max(busy - sum(ms for part, ms in parts.items() if part != "backward"), 0)
-    loss = sum(row.device_time_total for row in rows if row.key.startswith("mixcl_dist::")) / 1e3 / steps
+    loss = sum(event.device_time_total for event in events if is_loss(event)) / 1e3 / steps
     return {
         "busy_ms": busy,
         "parts_ms": parts,
@@ -136,8 +142,10 @@ def profiled_figures(prof: profile, steps: int) -> dict:
     }
 
 
-def on_device(event) -> bool:
-    return event.device_type == DeviceType.CUDA and not event.name.startswith((PART, "ProfilerStep"))
+def is_loss(event) -> bool:
+    """Whether it is one of the loss's operators, and not called by another of them."""
+    names = [event.name, event.cpu_parent.name if event.cpu_parent else ""]
+    return event.device_type == DeviceType.CPU and [name.startswith(LOSS) for name in names] == [True, False]
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
