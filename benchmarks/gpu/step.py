@@ -23,8 +23,8 @@ from mixcl_dist.config import Config, load
 from mixcl_dist.run import read_metrics
 
 SETTINGS = {
-    48: {"pretrain.batch_size": 16, "rows.per_view_pair": 256, "data.workers": 4},
-    96: {"pretrain.batch_size": 4, "rows.per_view_pair": 1024, "data.workers": 4},
+    48: {"pretrain.batch_size": 16, "rows.per_view_pair": 256, "data.workers": 8},  # 8,192 rows, as below
+    96: {"pretrain.batch_size": 8, "rows.per_view_pair": 512, "data.workers": 8},
     16: {"pretrain.batch_size": 2, "rows.per_view_pair": 8, "data.workers": 1},  # --tiny
 }
 VARIANTS = {"": {}, "compile": {"engine.compile": True}}
