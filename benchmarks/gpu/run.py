@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CLOSING = 5.0  #: seconds at the end for the summary
 LEAST = 10.0  #: seconds; with less left nothing is begun
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 class Shares:
@@ -180,7 +181,7 @@ class Queue:
 
 def _die_with_parent() -> None:
     """Linux kills the process where this one is killed, so that nothing runs on unseen."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _kill_group(process: subprocess.Popen) -> None:
