@@ -31,6 +31,7 @@ from triton.runtime.jit import KernelInterface
 from mixcl_dist.kernels import implementation, op, tuning
 
 WIDTHS, COMMON = (1024, 256, 192, 128, 64), 128
+HALF_WIDTHS = (256, 192)  #: measured in 16 bits alone
 COUNTS = (513, 512)  #: rows; sizes that 16 divides are compiled apart
 
 
@@ -71,7 +72,11 @@ def pretend() -> None:
 def wanted() -> list[tuple[torch.dtype, int, int]]:
     """Dtypes, widths and numbers of rows for which other variants of the kernels are called, the longest first."""
     calls = itertools.product((torch.float32, *gate.HALF), WIDTHS, COUNTS)
-    return [call for call in calls if call[1] == COMMON or call[2] == COUNTS[0]]
+    return [
+        (dtype, width, count)
+        for dtype, width, count in calls
+        if (width == COMMON or count == COUNTS[0]) and (dtype in gate.HALF or width not in HALF_WIDTHS)
+    ]
 
 
 def compile_for(dtype: torch.dtype, width: int, count: int) -> str:
