@@ -8,38 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-import torch
+import gate
 from inputs import Rows
 
-from mixcl_dist.kernels import mixed_contrastive_loss, tuning
+from mixcl_dist.kernels import backward, forward, tuning
 from mixcl_dist.kernels.tuning import Tile
-
-
-class Prepared(Protocol):
-    """What a sweep times."""
-
-    def __call__(self, kernel: str, rows: Rows, tile: Tile) -> Callable[[], object]:
-        """All that comes before a kernel's launches is done now; each call of the result launches it, and no more."""
 
 
 #: Kernels and their variants, and the name under which the tuning table has each.
 KERNELS = {"forward": "forward", "backward": "backward"}
 CANDIDATES = dict.fromkeys(KERNELS, tuning.CANDIDATES)
-ALONE = False  #: whether `prepared` times the kernel without the call around it
+SWEEPS = {"forward": forward, "backward": backward}  #: modules whose `sweep` is no more than a kernel's launches
 
 
 def prepared(kernel: str, rows: Rows, tile: Tile) -> Callable[[], object]:
-    """The whole call, as long as the kernels offer no launches of their own."""
-    rows = rows.with_grad()
+    """All that comes before a kernel's launches is done now; each call of the result launches it, and no more.
 
-    def call() -> object:
+    What one call of the public function hands to the kernel is kept, and handed to it again.
+    """
+    module, kept = SWEEPS[kernel], []
+    sweep = module.sweep
+
+    def keep(*arguments: object) -> object:
+        kept.append(arguments)
+        return sweep(*arguments)
+
+    module.sweep = keep
+    try:
         with in_force(kernel, rows, tile):
-            loss = mixed_contrastive_loss(**vars(rows), implementation="triton").loss
-            return torch.autograd.grad(loss, rows.embeddings) if kernel == "backward" else loss
-
-    return call
+            gate.evaluate(rows, "triton")
+    finally:
+        module.sweep = sweep
+    return lambda: [sweep(*arguments) for arguments in kept]
 
 
 @contextmanager

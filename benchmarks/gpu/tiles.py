@@ -16,7 +16,7 @@ import gate
 import timing
 import torch
 from inputs import Rows, make_rows
-from prepared import ALONE, CANDIDATES, KERNELS, in_force, prepared
+from prepared import CANDIDATES, KERNELS, in_force, prepared
 
 from mixcl_dist.kernels import tuning
 from mixcl_dist.kernels.tuning import Tile
@@ -106,8 +106,9 @@ def report(kernel: str, rows: Rows, now: Tile, ms: dict[Tile, float], passed_ove
     rate = FLOP[kernel.partition("-")[0]] * count**2 * width / ms[best] / 1e9
     key = tuning.architecture_of(rows.embeddings.device), KERNELS[kernel], rows.embeddings.element_size()
     before = f"{ms[now]:.4g} ms" if now in ms else f"not measured: {passed_over.get(label(now))}"
-    what = "the kernel alone" if ALONE else "the whole call"
-    proposal = f"{key}: {{{width}: {label(best)}}},  # {ms[best]:.4g} ms, {label(now)} {before}; {what}, N {count:,}"
+    proposal = (
+        f"{key}: {{{width}: {label(best)}}},  # {ms[best]:.4g} ms, {label(now)} {before}; the kernel alone, N {count:,}"
+    )
     return {
         "proposal": proposal.replace("'", '"'),
         "milliseconds": {label(tile): time for tile, time in sorted(ms.items(), key=lambda pair: pair[1])},

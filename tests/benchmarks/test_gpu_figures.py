@@ -127,3 +127,23 @@ def test_a_tile_that_is_wrong_or_does_not_compile_is_passed_over(benchmark, monk
         assert tiles.objection("forward", rows, tile) == found
     monkeypatch.setattr(gate, "check", lambda *_: 1 / 0)
     assert "ZeroDivisionError" in tiles.objection("forward", rows, tile)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_a_prepared_kernel_gets_what_the_call_has_handed_it_and_nothing_else_is_run(benchmark, monkeypatch, kernel):
+    monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
+    prepared, gate, inputs = map(benchmark, ("prepared", "gate", "inputs"))
+    module, handed, calls = prepared.SWEEPS[kernel], [], []
+    tile = tuning.Tile(64, 32, 8, 4)
+
+    def call(rows, implementation):  # stands in for the public function
+        calls.append(implementation)
+        module.sweep(rows, tuning.launch_for(rows.embeddings, kernel).tile)
+
+    sweep = lambda *arguments: handed.append(arguments)  # noqa: E731
+    monkeypatch.setattr(module, "sweep", sweep)
+    monkeypatch.setattr(gate, "evaluate", call)
+    rows = inputs.make_rows("realistic", 8, 64, torch.bfloat16, torch.device("cpu"))
+    launch = prepared.prepared(kernel, rows, tile)
+    launch()
+    assert calls == ["triton"] and handed == [(rows, tile)] * 2 and module.sweep is sweep
