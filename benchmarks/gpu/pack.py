@@ -34,7 +34,7 @@ STAMPS = "parts.json"  #: of each part the digest of what it was made from
 WHEELS = (
     "annotated-types==0.8.0", "blosc2==4.14.1", "braceexpand==0.1.7", "hjson==3.1.0", "monai==1.6.1",
     "ndindex==1.10.1", "nibabel==5.4.2", "numexpr==2.14.2", "pcodec==1.1.0", "pydantic==2.14.3",
-    "pydantic_core==2.50.4", "pydicom==3.0.2", "typing-inspection==0.4.5", "webdataset==1.0.2",
+    "pydantic_core==2.50.4", "typing-inspection==0.4.5", "webdataset==1.0.2",
 )  # fmt: skip
 DEEPSPEED = "deepspeed==0.19.8"  #: has no wheel; without compiled operators it is pure Python
 PLATFORMS = ("manylinux2014", *(f"manylinux_2_{n}" for n in (17, 24, 26, 27, 28)))

@@ -15,7 +15,6 @@ from inputs import Rows
 from mixcl_dist.kernels import backward, forward, tuning
 from mixcl_dist.kernels.tuning import Tile
 
-
 #: Kernels and their variants, and the name under which the tuning table has each.
 KERNELS = {"forward": "forward", "backward": "backward"}
 CANDIDATES = dict.fromkeys(KERNELS, tuning.CANDIDATES)

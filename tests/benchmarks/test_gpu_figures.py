@@ -147,3 +147,13 @@ def test_a_prepared_kernel_gets_what_the_call_has_handed_it_and_nothing_else_is_
     launch = prepared.prepared(kernel, rows, tile)
     launch()
     assert calls == ["triton"] and handed == [(rows, tile)] * 2 and module.sweep is sweep
+
+
+def test_every_planned_step_has_settings_that_the_product_takes(benchmark):
+    step, stages = map(benchmark, ("step", "stages"))
+    for tiny, names in ((False, stages.STEPS), (True, stages.TINY_STEPS)):
+        for name in names:
+            edge, _, variant = name.partition("-")
+            config = step.settings(int(edge), variant, 100, tiny)
+            assert config.views.size == (int(edge),) * 3 and config.engine.compile == (variant == "compile")
+            assert tiny or 2 * config.pretrain.batch_size * config.rows.per_view_pair == 8192
