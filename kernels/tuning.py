@@ -1,13 +1,12 @@
 """How the Triton kernels are cut and launched: a static table by architecture, kernel, dtype and width.
 
-Every entry is built ahead of time for its architecture in the tests, without a spilled register. :func:`autotune`
-measures candidates on the GPU at hand instead, for those who ask for it.
+Every entry is built ahead of time for its architecture in the tests, without a spilled register. The stage `tiles` of
+benchmarks/gpu times candidates on a card, each kernel by itself, and proposes entries.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -129,15 +128,16 @@ TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
     }
 )
 
-#: What :func:`autotune` tries where rows are loaded whole.
+#: What there is to try where rows are loaded whole. Tiles are found through a list, so loads take two steps: only the
+#: deepest of these pipelines holds one in flight while a tile is being multiplied.
 CANDIDATES = [
     Tile(rows, columns, warps, stages)
     for rows, warps in ((64, 4), (64, 8), (128, 4), (128, 8))
     for columns in (32, 64, 128)
-    for stages in (2, 3, 4)
+    for stages in (2, 3, 5)
 ]
 
-#: What there is to try for "triangle" on sm_90, which :func:`autotune` leaves alone.
+#: What there is to try for "triangle" on sm_90.
 TRIANGLE_CANDIDATES = [
     Tile(128, columns, warps, stages, polynomial=polynomial, descriptor=descriptor)
     for columns, warps in ((64, 4), (128, 8))
@@ -196,33 +196,3 @@ def architecture_of(device: torch.device) -> str:
         return "hip"
     major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
-
-
-def autotune(rows: Tensor, sweep: Callable[[str], object]) -> dict[str, Tile]:
-    """Put the fastest tiles for (N, D) rows like these into the table of this process.
-
-    Args:
-        rows: the embeddings to tune for; at most 256 features.
-        sweep: runs the kernel of the given name, "forward" or "backward", on rows like these.
-
-    Returns:
-        The chosen tile of each kernel. Candidates that a device cannot hold are passed over.
-    """
-    width, chosen = rows.shape[1], {}
-    architecture = architecture_of(rows.device)
-    candidates = [tile for tile in CANDIDATES if architecture != "sm_90" or tile.warps == 8]
-    for kernel in ("forward", "backward"):
-        key = architecture, kernel, rows.element_size()
-        by_width, before = TILES[key], launch_for(rows, kernel).tile
-        times = {}
-        try:
-            for tile in (before, *candidates):
-                TILES[key] = dict(sorted((by_width | {width: tile}).items()))
-                try:
-                    times[tile] = triton.testing.do_bench(functools.partial(sweep, kernel), return_mode="median")
-                except (triton.TritonError, RuntimeError):  # it does not fit this device, or does not compile
-                    continue
-        finally:
-            chosen[kernel] = min(times, key=times.__getitem__, default=before)
-            TILES[key] = dict(sorted((by_width | {width: chosen[kernel]}).items()))
-    return chosen

@@ -18,7 +18,7 @@ PRODUCT = (
     "data_shards/*.py",
     "data_shards/sources/*.py",
 )
-SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward"), (128, 64, 256)
+SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward", "forward-triangle"), (128, 64, 256)
 STEPS, TINY_STEPS = ("48", "96", "96-compile"), ("16",)  #: edges of views, and a variant of the step
 TINY_WIDTH, PATIENCE = 256, 6
 SEEDS, FRACTIONS = (0, 1, 2), ("0.05", "0.15")
@@ -85,7 +85,7 @@ def _step(entries: list[str], tiny: bool) -> Iterator[Job]:
 def _tiles(entries: list[str], tiny: bool) -> Iterator[Job]:
     sources = *GATE, "benchmarks/gpu/tiles.py", "benchmarks/gpu/prepared.py"
     items = [f"tiles/{kernel}-bf16-{width}" for width in SWEPT_WIDTHS for kernel in SWEPT_KERNELS]
-    yield Job("tiles.py", tuple(items[:2] if tiny else items), 240, sources, barred_by=tuple(entries))
+    yield Job("tiles.py", tuple(items[: len(SWEPT_KERNELS)] if tiny else items), 240, sources, barred_by=tuple(entries))
 
 
 def _table(entries: list[str], tiny: bool) -> Iterator[Job]:

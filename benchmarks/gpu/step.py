@@ -51,7 +51,8 @@ def measure(item: str, options: argparse.Namespace) -> dict:
         setattr(product, name, labelled(part, getattr(product, name)))
     product.launch = with_labels(product.launch)
     product.pretrain(config, shards=options.work / f"shards-{edge}", run=run)
-    watch.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
+    if name == edge:  # a compiled step's trace tells less
+        watch.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
     figures = logged(run, config, warm, warm + timed) | profiled_figures(watch.profile, profiled)
     return beside_floors(figures, config)
 

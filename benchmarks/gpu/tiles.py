@@ -16,7 +16,7 @@ import gate
 import timing
 import torch
 from inputs import Rows, make_rows
-from prepared import CANDIDATES, KERNELS, in_force, prepared
+from prepared import SWEEPS, in_force, prepared
 
 from mixcl_dist.kernels import tuning
 from mixcl_dist.kernels.tuning import Tile
@@ -32,7 +32,7 @@ def measure(item: str, options: argparse.Namespace) -> dict:
     kernel, dtype, width = item.partition("/")[2].rsplit("-", 2)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = draw(TINY_ROWS if options.tiny else ROWS, int(width), dtype, device)
-    now = tuning.launch_for(rows.embeddings, KERNELS[kernel]).tile
+    now = tuning.launch_for(rows.embeddings, SWEEPS[kernel].table).tile
     tiles = list(dict.fromkeys([now, *candidates(kernel, rows)]))[: 2 if options.tiny else None]
     found = objections(kernel, int(width), dtype, tiles, device)
     calls = {tile: prepared(kernel, rows, tile) for tile in tiles if not found[tile]}
@@ -46,9 +46,9 @@ def draw(count: int, width: int, dtype: str, device: torch.device) -> Rows:
 
 
 def candidates(kernel: str, rows: Rows) -> list[Tile]:
-    """On Hopper those with 8 warps alone, as the table says."""
-    on_hopper = tuning.architecture_of(rows.embeddings.device) == "sm_90"
-    return [tile for tile in CANDIDATES[kernel] if tile.warps == 8 or not on_hopper]
+    """On Hopper those with 8 warps alone, where products are chained, as the table says."""
+    chained = tuning.architecture_of(rows.embeddings.device) == "sm_90" and kernel != "forward-triangle"
+    return [tile for tile in SWEEPS[kernel].candidates if tile.warps == 8 or not chained]
 
 
 def objections(kernel: str, width: int, dtype: str, tiles: list[Tile], device: torch.device) -> dict[Tile, str]:
@@ -104,7 +104,7 @@ def report(kernel: str, rows: Rows, now: Tile, ms: dict[Tile, float], passed_ove
     best = min(ms, key=ms.__getitem__)
     count, width = rows.embeddings.shape
     rate = FLOP[kernel.partition("-")[0]] * count**2 * width / ms[best] / 1e9
-    key = tuning.architecture_of(rows.embeddings.device), KERNELS[kernel], rows.embeddings.element_size()
+    key = tuning.architecture_of(rows.embeddings.device), SWEEPS[kernel].table, rows.embeddings.element_size()
     before = f"{ms[now]:.4g} ms" if now in ms else f"not measured: {passed_over.get(label(now))}"
     proposal = (
         f"{key}: {{{width}: {label(best)}}},  # {ms[best]:.4g} ms, {label(now)} {before}; the kernel alone, N {count:,}"

@@ -129,24 +129,29 @@ def test_a_tile_that_is_wrong_or_does_not_compile_is_passed_over(benchmark, monk
     assert "ZeroDivisionError" in tiles.objection("forward", rows, tile)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "forward-triangle"])
 def test_a_prepared_kernel_gets_what_the_call_has_handed_it_and_nothing_else_is_run(benchmark, monkeypatch, kernel):
     monkeypatch.setattr(tuning, "architecture_of", lambda device: "sm_90")
     prepared, gate, inputs = map(benchmark, ("prepared", "gate", "inputs"))
-    module, handed, calls = prepared.SWEEPS[kernel], [], []
-    tile = tuning.Tile(64, 32, 8, 4)
+    table, _, functions = prepared.SWEEPS[kernel]
+    handed, calls = [], []
+    tile = tuning.Tile(128, 64, 8, 5)
 
     def call(rows, implementation):  # stands in for the public function
         calls.append(implementation)
-        module.sweep(rows, tuning.launch_for(rows.embeddings, kernel).tile)
+        for module, name in functions:
+            halved = tuning.launch_for(rows.embeddings, "forward").tile.triangle
+            getattr(module, name)(name, tuning.launch_for(rows.embeddings, table).tile, halved)
 
-    sweep = lambda *arguments: handed.append(arguments)  # noqa: E731
-    monkeypatch.setattr(module, "sweep", sweep)
+    for module, name in functions:
+        monkeypatch.setattr(module, name, lambda *arguments: handed.append(arguments))
     monkeypatch.setattr(gate, "evaluate", call)
     rows = inputs.make_rows("realistic", 8, 64, torch.bfloat16, torch.device("cpu"))
     launch = prepared.prepared(kernel, rows, tile)
     launch()
-    assert calls == ["triton"] and handed == [(rows, tile)] * 2 and module.sweep is sweep
+    expected = [(name, tile, kernel == "forward-triangle") for _, name in functions]
+    assert calls == ["triton"] and handed == expected * 2
+    assert tuning.launch_for(rows.embeddings, table).tile != tile
 
 
 def test_every_planned_step_has_settings_that_the_product_takes(benchmark):

@@ -140,26 +140,6 @@ def test_columns_that_come_in_parts(temperature, monkeypatch):
     torch.testing.assert_close(got, (want[0], want[1], want[3]), rtol=1e-4, atol=1e-5)
 
 
-def test_autotune_changes_the_table_for_its_width_alone(monkeypatch):
-    """Whatever it is that fails on the way."""
-    monkeypatch.setattr(tuning, "TILES", {key: dict(value) for key, value in tuning.TILES.items()})
-    monkeypatch.setattr(tuning, "CANDIDATES", [tuning.Tile(64, 32, 8, 2), tuning.Tile(64, 64, 8, 2)])
-    rows = torch.zeros(64, 32)
-    key = tuning.architecture_of(rows.device), "forward", 4
-    before = dict(tuning.TILES[key])
-
-    def bench(sweep, return_mode):
-        tile = tuning.launch_for(rows, "forward").tile
-        if tile.columns == 64:
-            raise RuntimeError("PassManager::run failed")
-        return -tile.columns
-
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", bench)
-    assert tuning.autotune(rows, lambda kernel: None)["forward"] == tuning.Tile(64, 32, 8, 2)
-    assert tuning.TILES[key] == {32: tuning.Tile(64, 32, 8, 2)} | before
-    assert list(tuning.TILES[key]) == sorted(tuning.TILES[key])
-
-
 class Skipped:
     """Stands for a Triton kernel that is launched and does nothing."""
 
