@@ -47,11 +47,11 @@ def measure(item: str, options: argparse.Namespace) -> dict:
     shutil.rmtree(run, ignore_errors=True)
     watch = Watch(warm + timed + 1, profiled)
     product.progress = watch
-    for name, part in IN_MODULE.items():
-        setattr(product, name, labelled(part, getattr(product, name)))
+    for function, part in IN_MODULE.items():
+        setattr(product, function, labelled(part, getattr(product, function)))
     product.launch = with_labels(product.launch)
     product.pretrain(config, shards=options.work / f"shards-{edge}", run=run)
-    if name == edge:  # a compiled step's trace tells less
+    if not variant:  # a compiled step's trace tells less
         watch.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
     figures = logged(run, config, warm, warm + timed) | profiled_figures(watch.profile, profiled)
     return beside_floors(figures, config)
