@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels import backward, forward, triangle
+from mixcl_dist.kernels import backward, forward, small, triangle
 from mixcl_dist.kernels.batch import Batch
 from mixcl_dist.kernels.distributed import Alone, Peers
 from mixcl_dist.kernels.implementation import held_dtype
@@ -25,6 +25,8 @@ from mixcl_dist.kernels.tuning import Launch, launch_for, launches_for
 
 def loss(batch: Batch, process_group: str) -> tuple[list[Tensor], list[Tensor]]:
     """What the operator returns, and in one process what :func:`gradient` goes on from."""
+    if _is_small(batch.embeddings) and not process_group:
+        return small.loss(batch)
     peers = batch.join(process_group, "forward", implementation="triton")
     launch, _ = launches_for(batch.embeddings)
     index, own = _sort(batch, peers)
@@ -52,6 +54,9 @@ def gradient(
         lse: (2, n) float64 of the process's rows.
         kept: what :func:`loss` has kept.
     """
+    if _is_small(batch.embeddings) and not process_group:
+        of_embeddings, of_temperature = (of_loss * upstream for of_loss in kept or small.loss(batch)[1])
+        return of_embeddings.to(batch.embeddings.dtype), of_temperature
     same = {"implementation": "triton", "upstream gradient": upstream}
     peers = batch.join(process_group, "backward", **same)
     _, launch = launches_for(batch.embeddings)
@@ -82,6 +87,8 @@ def gradient(
 
 def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> list[Tensor]:
     """Tensors like those that :func:`loss` keeps, with nothing in them."""
+    if _is_small(embeddings):
+        return small.kept_like(embeddings)
     rows, kinds, sets = len(embeddings), 1 if group is None else 2, len(set_table)
     launch, padded = launches_for(embeddings)[0], _padded(embeddings)
 
@@ -109,6 +116,10 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
         norm=empty(torch.float32),
     )
     return [*index, *side]
+
+
+def _is_small(embeddings: Tensor) -> bool:
+    return len(embeddings) <= small.LARGEST
 
 
 def _sort(batch: Batch, peers: Alone | Peers) -> tuple[Index, Side]:

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mixcl_dist.kernels import backward, forward, fused, index, plan, triangle, tuning
+from mixcl_dist.kernels import backward, forward, fused, index, plan, small, triangle, tuning
 from mixcl_dist.kernels.implementation import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +54,11 @@ ARGUMENTS = {
     **dict.fromkeys(("place", "places", "areas", "is_relation"), "*i32"),
     **dict.fromkeys(("sorted_key", "sort_key", "order", "in_order", "links", "identity", "candidate_set"), "*i64"),
     **dict.fromkeys(("group", "anchors"), "*i64"),
-    **dict.fromkeys(("present", "linked", "kinds"), "*u8"),
+    **dict.fromkeys(("present", "linked", "kinds", "set_table"), "*u8"),
     **dict.fromkeys(("out", "row_scalars", "column_scalars", "scalars", "products", "norm", "common"), "*fp32"),
     **dict.fromkeys(("own_sums", "strip_sums"), "*fp32"),
     **dict.fromkeys(("temperature", "row_norm", "column_norm", "upstream", "row_weight"), "*fp32"),
-    **dict.fromkeys(("loss", "losses", "floors", "similarities"), "*fp32"),
+    **dict.fromkeys(("loss", "losses", "floors", "similarities", "of_temperature"), "*fp32"),
     **dict.fromkeys(("totals", "earlier", "weights", "lse", "parts", "sums"), "*fp64"),
     **dict.fromkeys(("identity_weight", "label_weight"), "fp32"),
 }
@@ -69,6 +69,8 @@ EXCEPTIONS = {
     ("_gather_kernel", "embeddings"): "*bf16",
     ("_gather_kernel", "in_order"): "*bf16",
     ("_finish_kernel", "count"): "i32",
+    ("_small_kernel", "embeddings"): "*bf16",
+    ("_small_kernel", "gradient"): "*fp32",
 }
 #: Compile-time constants of the small kernels, as a call with groups has them.
 CONSTANTS = {
@@ -176,11 +178,13 @@ def signature_of(function, constants: dict, types: dict) -> dict[str, str]:
 
 def build_small(architecture: str) -> str:
     """Compile the kernels around the sweeps; they have nothing to measure."""
-    for module in (index, plan, forward, triangle, backward, fused):
+    for module in (index, plan, forward, triangle, backward, fused, small):
         for name, function in vars(module).items():
             if name.startswith("_") and name.endswith("_kernel"):
                 defaults = {parameter.name: parameter.default for parameter in function.params if parameter.has_default}
                 constants = defaults | {key: value for key, value in CONSTANTS.items() if key in function.arg_names}
+                if module is small:
+                    constants["BLOCK"] = small.LARGEST
                 types = ARGUMENTS | {argument: kind for (owner, argument), kind in EXCEPTIONS.items() if owner == name}
                 source = ASTSource(function, signature_of(function, constants, types), constants, {})
                 triton.compile(source, target=TARGETS[architecture])

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import index, mixed_contrastive_loss, plan, triangle, tuning
+from mixcl_dist.kernels import index, mixed_contrastive_loss, plan, small, triangle, tuning
 from mixcl_dist.kernels.op import mixed_contrastive
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "kernel"))
@@ -25,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Programs that have several blocks each even in small batches, of 32 rows and 16 columns."""
+    monkeypatch.setattr(small, "LARGEST", 0)
     monkeypatch.setattr(triangle, "STRIPS", 2)
     monkeypatch.setattr(triangle, "PARTS", 2)
     for key in tuning.TILES:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mixcl_dist.kernels import backward, forward, fused, index, mixed_contrastive_loss, plan, tuning
+from mixcl_dist.kernels import backward, forward, fused, index, mixed_contrastive_loss, plan, small, tuning
 from mixcl_dist.kernels.batch import Batch
 from mixcl_dist.kernels.implementation import choose, obstacle
 
@@ -22,6 +22,7 @@ BLOCKS = {"uniform tiles": [0, 0, 1, 3, 3], "border inside a tile": [0] * 3 + [1
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles of 32 rows and 16 columns even in small batches, so that every kind of them occurs."""
+    monkeypatch.setattr(small, "LARGEST", 0)
     for key in tuning.TILES:
         if key[0] == "interpreter":
             monkeypatch.setitem(tuning.TILES, key, {1024: tuning.Tile(32, 16, 4, 1)})
