@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +34,11 @@ class Batch(NamedTuple):
             "present": "None" if self.present is None else "given",
         }
         return join(process_group, self.embeddings, same)
+
+    def contiguous(self) -> Batch:
+        """The same, of which all but the embeddings are laid out as kernels read them."""
+        given: dict[str, Any] = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**{name: value.contiguous() for name, value in given.items() if name != "embeddings"})
 
     def only(self, rows: Tensor) -> Batch:
         """These rows of the batch, all present."""

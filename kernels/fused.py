@@ -25,6 +25,7 @@ from mixcl_dist.kernels.tuning import Launch, launch_for, launches_for
 
 def loss(batch: Batch, process_group: str) -> tuple[list[Tensor], list[Tensor]]:
     """What the operator returns, and in one process what :func:`gradient` goes on from."""
+    batch = batch.contiguous()
     if _is_small(batch.embeddings) and not process_group:
         return small.loss(batch)
     peers = batch.join(process_group, "forward", implementation="triton")
@@ -54,6 +55,7 @@ def gradient(
         lse: (2, n) float64 of the process's rows.
         kept: what :func:`loss` has kept.
     """
+    batch = batch.contiguous()
     if _is_small(batch.embeddings) and not process_group:
         of_embeddings, of_temperature = (of_loss * upstream for of_loss in kept or small.loss(batch)[1])
         return of_embeddings.to(batch.embeddings.dtype), of_temperature
