@@ -23,7 +23,7 @@ from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
 from mixcl_dist.marginal import marginal_loss
 from mixcl_dist.networks import SegmentationNetwork
-from mixcl_dist.precision import autocast
+from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
 from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
 from mixcl_dist.schedule import warmup_cosine
@@ -78,9 +78,10 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> di
         check_start(start, task, label_cases)
     torch.manual_seed(config.budget.seed)
     network = build(config, start, len(task.classes))
-    record = Run.create(run, "finetune", config, **_facts(config, task, label_cases, start))
-    record.forget_metrics_after(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
+    record = Run.create(run, "finetune", config, **facts)
+    record.forget_metrics_after(0)
     network.to(device)
     _train(network, config, _training_volumes(config, task, label_cases), record, device)
     _save(network, config, task, run)

@@ -65,6 +65,7 @@ def test_a_trial_leaves_what_report_and_export_read(trial, budgeted):
     assert facts["kind"] == "finetune" and facts["start"] is None and facts["start_name"] == "scratch"
     assert facts["label_cases"] == budgeted and facts["validation_cases"] == ["validation_000"]
     assert facts["finished"] and facts["seconds"] > 0
+    assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert set(steps[0]) == {"step", "seconds", "loss", "learning_rate"}
