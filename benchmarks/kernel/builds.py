@@ -187,7 +187,8 @@ def build_small(architecture: str) -> str:
                     constants["BLOCK"] = small.LARGEST
                 types = ARGUMENTS | {argument: kind for (owner, argument), kind in EXCEPTIONS.items() if owner == name}
                 source = ASTSource(function, signature_of(function, constants, types), constants, {})
-                triton.compile(source, target=TARGETS[architecture])
+                options = {"num_warps": small.WARPS} if module is small else {}
+                triton.compile(source, target=TARGETS[architecture], options=options)
     return architecture
 
 

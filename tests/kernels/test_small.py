@@ -47,7 +47,7 @@ def evaluate(arguments: dict, implementation: str, dtype: torch.dtype) -> list[t
 
 
 @pytest.mark.parametrize("optional", [False, True])
-@pytest.mark.parametrize(("count", "width"), [(1, 8), (2, 33), (16, 64), (50, 40), (64, 16)])
+@pytest.mark.parametrize(("count", "width"), [(1, 8), (2, 33), (16, 64), (25, 40), (32, 16)])
 def test_equals_the_definition(count, width, optional, monkeypatch):
     monkeypatch.setattr(fused, "make_index", None)  # which the other path begins with
     arguments = rows(count, width, optional)
@@ -56,7 +56,7 @@ def test_equals_the_definition(count, width, optional, monkeypatch):
 
 
 def test_bfloat16_rows_are_multiplied_as_they_are():
-    arguments = rows(40, 48, True)
+    arguments = rows(30, 48, True)
     arguments["embeddings"] = arguments["embeddings"].bfloat16().float()
     got, want = evaluate(arguments, "triton", torch.bfloat16), evaluate(arguments, "reference", torch.float64)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=0)
