@@ -122,9 +122,10 @@ def sweep(
 
 @triton.jit
 def gain_of(totals):
-    """A power of two: it changes no bits but those that would be lost."""
+    """A power of two: it changes no bits but those that would be lost. Made of bits, it is the same in every kernel."""
     largest = tl.maximum(tl.load(totals + 6).to(tl.float32), 1e-30)
-    return tl.exp2(tl.floor(-tl.log2(largest)) + LARGEST_EXPONENT)
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    return ((126 - exponent + LARGEST_EXPONENT) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["R", "N"])

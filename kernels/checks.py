@@ -37,10 +37,10 @@ def check_arguments(
         _check_tensor("present", present, (rows,), (torch.bool,), embeddings)
     if isinstance(temperature, Tensor):
         _check_tensor("temperature", temperature, (), FLOATS, embeddings)
-    elif not (temperature > 0 and math.isfinite(temperature)):
+    elif not 0 < temperature < math.inf:  # isfinite() would stop a compiler
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
     for name, weight in (("identity_weight", identity_weight), ("label_weight", label_weight)):
-        if not (weight >= 0 and math.isfinite(weight)):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {weight}")
 
 

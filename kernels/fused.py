@@ -37,10 +37,8 @@ def loss(batch: Batch, process_group: str) -> tuple[list[Tensor], list[Tensor]]:
         out = _forward_sweep(own, columns, related, batch.temperature, active, launch)
     outputs = empty_outputs(batch.embeddings)
     total, losses, lse, anchors, floors, similarities = outputs
-    if out is None:  # a process without rows
-        sums = index.weight.new_zeros(4)
-    else:
-        sums = forward.finish(out, earlier, own, index, peers.own, batch.temperature, active, lse)
+    assert out is not None, "everybody meets a block, if an empty one"
+    sums = forward.finish(out, earlier, own, index, peers.own, batch.temperature, active, lse)
     _output_kernel[(1,)](peers.sum(sums), index.totals, total, losses, anchors, floors, similarities, *batch.weights)
     return outputs, [*index, *own] if peers.size == 1 else []
 
@@ -91,7 +89,8 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
     """Tensors like those that :func:`loss` keeps, with nothing in them."""
     if _is_small(embeddings):
         return small.kept_like(embeddings)
-    rows, kinds, sets = len(embeddings), 1 if group is None else 2, len(set_table)
+    # Not len(), which would tell a compiler that the number of rows never changes.
+    rows, kinds, sets = embeddings.shape[0], 1 if group is None else 2, set_table.shape[0]
     launch, padded = launches_for(embeddings)[0], _padded(embeddings)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -121,7 +120,7 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
 
 
 def _is_small(embeddings: Tensor) -> bool:
-    return len(embeddings) <= small.LARGEST
+    return embeddings.shape[0] <= small.LARGEST
 
 
 def _sort(batch: Batch, peers: Alone | Peers) -> tuple[Index, Side]:
@@ -161,7 +160,7 @@ def _side(embeddings: Tensor, index: Index, which: slice) -> Side:
 def _padded(embeddings: Tensor) -> int:
     """The number of rows in whole blocks of both kernels."""
     block = max(max(launch.tile.rows, launch.tile.columns) for launch in launches_for(embeddings))
-    return max(triton.cdiv(len(embeddings), block), 1) * block
+    return max(triton.cdiv(embeddings.shape[0], block), 1) * block
 
 
 @triton.jit

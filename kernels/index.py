@@ -117,9 +117,9 @@ def _relate(common: Tensor, row_count: Tensor, column_count: Tensor) -> tuple[Te
     sets = len(common)
     place, packed = torch.empty_like(row_count), row_count.new_empty(sets, packed_width(sets))
     areas = torch.zeros(3, sets + 1, sets + 1, dtype=torch.int32, device=common.device)
-    taken = place.new_empty(1)
+    taken = place.new_zeros(1)  # where nobody is present
     _relation_kernel[(sets,)](common, row_count, column_count, place, taken, areas, sets)
-    _pack_kernel[(triton.cdiv(packed.numel(), BLOCK),)](areas, taken, packed, sets, packed.shape[1])
+    _pack_kernel[(triton.cdiv(packed.numel(), BLOCK),)](areas, taken, packed, sets, packed.shape[1], num_warps=8)
     return place, packed, areas.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
 
 

@@ -18,7 +18,7 @@ TWO_PI = tl.constexpr(2 * math.pi)
 def fill(slot: Tensor, seed: int, draw: int, parts: int, count: int, normal: bool, dtype: torch.dtype) -> Tensor:
     """As :func:`mixcl_dist.kernels.random.random`, on a GPU."""
     out = torch.empty(parts * len(slot), count, dtype=dtype, device=slot.device)
-    grid = triton.cdiv(count, BLOCKS * NUMBERS_PER_BLOCK), len(out)
+    grid = len(out), triton.cdiv(count, BLOCKS * NUMBERS_PER_BLOCK)
     if out.numel():
         with torch.cuda.device_of(slot):
             philox_kernel[grid](slot, out, seed, draw, len(slot), count, NORMAL=normal, BLOCKS=BLOCKS)
@@ -27,8 +27,8 @@ def fill(slot: Tensor, seed: int, draw: int, parts: int, count: int, normal: boo
 
 @triton.jit(do_not_specialize=["seed", "draw", "slots", "count"])
 def philox_kernel(slot, out, seed, draw, slots, count, NORMAL: tl.constexpr, BLOCKS: tl.constexpr):
-    row = tl.program_id(1)
-    first = tl.program_id(0) * BLOCKS
+    row = tl.program_id(0)
+    first = tl.program_id(1) * BLOCKS
     block = (first + tl.arange(0, BLOCKS) + 1).to(tl.int64)
     own_slot, part = tl.load(slot + row % slots), (row // slots).to(tl.int64)
     a, b, c, d = tl.philox(seed, block, draw.to(tl.int64), own_slot, part)

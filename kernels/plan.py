@@ -143,7 +143,7 @@ def _gather_kernel(
     nothing = tl.zeros((BLOCK,), tl.float32)  # NaN if a feature is not finite
     for start in range(0, WIDTH, FEATURES):
         feature = start + tl.arange(0, FEATURES)
-        source = embeddings + row[:, None] * row_stride + feature[None, :] * feature_stride
+        source = embeddings + row[:, None] * row_stride + feature[None, :].to(tl.int64) * feature_stride
         values = tl.load(source, mask=is_present[:, None] & (feature < D)[None, :], other=0.0)
         target = in_order + at[:, None].to(tl.int64) * WIDTH + feature[None, :]
         tl.store(target, values, mask=inside[:, None] & (feature < WIDTH)[None, :])

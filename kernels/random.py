@@ -44,7 +44,7 @@ def random(slot: Tensor, seed: int, draw: int, parts: int, count: int, normal: b
 
 @random.register_fake
 def _(slot, seed, draw, parts, count, normal, dtype):
-    return slot.new_empty(parts * len(slot), count, dtype=dtype)
+    return slot.new_empty(parts * slot.shape[0], count, dtype=dtype)
 
 
 def _by_numpy(slots: list[int], seed: int, draw: int, parts: int, count: int, normal: bool) -> Tensor:

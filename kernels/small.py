@@ -60,7 +60,7 @@ def kept_like(embeddings: Tensor) -> list[Tensor]:
 def load_part(embeddings, row, here, row_stride, feature_stride, start, D: tl.constexpr, STEP: tl.constexpr):
     """(BLOCK, STEP) float32 features from `start` on, 0 where nobody is present."""
     feature = start + tl.arange(0, STEP)
-    place = embeddings + row[:, None] * row_stride + feature[None, :] * feature_stride
+    place = embeddings + row[:, None].to(tl.int64) * row_stride + feature[None, :].to(tl.int64) * feature_stride
     return tl.load(place, mask=here[:, None] & (feature < D)[None, :], other=0.0).to(tl.float32)
 
 

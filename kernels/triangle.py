@@ -138,11 +138,12 @@ def _divide_kernel(
         number = first + tl.arange(0, CHUNK)
         real = number < bulk_end
         entry = tl.load(tiles + number, mask=real, other=0)
-        before = entry // 4 % RATIO  # tiles of the pair before this one, and behind it
-        behind = RATIO - 1 - before
-        left = tl.load(tiles + number - before, mask=real & (number >= before), other=-1)
-        right = tl.load(tiles + number + behind, mask=real & (number + behind < bulk_end), other=-1)
-        is_whole = real & (left == entry - 4 * before) & (right == entry + 4 * behind) & (has_padding == 0)
+        before = entry // 4 % RATIO  # tiles of the pair before this one
+        is_whole = real & (has_padding == 0)
+        for tile in tl.static_range(RATIO):
+            place = number - before + tile
+            other = tl.load(tiles + place, mask=real & (place >= 0) & (place < bulk_end), other=-1)
+            is_whole &= other == entry + 4 * (tile - before)
         tl.store(kinds + entry // 4 // RATIO, (entry % 4).to(tl.uint8), mask=is_whole & (before == 0))
         is_rest = real & ~is_whole
         tl.store(rest_tiles + rest + tl.cumsum(is_rest.to(tl.int32), 0) - 1, entry, mask=is_rest)

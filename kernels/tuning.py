@@ -75,7 +75,6 @@ TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
         },
         ("sm_80", "backward", 2): {
             128: Tile(128, 64, 8, 3),
-            192: Tile(128, 32, 8, 2),
             1024: Tile(64, 64, 8, 2, step=64, out=256),
         },
         ("sm_90", "forward", 2): {
@@ -109,7 +108,7 @@ TILES: dict[tuple[str, str, int], dict[int, Tile]] = (
     }
     | {
         (architecture, kernel, 4): {1024: Tile(64, 32, warps, 2, step=32, out=64 if kernel == "backward" else 0)}
-        for architecture, warps in {"sm_80": 4, "sm_90": 8, "sm_100": 4, "hip": 4}.items()
+        for architecture, warps in {"sm_80": 4, "sm_90": 8, "sm_100": 8, "hip": 4}.items()
         for kernel in ("forward", "backward")
     }
     | {  # as many rows as "forward" has, and 16 columns a warp on sm_90
@@ -169,7 +168,7 @@ def fit(tile: Tile, width: int, dtype: torch.dtype, architecture: str) -> Launch
     Products of float32 numbers are exact to some 21 bits (three products of TF32 numbers, or the ALUs of AMD), unless
     :func:`torch.set_float32_matmul_precision` has allowed less, as for PyTorch's own.
     """
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
     precision = "ieee" if architecture == "hip" or dtype != torch.float32 else "tf32x3" if exact else "tf32"
     if tile.step:
         unit = max(tile.step, tile.out)

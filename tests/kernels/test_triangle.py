@@ -140,6 +140,18 @@ def test_blocks_make_the_same_number_of_pairs():
     assert pairs.tolist() == [6] * 6 + [5] * 6
 
 
+def test_a_pair_of_blocks_is_whole_only_if_all_of_its_tiles_are(monkeypatch):
+    """Of four tiles the first and the last two repel, the second may be of one class."""
+    key = tuning.architecture_of(DEVICE), "forward", 4
+    monkeypatch.setitem(tuning.TILES, key, {1024: tuning.Tile(64, 16, 4, 1, triangle=True)})
+    monkeypatch.setitem(tuning.TILES, (key[0], "triangle", 4), {1024: tuning.Tile(64, 16, 4, 1)})
+    table = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    candidate_set = torch.tensor([0, 1, 2, 3]).repeat_interleave(torch.tensor([64, 16, 16, 32]))
+    embeddings = normalize(torch.randn(128, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = inputs.Rows(*(value.to(DEVICE) for value in (embeddings, torch.arange(128) // 2, candidate_set, table)))
+    torch.testing.assert_close(lse(rows), reference(rows), rtol=0, atol=1e-6)
+
+
 # Sums
 
 

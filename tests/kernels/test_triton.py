@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
 from mixcl_dist.kernels import backward, forward, fused, index, mixed_contrastive_loss, plan, small, tuning
@@ -139,6 +140,19 @@ def test_columns_that_come_in_parts(temperature, monkeypatch):
     loss, lse, _, gradient = loss_and_gradient(arguments, "triton", temperature)
     got = loss, lse, gradient / 2  # as the mean over two processes will have it
     torch.testing.assert_close(got, (want[0], want[1], want[3]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_compiler_makes_one_graph_for_any_number_of_rows():
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(arguments: dict) -> torch.Tensor:
+        return mixed_contrastive_loss(**arguments, implementation="triton").loss
+
+    for length in (12, 20, 28, 36):
+        arguments = {name: value.to(DEVICE) for name, value in rows([0, 3], length=length, identity="pairs").items()}
+        torch.testing.assert_close(loss(arguments), mixed_contrastive_loss(**arguments, implementation="tiled").loss)
+    assert counter.frame_count == 2  # of the first number, then of any
 
 
 class Skipped:
