@@ -125,7 +125,7 @@ def test_every_pair_is_made_once_for_each_of_its_rows(grouped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", inputs.MIXES)
-@pytest.mark.parametrize("rows", [32, 512, 1100])
+@pytest.mark.parametrize("rows", [32, 300])
 def test_every_pair_of_a_mix_is_made_once_for_each_of_its_rows(rows, mix):
     batch = inputs.make_rows(mix, rows, 16, torch.float32, DEVICE)
     check_cover(inputs.replace(batch, group=torch.arange(rows, device=DEVICE).clamp(max=40) // 5 % 8))
@@ -178,15 +178,14 @@ def test_log_sum_exps_of_a_mix(mix, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_log_sum_exps_of_a_larger_batch(dtype, monkeypatch):
+def test_log_sum_exps_of_a_larger_batch(monkeypatch):
     """With as many programs as on a GPU, blocks of the usual size, and rows of two parts."""
     monkeypatch.undo()
     for size in (2, 4):
         key = tuning.architecture_of(DEVICE), "forward", size
         by_width = {width: tile._replace(triangle=width <= 256) for width, tile in tuning.TILES[key].items()}
         monkeypatch.setitem(tuning.TILES, key, by_width)
-    batch = inputs.make_rows("realistic", 1100, 192, DTYPES[dtype], DEVICE)
+    batch = inputs.make_rows("realistic", 1100, 192, torch.bfloat16, DEVICE)
     batch = inputs.replace(batch, group=torch.arange(1100, device=DEVICE).clamp(max=40) // 5 % 8)
     torch.testing.assert_close(lse(batch), reference(batch), rtol=0, atol=3e-6)
 
