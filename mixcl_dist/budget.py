@@ -7,6 +7,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from mixcl_dist.config import BudgetConfig, ConfigError
+
 
 class LabelledCase(Protocol):
     """What a budget needs to know of a case, in a data set on disk as in the manifest of shards."""
@@ -14,21 +16,46 @@ class LabelledCase(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def dataset(self) -> str: ...
+    @property
     def split(self) -> str: ...
     @property
     def reliable(self) -> tuple[str, ...]: ...
 
 
-def budget_cases(cases: Iterable[LabelledCase], fraction: float, seed: int) -> list[str]:
-    """Names of the training cases whose labels may be used: the first `fraction` (rounded up) of one order.
+def budget_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[str]:
+    """Names of the training cases of one data set whose labels may be used: the first of one order.
 
-    The order depends on the cases and `seed` alone, so budgets of one seed are nested over fractions. It begins
-    with few cases that together annotate every class, the others follow at random.
+    These are `budget.scans` or, rounded up, the share `budget.fraction` of all labelled training cases that are not
+    kept back for development. The order depends on those cases and `budget.seed` alone, so budgets of one seed are
+    nested over counts and fractions. It begins with few cases that together annotate every class, the others follow
+    at random. Raises `ConfigError` where there are labelled cases, but fewer than `budget.scans`.
     """
-    labelled = [case for case in cases if case.split == "training" and case.reliable]
-    labelled.sort(key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
-    count = math.ceil(fraction * len(labelled) - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    labelled = [
+        case for case in cases if case.split == "training" and case.reliable and case.name not in budget.development
+    ]
+    labelled.sort(key=lambda case: hashlib.sha256(f"{budget.seed}:{case.name}".encode()).digest())
+    count = math.ceil(budget.fraction * len(labelled) - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    if budget.scans is not None:
+        count = budget.scans
+        if labelled and count > len(labelled):
+            raise ConfigError(
+                f"budget.scans {count}: {labelled[0].dataset} has {len(labelled)} labelled training scans outside "
+                f"budget.development; give at most {len(labelled)}"
+            )
     return [case.name for case in _every_class_early(labelled)[:count]]
+
+
+def check_development(cases: Iterable[LabelledCase], development: Sequence[str]) -> None:
+    """Raise `ConfigError` for a development case that is not among the training cases."""
+    split = {case.name: case.split for case in cases}
+    for name in development:
+        if name not in split:
+            raise ConfigError(f"budget.development: there is no case {name}; leave it out, or give the data it is of")
+        if split[name] != "training":
+            raise ConfigError(
+                f"budget.development: {name} is in the {split[name]} split; keep back training cases only"
+            )
 
 
 def _every_class_early(cases: Sequence[LabelledCase]) -> list[LabelledCase]:

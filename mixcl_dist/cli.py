@@ -131,7 +131,12 @@ def _finetune(options: argparse.Namespace) -> None:
     from mixcl_dist.config import replace
     from mixcl_dist.finetune import finetune
 
-    config = replace(_config(options), {"budget.fraction": options.labels, "budget.seed": options.seed})
+    budget: dict[str, Any] = {}
+    if options.labels is not None or options.scans is not None:
+        budget = {"budget.fraction": options.labels or 0.0, "budget.scans": options.scans}
+    if options.seed is not None:
+        budget["budget.seed"] = options.seed
+    config = replace(_config(options), budget)
     dice = finetune(config, data=options.data, start=options.start, run=options.run)
     for name, value in dice["class_mean"].items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
@@ -279,9 +284,9 @@ def _add_training(verbs: Any) -> None:
     data = "labelled cases with a validation split"
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     add("--from", dest="start", type=_start, required=True, metavar="RUN|none", help="pre-training run, or none")
-    share = "share of the training cases whose labels are used, 0 to 1"
-    add("--labels", type=float, required=True, metavar="FRACTION", help=share)
-    add("--seed", type=int, default=0, help="which cases these are (default 0)")
+    add("--scans", type=int, metavar="N", help="number of training cases whose labels are used (budget.scans)")
+    add("--labels", type=float, metavar="FRACTION", help="or their share, 0 to 1 (budget.fraction)")
+    add("--seed", type=int, help="which cases these are (budget.seed)")
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
 
     example = "mixcl tune --data ct/dataset.json --from runs/pretrained --study runs/study --recipe few_label"

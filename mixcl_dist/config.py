@@ -132,12 +132,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Which training cases' pixel labels may be used: the first `fraction` of an order drawn from `seed`."""
+    """Which training cases' pixel labels may be used: the first `fraction`, or `scans`, of an order drawn from `seed`."""
 
     fraction: Fraction = 0.0
     seed: int = 0
     full_datasets: tuple[str, ...] = ()
     """Data sets all of whose training labels may be used, because another one is to be fine-tuned on."""
+    scans: Count | None = None
+    """Number of labelled scans of a data set, instead of `fraction`."""
+    development: tuple[str, ...] = ()
+    """Training cases kept back, neither trained on nor in any budget: every choice is made by their scores."""
+
+    def __post_init__(self) -> None:
+        if self.fraction and self.scans is not None:
+            raise ValueError(f"fraction {self.fraction:g} and scans {self.scans} are both given; set one of them")
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,8 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+        value = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"  # a whole section is no value
+        raise ConfigError(f"{key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

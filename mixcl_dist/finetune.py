@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.budget import budget_cases, leak
+from mixcl_dist.budget import budget_cases, check_development, leak
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
 from mixcl_dist.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
@@ -108,10 +108,11 @@ def open_task(data: Path) -> Task:
 
 
 def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
-    """Names of the cases whose labels this budget gives; raises `ConfigError` for an empty one."""
-    names = budget_cases(task.cases, budget.fraction, budget.seed)
+    """Names of the cases whose labels this budget gives; raises `ConfigError` for one that is empty or impossible."""
+    check_development(task.cases, budget.development)
+    names = budget_cases(task.cases, budget)
     if not names:
-        raise ConfigError("budget.fraction is 0, so there is nothing to learn from; give --labels, e.g. 0.05")
+        raise ConfigError("the label budget is empty, so there is nothing to learn from; give --scans or --labels")
     return names
 
 
@@ -158,6 +159,7 @@ def _facts(config: Config, task: Task, label_cases: list[str], start: Path | Non
         "start": None if start is None else str(start.resolve()),
         "start_name": "scratch" if start is None else read_json(start / "run.json")["name"],
         "fraction": config.budget.fraction,
+        "scans": config.budget.scans,
         "seed": config.budget.seed,
         "label_cases": label_cases,
         "validation_cases": [case.name for case in task.validation],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.budget import budget_cases
+from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch, world_size
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
@@ -51,7 +52,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
     engine = _launch(network, config)
     stream = _stream(config, shards, run, manifest, label_cases, engine)
     first = _resume(run, engine, stream) if resume else 0
-    recorder = Recorder(run, config, manifest, label_cases, engine)
+    recorder = Recorder(run, config, manifest, training_cases(manifest, config.budget), label_cases, engine)
     recorder.forget_after(first)
     batches = iter(stream)
     network.train()
@@ -95,18 +96,19 @@ def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
     if unknown:
         known = ", ".join(sorted({case.dataset for case in manifest.cases}))
         raise ConfigError(f"budget.full_datasets: {', '.join(sorted(unknown))} is not in the shards; known: {known}")
+    whole = dataclasses.replace(budget, fraction=1.0, scans=None)
     names: list[str] = []
     for dataset in sorted({case.dataset for case in manifest.cases}):
         cases = [case for case in manifest.cases if case.dataset == dataset]
-        fraction = 1.0 if dataset in budget.full_datasets else budget.fraction
-        names += budget_cases(cases, fraction, budget.seed)
+        names += budget_cases(cases, whole if dataset in budget.full_datasets else budget)
     return names
 
 
 def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
         raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
-    if not _training_cases(manifest):
+    check_development(manifest.cases, config.budget.development)
+    if not training_cases(manifest, config.budget):
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
     started = (run / "run.json").exists()
     if started and not resume:
@@ -123,8 +125,10 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
             )
 
 
-def _training_cases(manifest: Manifest) -> list[str]:
-    return [case.name for case in manifest.cases if case.split != "validation"]
+def training_cases(manifest: Manifest, budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose patches pre-training sees: all but those for validation and development."""
+    held_out = set(budget.development)
+    return [case.name for case in manifest.cases if case.split != "validation" and case.name not in held_out]
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:
@@ -145,7 +149,7 @@ def _stream(
         batch_size=config.pretrain.batch_size,
         seed=config.pretrain.seed,
         workers=config.data.workers,
-        cases=set(_training_cases(manifest)),
+        cases=set(training_cases(manifest, config.budget)),
         label_cases=set(label_cases),
         mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
         rank=engine.rank,

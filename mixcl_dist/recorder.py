@@ -30,14 +30,22 @@ LABEL_TERMS = ("voxel_label", "voxel_label_floor", "voxel_label_similarity")
 class Recorder:
     """Rank 0 writes; the other ranks take part where the network itself must run."""
 
-    def __init__(self, path: Path, config: Config, manifest: Manifest, label_cases: list[str], engine: Engine):
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        manifest: Manifest,
+        training_cases: list[str],
+        label_cases: list[str],
+        engine: Engine,
+    ):
         self._config = config
         self._manifest = manifest
         self._engine = engine
         self._begin_interval()
         self._run = None
         if engine.rank == 0:
-            facts = _label_facts(config, manifest, label_cases)
+            facts = _label_facts(config, manifest, training_cases, label_cases)
             parameters = sum(parameter.numel() for parameter in engine.module.parameters())
             facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
             self._run = Run.create(path, "pretrain", config, **facts)
@@ -143,9 +151,8 @@ class Recorder:
         self._run.finish()
 
 
-def _label_facts(config: Config, manifest: Manifest, label_cases: list[str]) -> dict:
+def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], label_cases: list[str]) -> dict:
     """Who was trained on, whose labels were read: what the few-label protocol is checked against."""
-    training = [case.name for case in manifest.cases if case.split != "validation"]
     return {
         "shards": {
             "manifest_digest": manifest.digest,
@@ -155,10 +162,10 @@ def _label_facts(config: Config, manifest: Manifest, label_cases: list[str]) -> 
             "spacing_mm": manifest.spacing_mm,
             "patch_size": manifest.patch_size,
         },
-        "training_cases": training,
+        "training_cases": training_cases,
         "label_cases": label_cases,
-        "withheld_cases": [case.name for case in manifest.cases if case.split == "validation"],
-        "budget": {"fraction": config.budget.fraction, "seed": config.budget.seed},
+        "withheld_cases": sorted({case.name for case in manifest.cases} - set(training_cases)),
+        "budget": {"fraction": config.budget.fraction, "scans": config.budget.scans, "seed": config.budget.seed},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 import time
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from mixcl_dist.budget import leak
 from mixcl_dist.cluster.trials import Outcome, draw, run_trials
-from mixcl_dist.config import BudgetConfig, Config, from_dict, replace, to_dict
+from mixcl_dist.config import Config, from_dict, replace, to_dict
 from mixcl_dist.finetune import Task, budgeted, finetune, like, open_task
 from mixcl_dist.run import RunError, machine, now, read_json, write_json
 
@@ -47,7 +48,8 @@ def plan(config: Config, task: Task, starts: Sequence[Path]) -> list[dict[str, A
     trials = []
     for fraction in config.study.fractions:
         for seed in config.study.seeds:
-            label_cases = budgeted(task, BudgetConfig(fraction, seed))
+            budget = dataclasses.replace(config.budget, fraction=fraction, scans=None, seed=seed)
+            label_cases = budgeted(task, budget)
             arms: dict[str, Path | None] = {"scratch": None}
             if starts:
                 arms["pretrained"] = _lawful_start(starts, task, label_cases)
@@ -62,7 +64,7 @@ def plan(config: Config, task: Task, starts: Sequence[Path]) -> list[dict[str, A
 
 def run_trial(config: dict[str, Any], data: Path, study: Path, trial: dict[str, Any]) -> dict[str, Any]:
     """One trial of the table, in a process of its own."""
-    budget = {"budget.fraction": trial["fraction"], "budget.seed": trial["seed"]}
+    budget = {"budget.fraction": trial["fraction"], "budget.scans": None, "budget.seed": trial["seed"]}
     start = trial["start"] and Path(trial["start"])
     run = study / "trials" / trial["id"]
     return finetune(replace(from_dict(config), budget | trial["params"]), data=data, start=start, run=run)

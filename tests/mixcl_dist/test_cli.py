@@ -56,6 +56,11 @@ def test_the_examples_in_help_are_accepted_by_the_parser():
         (["shards", "inspect", "absent"], "absent"),
         (["finetune", "--data", "absent", "--from", "none", "--labels", "0.1", "--run", "r"], "absent"),
         (["finetune", "--data", "absent", "--from", "none", "--labels", "5", "--run", "r"], "budget.fraction = 5"),
+        (["finetune", "--data", "absent", "--from", "none", "--scans", "0", "--run", "r"], "budget.scans = 0"),
+        (
+            ["finetune", "--data", "absent", "--from", "none", "--labels", ".5", "--scans", "4", "--run", "r"],
+            "fraction 0.5 and scans 4 are both given; set one of them",
+        ),
     ],
 )
 def test_what_is_refused_is_one_line_and_leaves_nothing(arguments, said, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixcl_dist.budget import budget_cases
-from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
 from mixcl_dist.finetune import Task, build, finetune
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def budgeted(data):
-    return budget_cases(open_source(data).cases, 0.5, 0)
+    return budget_cases(open_source(data).cases, BudgetConfig(0.5))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,12 @@ def test_a_finished_trial_is_not_overwritten(trial, config, data):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("budget.fraction", 0.0, "give --labels"), ("finetune.patch_size", [24, 24, 22], "multiple of 4")],
+    [
+        ("budget.fraction", 0.0, "give --scans or --labels"),
+        ("budget.development", ["nobody"], "no case nobody"),
+        ("budget.development", ["validation_000"], "validation_000 is in the validation split"),
+        ("finetune.patch_size", [24, 24, 22], "multiple of 4"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(config, data, tmp_path, key, value, message):
     with pytest.raises(ConfigError, match=message):

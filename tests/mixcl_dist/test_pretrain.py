@@ -98,6 +98,19 @@ def test_the_budget_is_counted_within_each_dataset(shards):
         budgeted_labels(manifest, BudgetConfig(full_datasets=("elsewhere",)))
 
 
+def test_development_cases_are_neither_seen_nor_budgeted(shards, small_config, tmp_path):
+    manifest = Manifest.load(shards)
+    kept_back = next(case.name for case in manifest.cases if case.reliable and case.split == "training")
+    settings = {"pretrain.steps": 1, "budget.fraction": 1.0, "budget.development": [kept_back]}
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    facts = read_json(tmp_path / "run" / "run.json")
+    others = {case.name for case in manifest.cases} - {kept_back}
+    assert set(facts["training_cases"]) == others and kept_back in facts["withheld_cases"]
+    assert set(facts["label_cases"]) == {case.name for case in manifest.cases if case.reliable} - {kept_back}
+    with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
+        pretrain(replace(small_config, {"budget.development": ["nobody"]}), shards=shards, run=tmp_path / "other")
+
+
 def test_an_earlier_run_is_never_overwritten(shards, small_config, tmp_path):
     config = replace(small_config, {"pretrain.steps": 1})
     pretrain(config, shards=shards, run=tmp_path / "run")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from mixcl_dist import study as study_module
 from mixcl_dist.budget import budget_cases
 from mixcl_dist.cluster.trials import Outcome
-from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.finetune import open_task
 from mixcl_dist.networks import SegmentationNetwork
@@ -43,7 +43,7 @@ def start(config, data, tmp_path):
         save_file(SegmentationNetwork(network, 1).backbone.state_dict(), folder / "network.safetensors")
         facts = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
         (folder / "network.json").write_text(json.dumps(facts | {"spacing_mm": None, "classes": []}))
-        label_cases = budget_cases(open_source(data).cases, fraction, seed)
+        label_cases = budget_cases(open_source(data).cases, BudgetConfig(fraction, seed))
         run = {
             "kind": "pretrain",
             "name": name,
