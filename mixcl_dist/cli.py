@@ -127,6 +127,23 @@ def _pretrain(options: argparse.Namespace) -> None:
     print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
 
 
+def _probe(options: argparse.Namespace) -> None:
+    from mixcl_dist.probe import FILE_NAME, probe_run, run_of
+    from mixcl_dist.run import write_json
+
+    if options.run is not None:
+        options.config.insert(0, run_of(options.run) / "config.yaml")
+    found = probe_run(options.run, _config(options), shards=options.data)
+    out = options.out or (options.run and options.run / FILE_NAME)
+    print(f"{'Dice, frozen features':<24} linear  k-NN")
+    for name in found["linear"]["dice"]:
+        values = (found[kind]["dice"][name] for kind in ("linear", "knn"))
+        print(f"{name:<24} " + "   ".join("  -  " if value is None else f"{value:.3f}" for value in values))
+    print(f"{'mean':<24} {found['linear']['mean']:.3f}   {found['knn']['mean']:.3f}    ({found['seconds']:.0f} s)")
+    if out:
+        write_json(out, found)
+
+
 def _finetune(options: argparse.Namespace) -> None:
     from mixcl_dist.config import replace
     from mixcl_dist.finetune import finetune
@@ -278,6 +295,12 @@ def _add_training(verbs: Any) -> None:
     )
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
     add("--resume", choices=["latest"], help="go on from its newest whole checkpoint, with its settings")
+
+    example = "mixcl probe runs/pretrained --data shards --recipe few_label"
+    add = _verb(verbs, "probe", _probe, "how good are a network's features, before any fine-tuning?", example)
+    add("run", type=_start, metavar="RUN|none", help="pre-training run, or a checkpoint in it; none: a random network")
+    add("--data", required=True, metavar="SHARDS", help="shards that hold budget.development, folder or URL")
+    add("--out", type=Path, metavar="JSON", help="file to write (default probe.json in RUN)")
 
     example = "mixcl finetune --data ct/dataset.json --from runs/pretrained --labels 0.05 --seed 0 --run runs/few"
     add = _verb(verbs, "finetune", _finetune, "fine-tune for segmentation with few labels, and score", example)

@@ -108,8 +108,14 @@ class ObjectiveConfig:
     voxel_label: NonNegative = 1.0
     crop_identity: NonNegative = 0.25
     reconstruction: NonNegative = 1.0
+    identity_negatives: Literal["batch", "patch"] = "batch"
+    """Which voxels a voxel is told from: those of the whole batch, or those of its own patch alone, as the same organ
+    of another patient would otherwise repel."""
     voxel_temperature: Positive = 0.1
     crop_temperature: Positive = 0.2
+    reconstruction_beta: Positive = 0.05
+    """Error at which smooth-L1 turns from squares to absolute values, in the network's input range: 0.05 is 50 HU of a
+    window of 2,000. At 1 the term's gradient on the backbone was a thirtieth of the others'."""
     masked_weight: NonNegative = 4.0
     """Weight of a masked voxel in the reconstruction, where an unmasked one has 1."""
 
@@ -132,7 +138,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Which training cases' pixel labels may be used: the first `fraction`, or `scans`, of an order drawn from `seed`."""
+    """Which training cases' pixel labels may be used: the first `fraction`, or `scans`, in an order drawn by `seed`."""
 
     fraction: Fraction = 0.0
     seed: int = 0
@@ -157,6 +163,8 @@ class PretrainConfig:
     log_every: Count = 10
     sample_every: Count = 200
     """Steps between the pictures kept for the report."""
+    probe_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two probes of the features on the development scans, one of them at the end; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,15 @@ class FinetuneConfig:
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 1e-4
     warmup_fraction: Fraction = 0.1
+    head_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which only the classifier learns, so that its random start does not spoil the backbone."""
+    level_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each level of the backbone learns at this factor of the learning rate of the level nearer to the classifier."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Of the exponential moving average of the weights that is scored and kept; 0 keeps the last weights."""
+    curve_every: Count = 250
+    """Steps between points of the curve of Dice on the first `curve_scans` development scans."""
+    curve_scans: Count = 6
     sliding_overlap: Fraction = 0.25
     log_every: Count = 10
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mixcl_dist.budget import budget_cases, check_development, leak
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, FinetuneConfig, replace
 from mixcl_dist.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
+from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.marginal import marginal_loss
 from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
@@ -30,6 +35,8 @@ from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
 
 GRADIENT_NORM = 1.0
+Watch = Callable[[int, float, SegmentationNetwork], None]
+"""Called with the step, the seconds spent on learning, and the network as it would be kept."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> di
     record = Run.create(run, "finetune", config, **facts)
     record.forget_metrics_after(0)
     network.to(device)
-    _train(network, config, _training_volumes(config, task, label_cases), record, device)
+    volumes = _training_volumes(config, task, label_cases)
+    network = _train(network, config, volumes, record, _watch(config, task, run, device), device)
     _save(network, config, task, run)
     dice, overlays = _validate(network, config, task, device)
     write_atomic(run / "overlays.npz", overlays.encode())
@@ -184,24 +192,77 @@ def _train(
     config: Config,
     volumes: Sequence[LabelledVolume],
     record: Run,
+    watch: Watch,
     device: torch.device,
-) -> None:
+) -> SegmentationNetwork:
+    """Learn from the volumes; returns the average of the weights over the last steps."""
     settings = config.finetune
     crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed, device)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    schedule = LambdaLR(optimizer, warmup_cosine(settings.steps, settings.warmup_fraction, 0.0))
+    optimizer, schedule = _optimizer(network, settings)
+    kept = copy.deepcopy(network).requires_grad_(False)
     network.train()
-    begin = time.monotonic()
+    seconds, begin = 0.0, time.monotonic()
     steps = range(1, settings.steps + 1)
     for step in progress(steps, total=settings.steps, desc="finetune", unit="step"):
+        network.backbone.requires_grad_(step > _head_steps(settings))
         loss = train_step(network, optimizer, crops.batch(settings.batch_size))
-        if step % settings.log_every == 0 or step == settings.steps:
-            seconds = round(time.monotonic() - begin, 2)
+        # At first the average is of few steps, so that the random start is soon forgotten.
+        average = get_ema_multi_avg_fn(min(settings.average_decay, (1 + step) / (10 + step)))
+        average(list(kept.parameters()), list(network.parameters()), step)
+        last = step == settings.steps
+        if last or step % settings.log_every == 0:
             rate = float(schedule.get_last_lr()[0])
-            record.log(step, seconds=seconds, loss=_finite(loss, step, record), learning_rate=rate)
+            spent = round(seconds + time.monotonic() - begin, 2)
+            record.log(step, seconds=spent, loss=_finite(loss, step, record), learning_rate=rate)
+        if last or step % settings.curve_every == 0:
+            seconds += time.monotonic() - begin
+            watch(step, seconds, kept)
+            begin = time.monotonic()
         schedule.step()
+    return kept
+
+
+def _watch(config: Config, task: Task, run: Path, device: torch.device) -> Watch:
+    """A function that appends a point to the curve of Dice over steps, `curve.jsonl`, by the first development scans;
+    without any it does nothing."""
+    kept_back = [case for case in task.cases if case.name in config.budget.development]
+    scans = [(case, read_case(case, task.catalogue)) for case in kept_back[: config.finetune.curve_scans]]
+    (run / "curve.jsonl").unlink(missing_ok=True)
+
+    def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
+        scores = {}
+        for case, volume in scans:
+            prediction = _predict(network, config, volume, device)
+            assert volume.label is not None, "a development case has a label"
+            truth = task.target(case, volume.label)
+            scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
+        if scores:
+            dice = summarise(scores, task.classes)
+            point = {"step": step, "seconds": round(seconds, 2), "mean": dice["mean"], "dice": dice["class_mean"]}
+            with (run / "curve.jsonl").open("a") as file:
+                file.write(json.dumps(point) + "\n")
+
+    return watch
+
+
+def _optimizer(network: SegmentationNetwork, settings: FinetuneConfig) -> tuple[AdamW, LambdaLR]:
+    """The classifier learns from the first step, the backbone from the end of `head_fraction`, deeper levels slower."""
+    groups = [list(network.classifier.parameters()), *network.backbone.levels()]
+    rates = [settings.learning_rate * settings.level_decay ** max(0, depth - 1) for depth in range(len(groups))]
+    optimizer = AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    head = _head_steps(settings)
+    of_head = warmup_cosine(settings.steps, settings.warmup_fraction, 0.0)
+    of_backbone = warmup_cosine(settings.steps - head, settings.warmup_fraction, 0.0)
+    lambdas = [of_head, *[lambda step: of_backbone(max(0, step - head))] * (len(groups) - 1)]
+    return optimizer, LambdaLR(optimizer, lambdas)
+
+
+def _head_steps(settings: FinetuneConfig) -> int:
+    return round(settings.head_fraction * settings.steps)
 
 
 def train_step(network: SegmentationNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
@@ -245,17 +306,21 @@ def _validate(
     scores, overlays = {}, Overlays()
     for case in progress(task.validation, total=len(task.validation), desc="validate", unit="case"):
         volume = read_case(case, task.catalogue)
-        prediction = segment(
-            network,
-            volume,
-            spacing_mm=config.finetune.spacing_mm,
-            window_hu=config.network.window_hu,
-            patch_size=config.finetune.patch_size,
-            overlap=config.finetune.sliding_overlap,
-            device=device,
-        )
+        prediction = _predict(network, config, volume, device)
         assert volume.label is not None, "a validation case has a label"
         truth = task.target(case, volume.label)
         scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
         overlays.add(case.name, volume, truth, prediction, config.network.window_hu)
     return summarise(scores, task.classes), overlays
+
+
+def _predict(network: SegmentationNetwork, config: Config, volume: Volume, device: torch.device) -> np.ndarray:
+    return segment(
+        network,
+        volume,
+        spacing_mm=config.finetune.spacing_mm,
+        window_hu=config.network.window_hu,
+        patch_size=config.finetune.patch_size,
+        overlap=config.finetune.sliding_overlap,
+        device=device,
+    )

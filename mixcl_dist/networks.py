@@ -44,8 +44,14 @@ class Backbone(nn.Module):
         self.bottleneck_channels = config.filters[-1]
         self.level_divisor = 2 ** (levels - 1)
 
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(V, 1, x, y, z) → features (V, F, x, y, z) and bottleneck (V, G, x/d, y/d, z/d), d = `level_divisor`.
+    def levels(self) -> list[list[nn.Parameter]]:
+        """All parameters from the last layers to the first: the decoder's levels, the bottleneck, the encoder's."""
+        blocks = [*reversed(self.upsamples), self.bottleneck, *reversed(self.downsamples), self.input_block]
+        return [list(block.parameters()) for block in blocks]
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """(V, 1, x, y, z) → the decoder's pyramid: the bottleneck (V, G, x/d, y/d, z/d), d = `level_divisor`, then
+        each level at twice the resolution of the one before, up to (V, F, x, y, z).
 
         Raises `ValueError` where d does not divide an edge.
         """
@@ -55,10 +61,10 @@ class Backbone(nn.Module):
         skips = [self.input_block(image)]
         for downsample in self.downsamples:
             skips.append(downsample(skips[-1]))
-        bottleneck = features = self.bottleneck(skips[-1])
+        pyramid = [self.bottleneck(skips[-1])]
         for upsample, skip in zip(self.upsamples, reversed(skips), strict=True):
-            features = upsample(features, skip)
-        return features, bottleneck
+            pyramid.append(upsample(pyramid[-1], skip))
+        return pyramid
 
 
 class NetworkOutput(NamedTuple):
@@ -78,7 +84,7 @@ class PretrainNetwork(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.backbone = Backbone(config)
-        self.voxel_head = _mlp(self.backbone.voxel_channels, config.voxel_dim)
+        self.voxel_head = _mlp(sum(config.filters), config.voxel_dim)
         self.crop_head = _mlp(2 * self.backbone.bottleneck_channels, config.crop_dim)
         self.reconstruction_head = nn.Conv3d(self.backbone.voxel_channels, 1, kernel_size=1)
 
@@ -88,12 +94,12 @@ class PretrainNetwork(nn.Module):
         Autocasts by itself, as the engine switches off one around it.
         """
         with autocast(image.device):
-            features, bottleneck = self.backbone(image)
-            view, x, y, z = voxel_index.unbind(1)
+            pyramid = self.backbone(image)
+            bottleneck, features = pyramid[0], pyramid[-1]
             # Instance normalisation fixes a channel's average up to the activation, so the maximum is pooled, too.
             pooled = torch.cat([bottleneck.mean(dim=(2, 3, 4)), bottleneck.amax(dim=(2, 3, 4))], dim=1)
             return NetworkOutput(
-                voxel=_directions(self.voxel_head(features[view, :, x, y, z])).to(row_dtype(image.device)),
+                voxel=_directions(self.voxel_head(voxels_of(pyramid, voxel_index))).to(row_dtype(image.device)),
                 crop=_directions(self.crop_head(pooled)),
                 reconstruction=self.reconstruction_head(features),
             )
@@ -109,8 +115,19 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 1, x, y, z) normalised → logits (B, n_classes + 1, x, y, z), background first."""
-        features, _ = self.backbone(image)
-        return self.classifier(features)
+        return self.classifier(self.backbone(image)[-1])
+
+
+def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.Tensor:
+    """(R, all channels) features of voxels (R, 4) int64 (view, x, y, z), of each level of a `Backbone`'s pyramid those
+    of the voxel that they lie in: what vox2vec (Goncharov et al. 2023) contrasts."""
+    view, *position = voxel_index.unbind(1)
+    finest = len(pyramid) - 1
+    columns = []
+    for level, features in enumerate(pyramid):
+        x, y, z = (axis >> (finest - level) for axis in position)
+        columns.append(features[view, :, x, y, z])
+    return torch.cat(columns, dim=1)
 
 
 def _directions(embedding: torch.Tensor) -> torch.Tensor:

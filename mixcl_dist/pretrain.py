@@ -29,7 +29,7 @@ from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.views import make_views
 
 FREE_ON_RESUME = (
-    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "engine.accumulation_steps",
+    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every", "engine.accumulation_steps",
     "data.workers", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt."""
@@ -80,13 +80,15 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
             engine.step()
             recorder.add(loss, terms)
         last = step == config.pretrain.steps
+        if config.pretrain.probe_every and (last or step % config.pretrain.probe_every == 0):
+            recorder.probe(network.backbone, shards)
         if last or step % config.pretrain.log_every == 0:
             recorder.log(step)
         if last or step % config.pretrain.sample_every == 0:
             recorder.pictures(step, batch, views)
         if last or step % config.checkpoint.every == 0:
-            _save(run, step, engine, stream, config)
-    recorder.finish(network)
+            _save(run, step, engine, stream, config, recorder)
+    recorder.finish()
     engine.close()
 
 
@@ -108,6 +110,8 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
         raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
     check_development(manifest.cases, config.budget.development)
+    if config.pretrain.probe_every and len(config.budget.development) < 2:
+        raise ConfigError("pretrain.probe_every: there are no two scans in budget.development to probe on; name some")
     if not training_cases(manifest, config.budget):
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
     started = (run / "run.json").exists()
@@ -180,12 +184,13 @@ def _launch(network: PretrainNetwork, config: Config) -> Engine:
     )
 
 
-def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config) -> None:
+def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config, recorder: Recorder) -> None:
     state = {"step": step, "stream": stream.position(), "world_size": engine.world_size}
     keep = config.checkpoint.keep
     folder = run / "checkpoints"
     with checkpoint.publish(folder, step, keep=keep, state=state, rank=engine.rank, barrier=engine.barrier) as path:
         engine.save(path)
+        recorder.save_backbone(path)
 
 
 def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:

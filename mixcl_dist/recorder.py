@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from mixcl_dist.config import Config
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Batch
-from mixcl_dist.networks import PretrainNetwork
+from mixcl_dist.networks import Backbone, PretrainNetwork
 from mixcl_dist.precision import arithmetic
+from mixcl_dist.probe import FILE_NAME as PROBE
+from mixcl_dist.probe import Patches, probe, read_patches
 from mixcl_dist.run import Run, RunError, write_atomic, write_json
 from mixcl_dist.views import Views
 
@@ -39,10 +42,13 @@ class Recorder:
         label_cases: list[str],
         engine: Engine,
     ):
+        self._path = path
         self._config = config
         self._manifest = manifest
         self._engine = engine
         self._begin_interval()
+        self._probed: dict[str, float] = {}
+        self._probe_patches: tuple[Patches, tuple[str, ...]] | None = None
         self._run = None
         if engine.rank == 0:
             facts = _label_facts(config, manifest, training_cases, label_cases)
@@ -86,7 +92,8 @@ class Recorder:
             "seconds": round(seconds, 3),
         }
         if self._run:
-            self._run.log(step, **scalars)
+            self._run.log(step, **scalars, **self._probed)
+        self._probed = {}
         self._begin_interval()
 
     def _means(self) -> dict[str, float]:
@@ -131,15 +138,32 @@ class Recorder:
         np.savez_compressed(file, allow_pickle=False, **{name: _compact(array) for name, array in arrays.items()})
         write_atomic(self._run.path / "samples.npz", file.getvalue())
 
-    def finish(self, network: PretrainNetwork) -> None:
-        """Write the backbone for fine-tuning and export, and mark the run as finished."""
+    def probe(self, backbone: Backbone, shards: Path | str) -> None:
+        """Probe the network's features for the next log, and leave the figures in `probe.json`."""
         with self._engine.whole_parameters():
-            backbone = {name: tensor.detach().cpu().clone() for name, tensor in network.backbone.state_dict().items()}
+            if not self._run:
+                return
+            if self._probe_patches is None:
+                self._probe_patches = read_patches(shards, self._config.budget.development)
+            found = probe(backbone, *self._probe_patches, self._config.network.window_hu)
+        self._probed = {f"probe_{kind}": found[kind]["mean"] for kind in ("linear", "knn")}
+        write_json(self._run.path / PROBE, found | {"cases": list(self._config.budget.development)})
+
+    def save_backbone(self, folder: Path) -> None:
+        """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`."""
+        with self._engine.whole_parameters():
+            if self._run:
+                weights = cast(PretrainNetwork, self._engine.module).backbone.state_dict()
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+                write_atomic(folder / "network.safetensors", save(tensors))
+
+    def finish(self) -> None:
+        """Write the backbone and what it is, and mark the run as finished."""
+        self.save_backbone(self._path)
         if not self._run:
             return
-        write_atomic(self._run.path / "network.safetensors", save(backbone))
         write_json(
-            self._run.path / "network.json",
+            self._path / "network.json",
             {
                 "architecture": self._config.network.architecture,
                 "filters": self._config.network.filters,

@@ -45,9 +45,9 @@ def test_a_dynunet_with_the_backbones_weights_computes_the_same_features(archite
     assert {key.split(".")[0] for key in left.missing_keys} == {"output_block", "skip_layers"}
     network.output_block = nn.Identity()
     image = torch.randn(2, 1, 8, 16, 8)
-    features, bottleneck = backbone(image)
-    torch.testing.assert_close(features, network(image))
-    assert features.shape == (2, 4, 8, 16, 8) and bottleneck.shape == (2, 8, 2, 4, 2)
+    pyramid = backbone(image)
+    torch.testing.assert_close(pyramid[-1], network(image))
+    assert [tuple(level.shape) for level in pyramid] == [(2, 8, 2, 4, 2), (2, 6, 4, 8, 4), (2, 4, 8, 16, 8)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -108,10 +108,11 @@ def test_the_network_autocasts_within_an_engine_that_switches_it_off(monkeypatch
     engine.close()
 
 
-def test_a_row_is_the_head_at_its_own_voxel():
+def test_a_row_is_the_head_at_its_own_voxel_of_every_level():
     network, image = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8)
-    features, _ = network.backbone(image)
-    expected = network.voxel_head(features[1, :, 2, 7, 5])
+    coarse, middle, fine = network.backbone(image)
+    features = torch.cat([coarse[1, :, 0, 1, 1], middle[1, :, 1, 3, 2], fine[1, :, 2, 7, 5]])
+    expected = network.voxel_head(features)
     (row,) = network(image, torch.tensor([[1, 2, 7, 5]])).voxel
     torch.testing.assert_close(row, expected / expected.norm())
 
@@ -148,7 +149,7 @@ def test_a_segmentation_network_starts_from_a_pretrained_backbone():
     network = SegmentationNetwork(config(), n_classes=3)
     network.backbone.load_state_dict(pretrained.state_dict())
     image = torch.randn(1, 1, 8, 8, 8)
-    expected = network.classifier(pretrained(image)[0])
+    expected = network.classifier(pretrained(image)[-1])
     logits = network(image)
     assert logits.shape == (1, 4, 8, 8, 8)
     torch.testing.assert_close(logits, expected)
