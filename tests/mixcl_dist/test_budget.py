@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
 
 from mixcl_dist.budget import budget_cases, check_development, leak
-from mixcl_dist.config import BudgetConfig, ConfigError
+from mixcl_dist.config import BudgetConfig, ConfigError, load
+from mixcl_dist.data_shards.sources import open_source
 
 ORGANS = ("liver", "spleen", "aorta", "larynx")
 
@@ -97,6 +99,14 @@ def test_only_training_cases_are_kept_back_for_development(name, said):
     check_development(cohort(), ["t001", "t900"])
     with pytest.raises(ConfigError, match=said):
         check_development(cohort(), ["t001", name])
+
+
+def test_the_development_list_of_openkbp_is_the_rule_s_outcome(ct):
+    training = [case.name for case in open_source(ct / "openkbp").cases if case.split == "training"]
+    order = sorted(training, key=lambda name: hashlib.sha256(f"development:{name}".encode()).digest())
+    budget = load(recipe="few_label").budget
+    assert budget.development == tuple(order[:24])
+    check_development(open_source(ct / "openkbp").cases, budget.development)
 
 
 def facts(label_cases, training_cases=()):
