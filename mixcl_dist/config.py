@@ -61,6 +61,8 @@ class NetworkConfig:
     """Channels of each resolution level; each level halves the resolution of the one before."""
     voxel_dim: Count = 64
     """Width D of a voxel row's embedding."""
+    voxel_levels: Count | None = None
+    """Levels of the decoder, from the finest, that a voxel row is made of; None is all of them."""
     crop_dim: Count = 64
     """Width of a crop row's embedding."""
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
