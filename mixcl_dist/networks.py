@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixcl_dist.config import NetworkConfig
+from mixcl_dist.constants import constant, lattice
 from mixcl_dist.precision import autocast, row_dtype
 
 
@@ -122,15 +123,32 @@ class SegmentationNetwork(nn.Module):
 
 
 def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.Tensor:
-    """(R, all channels) features of voxels (R, 4) int64 (view, x, y, z), of each level of a `Backbone`'s pyramid those
-    of the voxel that they lie in: what vox2vec (Goncharov et al. 2023) contrasts."""
-    view, *position = voxel_index.unbind(1)
-    finest = len(pyramid) - 1
-    columns = []
-    for level, features in enumerate(pyramid):
-        x, y, z = (axis >> (finest - level) for axis in position)
-        columns.append(features[view, :, x, y, z])
+    """(R, all channels) features of voxels (R, 4) int64 (view, x, y, z): first those of the last level of a backbone's
+    pyramid at the voxel, then those of the others from the coarsest on, interpolated linearly at its centre (vox2vec,
+    Goncharov et al. 2023, joins levels so)."""
+    *coarse, finest = pyramid
+    view, x, y, z = voxel_index.unbind(1)
+    columns = [finest[view, :, x, y, z]]
+    if coarse:
+        corners, weights = _corners(voxel_index[:, 1:], tuple(tuple(level.shape[2:]) for level in coarse))
+        view, weights = view[:, None], weights.to(finest.dtype)
+        for features, (x, y, z), weight in zip(coarse, corners, weights, strict=True):
+            columns.append((weight @ features[view, :, x, y, z])[:, 0])
     return torch.cat(columns, dim=1)
+
+
+def _corners(voxel: torch.Tensor, sizes: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The eight voxels (L, 3, R, 8) int64 around voxels (R, 3) on grids of these sizes, each next one finer by 2, the
+    last by 2 coarser than the voxels' own; and their weights (L, R, 1, 8) float32. Beyond a border its voxels are
+    repeated."""
+    factor = constant(tuple(2.0**-n for n in range(len(sizes), 0, -1)), torch.float32, voxel.device)
+    side = lattice((2, 2, 2), voxel.device).T[:, None]
+    position = ((voxel.T + 0.5) * factor[:, None, None] - 0.5)[..., None]
+    lower = position.floor()
+    share = position - lower
+    weight = torch.where(side == 1, share, 1 - share).prod(1)
+    last = constant(tuple(tuple(edge - 1 for edge in size) for size in sizes), torch.int64, voxel.device)
+    return (lower.long() + side).clamp_min_(0).minimum(last[..., None, None]), weight[:, :, None]
 
 
 def _directions(embedding: torch.Tensor) -> torch.Tensor:

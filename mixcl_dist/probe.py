@@ -263,10 +263,11 @@ def _judge_linear(
     counts = []
     for first, pyramid in _pyramids(backbone, patches, window_hu):
         logits = bias.to(pyramid[0].device)[:, None, None, None]
-        columns = weight.to(pyramid[0].device).split([level.shape[1] for level in pyramid], dim=1)
-        for features, of_level in zip(pyramid, columns, strict=True):
+        levels = [pyramid[-1], *pyramid[:-1]]  # in the order of `voxels_of`
+        columns = weight.to(pyramid[0].device).split([level.shape[1] for level in levels], dim=1)
+        for features, of_level in zip(levels, columns, strict=True):
             coarse = torch.einsum("nfxyz,cf->ncxyz", features.float(), of_level)
-            logits = logits + F.interpolate(coarse, pyramid[-1].shape[2:], mode="nearest")
+            logits = logits + F.interpolate(coarse, pyramid[-1].shape[2:], mode="trilinear")
         found = logits.argmax(1).cpu().numpy()
         for row, patch in enumerate(found):
             label = patches.label[first + row]
