@@ -147,18 +147,21 @@ def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_h
     backbone.eval()
     scans = np.unique(patches.case)
     fitted, judged = patches.of(scans[::2]), patches.of(scans[1::2])
-    sample, query = _sample(backbone, fitted, window_hu), _sample(backbone, judged, window_hu)
+    sample = _joined([_sample(fitted, *part) for part in _pyramids(backbone, fitted, window_hu)])
     mean, deviation = sample.features.mean(0), sample.features.std(0)
     if not torch.isfinite(mean).all() or (deviation > 1e-6).sum() < 2:
         raise RunError("the features are not finite, or alike at every voxel: the network has collapsed")
     scale = 1 / deviation.clamp_min(1e-6)
     standard = sample.standardised(mean, scale)
     weight, bias = _fit_linear(standard)
-    counts = _judge_linear(backbone, judged, window_hu, weight * scale, bias - (weight * scale) @ mean)
-    neighbours = _judge_neighbours(standard, query.standardised(mean, scale), judged)
+    linear, queries = [], []
+    for part in _pyramids(backbone, judged, window_hu):
+        linear += _judge_linear(judged, *part, weight * scale, bias - (weight * scale) @ mean)
+        queries.append(_sample(judged, *part))
+    neighbours = _judge_neighbours(standard, _joined(queries).standardised(mean, scale), judged)
     backbone.train(training)
     return {
-        "linear": _dice(counts, judged, classes),
+        "linear": _dice(np.array(linear), judged, classes),
         "knn": _dice(neighbours, judged, classes),
         "scans": {"fitted": len(scans[::2]), "judged": len(scans[1::2])},
     }
@@ -187,22 +190,30 @@ class _Sample:
         return _Sample(*(t[::step] for t in (self.features, self.label, self.weight * step, self.patch, self.known)))
 
 
-def _sample(backbone: Backbone, patches: Patches, window_hu: tuple[float, float]) -> _Sample:
-    """Of each patch the same share of every class, at most `VOXELS_OF_CLASS` voxels or `VOXELS_OF_REST`."""
-    rng = np.random.default_rng(0)
-    parts: list[list[Tensor]] = []
-    for first, pyramid in _pyramids(backbone, patches, window_hu):
-        for row in range(len(pyramid[0])):
-            label = patches.label[first + row]
-            chosen, weight = _choose(label, rng)
-            position = np.stack(np.unravel_index(chosen, label.shape), axis=1)
-            index = torch.from_numpy(np.insert(position, 0, row, axis=1)).to(pyramid[0].device)
-            known = torch.from_numpy(patches.known[first + row]).expand(len(chosen), -1)
-            number = torch.full((len(chosen),), first + row)
-            label_of = torch.from_numpy(label.ravel()[chosen].astype(np.int64))
-            features = voxels_of(pyramid, index).float().cpu()
-            parts.append([features, label_of, torch.from_numpy(weight), number, known])
-    return _Sample(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def _joined(samples: Sequence[_Sample]) -> _Sample:
+    columns = ((s.features, s.label, s.weight, s.patch, s.known) for s in samples)
+    return _Sample(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+def _sample(patches: Patches, first: int, pyramid: list[Tensor]) -> _Sample:
+    """Voxels of the patches from `first` on that the pyramid is of: the same share of every class in each, at most
+    `VOXELS_OF_CLASS` or `VOXELS_OF_REST` of them."""
+    parts = []
+    for row in range(len(pyramid[0])):
+        label = patches.label[first + row]
+        chosen, weight = _choose(label, np.random.default_rng(first + row))
+        position = np.stack(np.unravel_index(chosen, label.shape), axis=1)
+        index = torch.from_numpy(np.insert(position, 0, row, axis=1)).to(pyramid[0].device)
+        parts.append(
+            _Sample(
+                features=voxels_of(pyramid, index).float().cpu(),
+                label=torch.from_numpy(label.ravel()[chosen].astype(np.int64)),
+                weight=torch.from_numpy(weight),
+                patch=torch.full((len(chosen),), first + row),
+                known=torch.from_numpy(patches.known[first + row]).expand(len(chosen), -1),
+            )
+        )
+    return _joined(parts)
 
 
 def _choose(label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -257,26 +268,22 @@ def _fit_linear(sample: _Sample) -> tuple[Tensor, Tensor]:
 
 
 def _judge_linear(
-    backbone: Backbone, patches: Patches, window_hu: tuple[float, float], weight: Tensor, bias: Tensor
-) -> np.ndarray:
-    """(N, 3, C + 1) voxels of each class that are found, drawn, and both."""
-    counts = []
-    for first, pyramid in _pyramids(backbone, patches, window_hu):
-        logits = bias.to(pyramid[0].device)[:, None, None, None]
-        levels = [pyramid[-1], *pyramid[:-1]]  # in the order of `voxels_of`
-        columns = weight.to(pyramid[0].device).split([level.shape[1] for level in levels], dim=1)
-        for features, of_level in zip(levels, columns, strict=True):
-            coarse = torch.einsum("nfxyz,cf->ncxyz", features.float(), of_level)
-            logits = logits + F.interpolate(coarse, pyramid[-1].shape[2:], mode="trilinear")
-        found = logits.argmax(1).cpu().numpy()
-        for row, patch in enumerate(found):
-            label = patches.label[first + row]
-            counts.append(_count(patch.ravel(), label.ravel(), np.ones(label.size), len(weight)))
-    return np.array(counts)
+    patches: Patches, first: int, pyramid: list[Tensor], weight: Tensor, bias: Tensor
+) -> list[np.ndarray]:
+    """Of each patch (3, C + 1) voxels of each class that are found, drawn, and both."""
+    levels = [pyramid[-1], *pyramid[:-1]]  # in the order of `voxels_of`
+    columns = weight.to(pyramid[0].device).split([level.shape[1] for level in levels], dim=1)
+    logits = bias.to(pyramid[0].device)[:, None, None, None]
+    for features, of_level in zip(levels, columns, strict=True):
+        coarse = torch.einsum("nfxyz,cf->ncxyz", features.float(), of_level)
+        logits = logits + F.interpolate(coarse, pyramid[-1].shape[2:], mode="trilinear")
+    found = logits.argmax(1).flatten(1).cpu().numpy()
+    drawn = patches.label[first:].reshape(-1, found.shape[1])
+    return [_count(one, other, np.ones(len(one)), len(weight)) for one, other in zip(found, drawn, strict=False)]
 
 
 def _judge_neighbours(sample: _Sample, query: _Sample, patches: Patches) -> np.ndarray:
-    """As `_judge_linear`: the class that most of a voxel's nearest neighbours (by cosine) stand for."""
+    """(N, 3, C + 1), as `_judge_linear`: the class that most of a voxel's nearest neighbours (by cosine) stand for."""
     sample, query = sample.thinned(NEIGHBOUR_VOXELS), query.thinned(NEIGHBOUR_VOXELS)
     importance = sample.weight * torch.where(sample.label > 0, FOREGROUND_WEIGHT, 1.0)
     ballots = F.one_hot(sample.label, sample.known.shape[1]) * importance[:, None]
