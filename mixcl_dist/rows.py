@@ -86,10 +86,14 @@ def _draw_points(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(V, P, 3) float64 voxels that show P points of each patch, no two of one cell, and which are there (B, P)."""
     point, border_label = _cell_points(label, config.min_spacing, draws)
+    alike = config.min_spacing == 1  # a cell is one voxel, so its two points are one
+    point = point[:, :1] if alike else point
     voxel, seen = _in_both_views(patch_from_view, view_size, label.shape[1:], point.flatten(1, 2))
-    score = _scores(border_label, seen.view(len(label), 2, -1), draws)
+    seen = seen.view(len(label), point.shape[1], -1)
+    score = _scores(border_label, seen.repeat(1, 2, 1) if alike else seen, draws)
     wanted = round(config.border_fraction * config.per_view_pair)
     chosen, present = _choose(score, wanted, min(config.per_view_pair, score.shape[2]))
+    chosen = chosen % score.shape[2] if alike else chosen
     return voxel.gather(2, chosen[None, ..., None].expand(2, -1, -1, 3)).flatten(0, 1), present
 
 
