@@ -157,7 +157,8 @@ def _finetune(options: argparse.Namespace) -> None:
     dice = finetune(config, data=options.data, start=options.start, run=options.run)
     for name, value in dice["class_mean"].items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
-    print(f"{'mean Dice':<24} {dice['mean']:.3f}    ({options.run}; next: mixcl report {options.run})")
+    scored = f"on {len(dice['cases'])} {dice['scored']} cases"
+    print(f"{'mean Dice':<24} {dice['mean']:.3f} {scored}    ({options.run}; next: mixcl report {options.run})")
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -303,7 +304,13 @@ def _add_training(verbs: Any) -> None:
     add("--out", type=Path, metavar="JSON", help="file to write (default probe.json in RUN)")
 
     example = "mixcl finetune --data ct/dataset.json --from runs/pretrained --labels 0.05 --seed 0 --run runs/few"
-    add = _verb(verbs, "finetune", _finetune, "fine-tune for segmentation with few labels, and score", example)
+    add = _verb(
+        verbs,
+        "finetune",
+        _finetune,
+        "fine-tune for segmentation with few labels, score on development cases (or validation)",
+        example,
+    )
     data = "labelled cases with a validation split"
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     add("--from", dest="start", type=_start, required=True, metavar="RUN|none", help="pre-training run, or none")

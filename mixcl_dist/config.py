@@ -140,7 +140,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Which training cases' pixel labels may be used: the first `fraction`, or `scans`, in an order drawn by `seed`."""
+    """Whose pixel labels may be used: the first training cases, by share or number, of an order drawn from `seed`."""
 
     fraction: Fraction = 0.0
     seed: int = 0

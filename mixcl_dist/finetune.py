@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,10 +48,16 @@ class Task:
     """All classes of the data set, as labels are read."""
     classes: tuple[str, ...]
     """Those that are reliably annotated in some training case; output k > 0 of the network is `classes[k - 1]`."""
+    kept_back: tuple[str, ...] = ()
+    """Names of the training cases that choices are made on."""
 
     @property
     def validation(self) -> tuple[Case, ...]:
         return tuple(case for case in self.cases if case.split == "validation" and self.known(case).any())
+
+    @property
+    def development(self) -> tuple[Case, ...]:
+        return tuple(case for case in self.cases if case.name in self.kept_back and self.known(case).any())
 
     def known(self, case: Case) -> np.ndarray:
         """Which outputs are reliably annotated in `case`: (K + 1,) bool, entry 0 (background) False."""
@@ -68,9 +74,11 @@ class Task:
         return number_of[label]
 
 
-def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> dict[str, Any]:
-    """Train a segmentation network on the budgeted cases of `data`, score it on the validation cases.
+def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool = False) -> dict[str, Any]:
+    """Train a segmentation network on the budgeted cases of `data`, and score it.
 
+    It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
+    them; on the validation cases where there are none, or where it is a `final` figure after which nothing is chosen.
     `start` is a pre-training run whose backbone, architecture, HU window and spacing are taken over; None starts
     from scratch by the same recipe. Everything is left in the folder `run`; returns the content of its `dice.json`,
     which is written last and so marks a finished trial.
@@ -78,7 +86,9 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> di
     """
     if (run / "dice.json").exists():
         raise RunError(f"{run}: holds a finished trial; give another --run")
-    task = open_task(data)
+    task = open_task(data, config)
+    scored: Literal["validation", "development"] = "validation" if final or not task.kept_back else "development"
+    cases = task.validation if scored == "validation" else task.development
     label_cases = budgeted(task, config.budget)
     if start is not None:
         config = like(config, start)
@@ -87,37 +97,46 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path) -> di
     network = build(config, start, len(task.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
+    facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
     record = Run.create(run, "finetune", config, **facts)
     record.forget_metrics_after(0)
     network.to(device)
     volumes = _training_volumes(config, task, label_cases)
     network = _train(network, config, volumes, record, _watch(config, task, run, device), device)
     _save(network, config, task, run)
-    dice, overlays = _validate(network, config, task, device)
+    dice, overlays = _score(network, config, task, cases, device)
+    dice["scored"] = scored
     write_atomic(run / "overlays.npz", overlays.encode())
     record.finish()
     write_json(run / "dice.json", dice)
     return dice
 
 
-def open_task(data: Path) -> Task:
-    """The cases and classes of a data set; raises `CaseError` unless it has labelled training and validation cases."""
+def open_task(data: Path, config: Config | None = None) -> Task:
+    """The cases and classes of a data set; `config` (None: the default) says what is kept back for development.
+
+    Raises `CaseError` unless there are labelled training and validation cases, and development cases where some are
+    asked for, and `ConfigError` for a development case that is none of the training cases.
+    """
+    config = config or Config()
     source = open_source(data)
     if source.problems:
         raise source.problems[0]
+    check_development(source.cases, config.budget.development)
     training = [case for case in source.cases if case.split == "training"]
     learnt = {name for case in training for name in case.reliable}
     classes = tuple(name for name in source.classes if name in learnt)
-    task = Task(source.cases, Catalogue(source.classes), classes)
+    task = Task(source.cases, Catalogue(source.classes), classes, config.budget.development)
     for split, cases in (("training", learnt), ("validation", task.validation)):
         if not cases:
             raise CaseError(f"no {split} case has labels", where=data, cure=f"list labelled cases under '{split}'")
+    if task.kept_back and not task.development:
+        raise CaseError("no development case has labels", where=data, cure="list labelled ones in budget.development")
     return task
 
 
 def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
     """Names of the cases whose labels this budget gives; raises `ConfigError` for one that is empty or impossible."""
-    check_development(task.cases, budget.development)
     names = budget_cases(task.cases, budget)
     if not names:
         raise ConfigError("the label budget is empty, so there is nothing to learn from; give --scans or --labels")
@@ -225,8 +244,8 @@ def _train(
 def _watch(config: Config, task: Task, run: Path, device: torch.device) -> Watch:
     """A function that appends a point to the curve of Dice over steps, `curve.jsonl`, by the first development scans;
     without any it does nothing."""
-    kept_back = [case for case in task.cases if case.name in config.budget.development]
-    scans = [(case, read_case(case, task.catalogue)) for case in kept_back[: config.finetune.curve_scans]]
+    shown = task.development[: config.finetune.curve_scans]
+    scans = [(case, read_case(case, task.catalogue)) for case in shown]
     (run / "curve.jsonl").unlink(missing_ok=True)
 
     def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
@@ -299,15 +318,15 @@ def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -
     write_json(run / "network.json", facts)
 
 
-def _validate(
-    network: SegmentationNetwork, config: Config, task: Task, device: torch.device
+def _score(
+    network: SegmentationNetwork, config: Config, task: Task, cases: Sequence[Case], device: torch.device
 ) -> tuple[dict[str, Any], Overlays]:
-    """Dice on every validation case, each scored in its own voxels, and slices for the report."""
+    """Dice on every one of `cases`, each scored in its own voxels, and slices for the report."""
     scores, overlays = {}, Overlays()
-    for case in progress(task.validation, total=len(task.validation), desc="validate", unit="case"):
+    for case in progress(cases, total=len(cases), desc="score", unit="case"):
         volume = read_case(case, task.catalogue)
         prediction = _predict(network, config, volume, device)
-        assert volume.label is not None, "a validation case has a label"
+        assert volume.label is not None, "only labelled cases are scored"
         truth = task.target(case, volume.label)
         scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
         overlays.add(case.name, volume, truth, prediction, config.network.window_hu)

@@ -26,11 +26,12 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
 
     `starts` are pre-training runs that together make the arm "pretrained": each trial begins with the one
     that knows most of its own labelled cases and no others. Arm "scratch" has the same recipe and network.
+    Trials are scored on development cases where the budget keeps some back, as the best of a search is a choice.
     `study.json` in the folder `study` is written anew after every trial; called again, the study goes on.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure, before any trial is run.
     """
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
-    task = open_task(data)
+    task = open_task(data, config)
     config = _common_network(config, starts)
     table = StudyTable.open(study, config, data, starts, plan(config, task, starts))
     pending = table.pending()
@@ -96,6 +97,7 @@ class StudyTable:
             "starts": [*({"name": name, "path": path} for path, name in names.items()), "scratch"],
             "fractions": list(config.study.fractions),
             "seeds": list(config.study.seeds),
+            "scored": "development" if config.budget.development else "validation",
         }
         head = {"kind": "study", "name": study.name, "started": now(), "finished": None}
         if (study / "study.json").exists():

@@ -74,7 +74,8 @@ def _results(trained: Trained) -> str:
         for name, value in dice["class_mean"].items()
     ]
     table = "\n".join(["| class | Dice (%) |", "|---|---|", *rows, f"| **mean** | **{100 * dice['mean']:.1f}** |"])
-    return f"{table}\n\nMeans over the validation cases in which the class was annotated; one run, no interval."
+    scored = trained.facts.get("scored", "validation")
+    return f"{table}\n\nMeans over the {scored} cases in which the class was annotated; one run, no interval."
 
 
 def _limits(trained: Trained) -> str:

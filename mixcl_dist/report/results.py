@@ -58,7 +58,7 @@ class StudyResults:
     """Number of labelled cases at each fraction, over the seeds."""
     protocol: list[dict[str, Any]]
     draws: int
-    """Most draws of searched values that one (start, fraction, seed) had; the best on validation is shown."""
+    """Most draws of searched values that one (start, fraction, seed) had; the best on the scored cases is shown."""
 
 
 def study_results(study: StudyFolder) -> StudyResults:
@@ -187,7 +187,7 @@ def as_json(value: Any) -> Any:
 
 
 def _best_trials(trials: Iterable[Trial]) -> list[Trial]:
-    """The finished trial of each (start, fraction, seed); of several draws the one best on validation."""
+    """The finished trial of each (start, fraction, seed); of several draws the one best on the scored cases."""
     best: dict[tuple[str, float, int], Trial] = {}
     for trial in trials:
         if not _finished(trial):

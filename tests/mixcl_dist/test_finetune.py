@@ -64,6 +64,7 @@ def test_a_trial_leaves_what_report_and_export_read(trial, budgeted):
     facts = json.loads((run / "run.json").read_text())
     assert facts["kind"] == "finetune" and facts["start"] is None and facts["start_name"] == "scratch"
     assert facts["label_cases"] == budgeted and facts["validation_cases"] == ["validation_000"]
+    assert facts["scored"] == "validation" and facts["scored_cases"] == ["validation_000"]
     assert facts["finished"] and facts["seconds"] > 0
     assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -71,6 +72,25 @@ def test_a_trial_leaves_what_report_and_export_read(trial, budgeted):
     assert set(steps[0]) == {"step", "seconds", "loss", "learning_rate"}
     overlays = np.load(run / "overlays.npz")
     assert overlays["truth"].shape == (1, 36, 30) and overlays["truth"].any()
+
+
+@pytest.fixture(scope="module")
+def kept_back(data, budgeted):
+    """A labelled training case outside the budget, to choose on."""
+    return next(case.name for case in open_source(data).cases if case.split == "training" and case.name not in budgeted)
+
+
+def test_choices_are_scored_on_development_cases_and_only_a_final_figure_on_validation(
+    config, data, kept_back, tmp_path
+):
+    choosing = replace(config, {"budget.development": [kept_back], "finetune.steps": 1})
+    for final, scored, names in ((False, "development", [kept_back]), (True, "validation", ["validation_000"])):
+        run = tmp_path / scored
+        dice = finetune(choosing, data=data, start=None, run=run, final=final)
+        facts = json.loads((run / "run.json").read_text())
+        assert list(dice["cases"]) == facts["scored_cases"] == names
+        assert dice["scored"] == facts["scored"] == scored
+        assert kept_back not in facts["label_cases"]
 
 
 def test_the_saved_network_is_the_one_that_was_scored(trial, config):

@@ -86,6 +86,15 @@ def test_a_study_runs_the_table_and_writes_it_down(config, data, start, at_once,
     assert "pretrained-1-s0: Dice" in capsys.readouterr().err
 
 
+def test_a_search_chooses_on_development_cases(config, data, at_once, tmp_path):
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    choosing = {"budget.development": training[:1], "study.fractions": [1.0], "finetune.steps": 1}
+    content = run_study(replace(config, choosing), data=data, starts=[], study=tmp_path / "study")
+    assert content["scored"] == "development"
+    dice = json.loads((tmp_path / "study" / content["trials"][0]["run"] / "dice.json").read_text())
+    assert list(dice["cases"]) == training[:1]
+
+
 def test_called_again_a_study_runs_only_what_is_missing(config, data, at_once, tmp_path):
     ran, broken = at_once
     broken.add("scratch-1-s0")
