@@ -59,12 +59,12 @@ def scans_of(paths: Sequence[Path], run: Mapper, progress: Progress) -> Scans:
     cases: list[tuple[Case, str]] = []
     for path in map(Path, paths):
         if (path / FILE_NAME).exists():
-            found += _scans_of_shards(path)
+            found += scans_of_shards(path)
         else:
             source = open_source(path)
             problems += source.problems
             cases += [(case, str(path)) for case in source.cases]
-    for done, (item, scan, death) in enumerate(run(_read_scan, cases), 1):
+    for done, (item, scan, death) in enumerate(run(read_scan, cases), 1):
         if scan is None:
             cure = "compare where there is more memory"
             problems.append(CaseError(f"the process that read it died ({death})", where=item[0].files[0], cure=cure))
@@ -93,18 +93,20 @@ def _stacked(scans: Sequence[Scan]) -> np.ndarray:
     return np.array([scan.fingerprint for scan in scans], dtype=np.int8).reshape(-1, SIZE)
 
 
-def _scans_of_shards(folder: Path) -> list[Scan]:
-    manifest = Manifest.load(folder)
-    marks = manifest.read_table(folder, FINGERPRINTS_FILE)
+def scans_of_shards(shards: Path | str) -> list[Scan]:
+    """The scans in a folder or URL of shards, in the order of its cases; raises `ManifestError`."""
+    manifest = Manifest.load(shards)
+    marks = manifest.read_table(shards, FINGERPRINTS_FILE)
     if marks.shape[1] != SIZE:
         raise ManifestError(
-            f"{folder / FINGERPRINTS_FILE}: has fingerprints of another version; build the shards again"
+            f"{shards}/{FINGERPRINTS_FILE}: has fingerprints of another version; build the shards again"
         )
     records = zip(manifest.cases, marks, strict=True)
-    return [Scan(case.name, str(folder), case.source_digest, mark) for case, mark in records]
+    return [Scan(case.name, str(shards), case.source_digest, mark) for case, mark in records]
 
 
-def _read_scan(item: tuple[Case, str]) -> Scan | CaseError:
+def read_scan(item: tuple[Case, str]) -> Scan | CaseError:
+    """The scan of a case, and of what origin it is said to be, or why it cannot be read."""
     case, origin = item
     try:
         volume = read_case(dataclasses.replace(case, labels=()), Catalogue(()))

@@ -1,11 +1,11 @@
-"""Who may read whose labels: the label budget of few-label trials, and the check that pre-training kept to it."""
+"""Who may read whose labels: the label budget of few-label trials. `seen` checks that a start kept to it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from mixcl_dist.config import BudgetConfig, ConfigError
 
@@ -67,28 +67,3 @@ def _every_class_early(cases: Sequence[LabelledCase]) -> list[LabelledCase]:
         first.append(case)
         missing.difference_update(case.reliable)
     return first + rest
-
-
-def leak(facts: Mapping[str, Any], cases: Sequence[LabelledCase], budget: Collection[str]) -> str | None:
-    """What a pre-training run has seen that a trial on `cases` with the labels of `budget` must not know.
-
-    `facts` is the run's `run.json`. Labels of cases that are not among `cases` (another data set) are no leak.
-    Returns None, or one line naming a case and the cure.
-    """
-    names = {case.name for case in cases}
-    validation = {case.name for case in cases if case.split == "validation"}
-    if seen := sorted(validation.intersection(facts["training_cases"])):
-        return (
-            f"was pre-trained on validation case {seen[0]}{_others(seen)}; "
-            "pre-train on shards built without the validation split"
-        )
-    if withheld := sorted(names.intersection(facts["label_cases"]) - set(budget)):
-        return (
-            f"was pre-trained with the labels of case {withheld[0]}{_others(withheld)}, outside the trial's budget "
-            f"of {len(budget)}; pre-train with the trial's --budget.fraction and --budget.seed"
-        )
-    return None
-
-
-def _others(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -123,7 +123,8 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     if options.resume and (options.run / "config.yaml").exists():
         options.config.insert(0, options.run / "config.yaml")
-    pretrain(_config(options), shards=options.data, run=options.run, resume=options.resume is not None)
+    resume = options.resume is not None
+    pretrain(_config(options), shards=options.data, run=options.run, start=options.start, resume=resume)
     print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
 
 
@@ -295,6 +296,7 @@ def _add_training(verbs: Any) -> None:
         "--data", required=True, metavar="SHARDS", help="folder made by `mixcl shards build`, or its http, s3 or gs URL"
     )
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
+    add("--start", type=Path, metavar="RUN", help="begin with the network of this pre-training run, heads included")
     add("--resume", choices=["latest"], help="go on from its newest whole checkpoint, with its settings")
 
     example = "mixcl probe runs/pretrained --data shards --recipe few_label"
@@ -313,7 +315,8 @@ def _add_training(verbs: Any) -> None:
     )
     data = "labelled cases with a validation split"
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
-    add("--from", dest="start", type=_start, required=True, metavar="RUN|none", help="pre-training run, or none")
+    start = "pre-training run, or fine-tuning run (supervised pre-training), or none"
+    add("--from", dest="start", type=_start, required=True, metavar="RUN|none", help=start)
     add("--scans", type=int, metavar="N", help="number of training cases whose labels are used (budget.scans)")
     add("--labels", type=float, metavar="FRACTION", help="or their share, 0 to 1 (budget.fraction)")
     add("--seed", type=int, help="which cases these are (budget.seed)")

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mixcl_dist.budget import budget_cases, check_development, leak
+from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, FinetuneConfig, replace
 from mixcl_dist.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
@@ -33,8 +33,11 @@ from mixcl_dist.progress import progress
 from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
+from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
 
 GRADIENT_NORM = 1.0
+WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
+"""Kind of a run that may be a start → the file with its backbone."""
 Watch = Callable[[int, float, SegmentationNetwork], None]
 """Called with the step, the seconds spent on learning, and the network as it would be kept."""
 
@@ -59,6 +62,17 @@ class Task:
     def development(self) -> tuple[Case, ...]:
         return tuple(case for case in self.cases if case.name in self.kept_back and self.known(case).any())
 
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Names of the cases whose images nothing may be learnt from → what they are held out for."""
+        validation = {case.name: "validation" for case in self.cases if case.split == "validation"}
+        return validation | dict.fromkeys(self.kept_back, "development")
+
+    def labels_of(self, names: Sequence[str]) -> dict[str, frozenset[str]]:
+        """Of the named cases the classes that are learnt from them."""
+        case_of = {case.name: case for case in self.cases}
+        return {name: frozenset(case_of[name].reliable).intersection(self.classes) for name in names}
+
     def known(self, case: Case) -> np.ndarray:
         """Which outputs are reliably annotated in `case`: (K + 1,) bool, entry 0 (background) False."""
         return np.array([False, *(name in case.reliable for name in self.classes)])
@@ -79,9 +93,11 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
 
     It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
     them; on the validation cases where there are none, or where it is a `final` figure after which nothing is chosen.
-    `start` is a pre-training run whose backbone, architecture, HU window and spacing are taken over; None starts
-    from scratch by the same recipe. Everything is left in the folder `run`; returns the content of its `dice.json`,
-    which is written last and so marks a finished trial.
+    `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), whose backbone,
+    architecture, HU window and spacing are taken over; None starts from scratch by the same recipe. A start that has
+    seen a validation or development scan, or labels outside the budget, is refused.
+    Everything is left in the folder `run`; returns the content of its `dice.json`, which is written last and so marks
+    a finished trial.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
     """
     if (run / "dice.json").exists():
@@ -90,15 +106,21 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     scored: Literal["validation", "development"] = "validation" if final or not task.kept_back else "development"
     cases = task.validation if scored == "validation" else task.development
     label_cases = budgeted(task, config.budget)
+    known = KnownScans(run.parent)
+    seen = _own(task, label_cases, known)
     if start is not None:
         config = like(config, start)
-        check_start(start, task, label_cases)
+        check_start(start, task, label_cases, known)
+        seen = seen.merged(Seen.load(start))
     torch.manual_seed(config.budget.seed)
     network = build(config, start, len(task.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
     facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
+    facts["training_cases"] = [scan.name for scan in seen.scans]
     record = Run.create(run, "finetune", config, **facts)
+    seen.save(run)
+    known.save()
     record.forget_metrics_after(0)
     network.to(device)
     volumes = _training_volumes(config, task, label_cases)
@@ -144,12 +166,13 @@ def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
 
 
 def like(config: Config, start: Path) -> Config:
-    """`config` with the architecture, HU window and (unless given) spacing of the pre-trained network in `start`."""
+    """`config` with the architecture, HU window and (unless given) spacing of the network in `start`."""
     facts = read_json(start / "run.json")
-    if facts["kind"] != "pretrain":
-        raise RunError(f"{start}: holds a {facts['kind']} run; give a pre-training run")
+    if facts["kind"] not in WEIGHTS:
+        raise RunError(f"{start}: holds a {facts['kind']}; give a pre-training or fine-tuning run")
     if facts["finished"] is None:
-        raise RunError(f"{start}: has not finished; go on with mixcl pretrain --run {start} --resume latest")
+        again = {"pretrain": f"go on with mixcl pretrain --run {start} --resume latest", "finetune": "fine-tune again"}
+        raise RunError(f"{start}: has not finished; {again[facts['kind']]}")
     trained = read_json(start / "network.json")
     overrides = {f"network.{key}": trained[key] for key in ("architecture", "filters", "window_hu")}
     if config.finetune.spacing_mm is None:
@@ -157,10 +180,19 @@ def like(config: Config, start: Path) -> Config:
     return replace(config, overrides)
 
 
-def check_start(start: Path, task: Task, label_cases: Sequence[str]) -> None:
-    """Raise `RunError` where `start` has seen labels or images that this trial must not know."""
-    if problem := leak(read_json(start / "run.json"), task.cases, label_cases):
+def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> None:
+    """Raise `RunError` where `start` has seen labels or images that this trial must not know (see `seen.leak`)."""
+    shared = shared_scans(Seen.load(start), known.of(task.cases))
+    budget = task.labels_of(label_cases)
+    if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes):
         raise RunError(f"{start}: {problem}")
+
+
+def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:
+    """What a trial itself sees, its labelled cases."""
+    labels = task.labels_of(label_cases)
+    scans = known.of([case for case in task.cases if case.name in labels])
+    return Seen(tuple(scans), tuple(labels[scan.name] for scan in scans))
 
 
 def build(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:
@@ -172,12 +204,15 @@ def build(config: Config, start: Path | None, n_classes: int) -> SegmentationNet
             f"finetune.patch_size {config.finetune.patch_size}: every edge must be a multiple of {divisor}"
         )
     if start is not None:
-        weights = start / "network.safetensors"
+        weights = start / WEIGHTS[read_json(start / "run.json")["kind"]]
+        prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""
         try:
-            network.backbone.load_state_dict(load_file(weights))
+            stored = load_file(weights).items()
+            backbone = {name.removeprefix(prefix): tensor for name, tensor in stored if name.startswith(prefix)}
+            network.backbone.load_state_dict(backbone)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise RunError(f"{weights}: does not fit {start / 'network.json'} ({reason}); pre-train again") from None
+            raise RunError(f"{weights}: does not fit {start / 'network.json'} ({reason}); train it again") from None
     return network
 
 

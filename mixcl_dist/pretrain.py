@@ -7,14 +7,18 @@ import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch, world_size
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
+from mixcl_dist.data_shards.dedup import scans_of_shards
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Mixture, PatchStream
 from mixcl_dist.draws import Draws
@@ -22,10 +26,12 @@ from mixcl_dist.networks import PretrainNetwork
 from mixcl_dist.objective import mixcl_loss
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.progress import progress
-from mixcl_dist.recorder import Recorder
+from mixcl_dist.recorder import WHOLE_NETWORK, Recorder
 from mixcl_dist.rows import sample_rows
 from mixcl_dist.run import RunError, read_json
 from mixcl_dist.schedule import warmup_cosine
+from mixcl_dist.seen import FILE as SEEN_FILE
+from mixcl_dist.seen import Seen
 from mixcl_dist.views import make_views
 
 FREE_ON_RESUME = (
@@ -35,9 +41,11 @@ FREE_ON_RESUME = (
 """Settings that may change when a run goes on: they do not change what is learnt."""
 
 
-def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = False) -> None:
+def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | None = None, resume: bool = False) -> None:
     """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
 
+    It begins with the network of `start`, a finished pre-training run, heads included, or (None) with random weights;
+    what the start has seen counts as seen by this run, too.
     `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
     who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
     Between two logs nothing in a step waits for a GPU.
@@ -45,14 +53,20 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, resume: bool = Fa
     """
     manifest = Manifest.load(shards)
     _check(config, manifest, run, resume)
+    start = recorded_start(run, start) if resume else start
     label_cases = budgeted_labels(manifest, config.budget)
+    seen, history = _history(config, shards, manifest, label_cases, run, start)
     torch.manual_seed(config.pretrain.seed)
     torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     network = PretrainNetwork(config.network)
+    if start is not None and checkpoint.newest(run / "checkpoints") is None:
+        _load_start(network, config, start)
     engine = _launch(network, config)
     stream = _stream(config, shards, run, manifest, label_cases, engine)
     first = _resume(run, engine, stream) if resume else 0
-    recorder = Recorder(run, config, manifest, training_cases(manifest, config.budget), label_cases, engine)
+    recorder = Recorder(run, config, manifest, training_cases(manifest, config.budget), label_cases, engine, history)
+    if engine.rank == 0:
+        seen.save(run)
     recorder.forget_after(first)
     batches = iter(stream)
     network.train()
@@ -133,6 +147,51 @@ def training_cases(manifest: Manifest, budget: BudgetConfig) -> list[str]:
     """Names of the cases whose patches pre-training sees: all but those for validation and development."""
     held_out = set(budget.development)
     return [case.name for case in manifest.cases if case.split != "validation" and case.name not in held_out]
+
+
+def recorded_start(run: Path, start: Path | None) -> Path | None:
+    """What the run in the folder `run` began from; raises `RunError` where `start` is something else."""
+    recorded = read_json(run / "run.json").get("start")
+    if start is not None and str(start.resolve()) != recorded:
+        raise RunError(f"{run}: began from {recorded or 'random weights'} and goes on with that; leave out --start")
+    return recorded and Path(recorded)
+
+
+def _history(
+    config: Config, shards: Path | str, manifest: Manifest, label_cases: list[str], run: Path, start: Path | None
+) -> tuple[Seen, dict[str, Any]]:
+    """What this run and those before it have seen, by voxels and by name, and what it began from."""
+    reads, trained = set(label_cases), set(training_cases(manifest, config.budget))
+    records = zip(manifest.cases, scans_of_shards(shards), strict=True)
+    scans = [(scan, frozenset(case.reliable)) for case, scan in records if case.name in trained]
+    seen = Seen(
+        tuple(scan for scan, _ in scans),
+        tuple(classes if scan.name in reads else frozenset() for scan, classes in scans),
+    )
+    names = {"training_cases": [scan.name for scan in seen.scans], "label_cases": label_cases}
+    earlier = run if (run / SEEN_FILE).exists() else start  # a run that goes on has the start's in its own
+    if earlier is not None:
+        facts = read_json(earlier / "run.json")
+        seen = seen.merged(Seen.load(earlier))
+        names = {key: list(dict.fromkeys([*own, *facts[key]])) for key, own in names.items()}
+    return seen, names | {"start": start and str(start.resolve())}
+
+
+def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
+    """Begin with the network that a finished pre-training run left in `start`; raises `RunError`."""
+    facts = read_json(start / "run.json")
+    if facts["kind"] != "pretrain" or facts["finished"] is None:
+        raise RunError(f"{start}: holds no finished pre-training run; give one as --start, or finish it")
+    theirs, ours = load(start / "config.yaml").network, config.network
+    fields = [field.name for field in dataclasses.fields(ours)]
+    if changed := [f"network.{name}" for name in fields if getattr(theirs, name) != getattr(ours, name)]:
+        raise RunError(f"{start}: differs in {', '.join(changed)}; give the same settings, or another --start")
+    weights = start / WHOLE_NETWORK
+    try:
+        network.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(f"{weights}: cannot be begun from ({reason}); pre-train the start again") from None
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:

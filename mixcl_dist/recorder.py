@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from mixcl_dist.run import Run, RunError, write_atomic, write_json
 from mixcl_dist.views import Views
 
 PATCHES_SHOWN = 4
+WHOLE_NETWORK = "pretrain.safetensors"
 LABEL_TERMS = ("voxel_label", "voxel_label_floor", "voxel_label_similarity")
 
 
@@ -41,7 +42,9 @@ class Recorder:
         training_cases: list[str],
         label_cases: list[str],
         engine: Engine,
+        history: Mapping[str, Any],
     ):
+        """`history` are facts of this run and those it started from, which the run records as they are."""
         self._path = path
         self._config = config
         self._manifest = manifest
@@ -54,7 +57,7 @@ class Recorder:
             facts = _label_facts(config, manifest, training_cases, label_cases)
             parameters = sum(parameter.numel() for parameter in engine.module.parameters())
             facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
-            self._run = Run.create(path, "pretrain", config, **facts)
+            self._run = Run.create(path, "pretrain", config, **facts | dict(history))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -158,10 +161,15 @@ class Recorder:
                 write_atomic(folder / "network.safetensors", save(tensors))
 
     def finish(self) -> None:
-        """Write the backbone and what it is, and mark the run as finished."""
+        """Write the backbone, what it is and, to begin a pre-training with, all heads; mark the run as finished."""
         self.save_backbone(self._path)
-        if not self._run:
-            return
+        with self._engine.whole_parameters():
+            if not self._run:
+                return
+            tensors = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self._engine.module.state_dict().items()
+            }
+            write_atomic(self._path / WHOLE_NETWORK, save(tensors))
         write_json(
             self._path / "network.json",
             {

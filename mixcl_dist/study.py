@@ -6,17 +6,17 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mixcl_dist.budget import leak
 from mixcl_dist.cluster.trials import Outcome, draw, run_trials
 from mixcl_dist.config import Config, from_dict, replace, to_dict
 from mixcl_dist.finetune import Task, budgeted, finetune, like, open_task
 from mixcl_dist.run import RunError, machine, now, read_json, write_json
+from mixcl_dist.seen import KnownScans, Seen, Shared, leak, shared_scans
 
 SEARCH_SEED = 0
 
@@ -33,7 +33,9 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
     task = open_task(data, config)
     config = _common_network(config, starts)
-    table = StudyTable.open(study, config, data, starts, plan(config, task, starts))
+    known = KnownScans(study / "trials")
+    table = StudyTable.open(study, config, data, starts, plan(config, task, starts, known))
+    known.save()  # where the trials look for it
     pending = table.pending()
     if pending:
         trial = functools.partial(run_trial, to_dict(config), data, study)
@@ -43,8 +45,9 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     return table.content
 
 
-def plan(config: Config, task: Task, starts: Sequence[Path]) -> list[dict[str, Any]]:
+def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) -> list[dict[str, Any]]:
     """The trials of the table; raises `RunError` where no start may be used for one of them."""
+    shared = {start: shared_scans(Seen.load(start), known.of(task.cases)) for start in starts}
     points = draw(config.study.search, config.study.samples, SEARCH_SEED)
     trials = []
     for fraction in config.study.fractions:
@@ -53,7 +56,7 @@ def plan(config: Config, task: Task, starts: Sequence[Path]) -> list[dict[str, A
             label_cases = budgeted(task, budget)
             arms: dict[str, Path | None] = {"scratch": None}
             if starts:
-                arms["pretrained"] = _lawful_start(starts, task, label_cases)
+                arms["pretrained"] = _lawful_start(shared, task, label_cases)
             for number, params in enumerate(points):
                 replace(config, params)  # an unknown key is refused now rather than in a trial
                 suffix = f"-p{number}" if config.study.search else ""
@@ -104,7 +107,7 @@ class StudyTable:
             earlier = read_json(study / "study.json")
             _refuse_another(study, earlier, question)
             head["started"] = earlier["started"]
-        study.mkdir(parents=True, exist_ok=True)
+        (study / "trials").mkdir(parents=True, exist_ok=True)
         rows = [_row(trial) for trial in trials]
         return cls(study, trials, head | question | {"trials": rows, "machine": machine()})
 
@@ -165,14 +168,16 @@ def _common_network(config: Config, starts: Sequence[Path]) -> Config:
     return first
 
 
-def _lawful_start(starts: Sequence[Path], task: Task, label_cases: Sequence[str]) -> Path:
+def _lawful_start(shared: Mapping[Path, Sequence[Shared]], task: Task, label_cases: Sequence[str]) -> Path:
     """The start that knows most of `label_cases` and nothing that this trial must not know."""
-    facts = {start: read_json(start / "run.json") for start in starts}
-    problems = {start: leak(facts[start], task.cases, label_cases) for start in starts}
-    lawful = [start for start in starts if problems[start] is None]
+    budget = task.labels_of(label_cases)
+    rules: dict[str, Any] = {"held_out": task.held_out, "budget": budget, "classes": task.classes}
+    problems = {start: leak(scans, **rules) for start, scans in shared.items()}
+    lawful = [start for start in shared if problems[start] is None]
     if not lawful:
-        raise RunError(f"{starts[0]}: {problems[starts[0]]}")
-    return max(lawful, key=lambda start: len(facts[start]["label_cases"]))
+        start = next(iter(shared))
+        raise RunError(f"{start}: {problems[start]}")
+    return max(lawful, key=lambda start: sum(len(scan.labels) > 0 for scan in shared[start]))
 
 
 def _refuse_another(study: Path, earlier: dict[str, Any], question: dict[str, Any]) -> None:

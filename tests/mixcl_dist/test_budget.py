@@ -1,4 +1,4 @@
-"""Label budgets, and the check that a pre-training run kept to a trial's budget."""
+"""Label budgets: whose labels may be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from mixcl_dist.budget import budget_cases, check_development, leak
+from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.config import BudgetConfig, ConfigError, load
 from mixcl_dist.data_shards.sources import open_source
 
@@ -107,26 +107,3 @@ def test_the_development_list_of_openkbp_is_the_rule_s_outcome(ct):
     budget = load(recipe="few_label").budget
     assert budget.development == tuple(order[:24])
     check_development(open_source(ct / "openkbp").cases, budget.development)
-
-
-def facts(label_cases, training_cases=()):
-    return {"label_cases": list(label_cases), "training_cases": list(training_cases)}
-
-
-def test_a_smaller_budget_of_the_same_seed_is_no_leak():
-    small, large = (drawn(cohort(), fraction, 0) for fraction in (0.05, 0.15))
-    assert leak(facts(small), cohort(), large) is None
-
-
-def test_labels_outside_the_budget_are_named():
-    small, large = (drawn(cohort(), fraction, 0) for fraction in (0.05, 0.15))
-    problem = leak(facts(large), cohort(), small)
-    assert min(set(large) - set(small)) in problem and "--budget.seed" in problem and "\n" not in problem
-
-
-def test_a_validation_image_is_a_leak_even_without_its_label():
-    assert "v000" in leak(facts([], ["t001", "v000"]), cohort(), ["t001"])
-
-
-def test_labels_of_another_data_set_are_no_leak():
-    assert leak(facts(["other_001"], ["other_001"]), cohort(), ["t001"]) is None

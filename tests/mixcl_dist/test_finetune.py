@@ -17,6 +17,7 @@ from mixcl_dist.finetune import Task, build, finetune
 from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.phantom import CLASSES
 from mixcl_dist.run import RunError
+from mixcl_dist.seen import KnownScans, Seen
 
 SMALL = {
     "network.filters": [4, 8, 8],
@@ -44,16 +45,20 @@ def trial(config, data, tmp_path_factory):
     return run, finetune(config, data=data, start=None, run=run)
 
 
-def pretrained(folder, config, *, label_cases=(), training_cases=(), spacing_mm=None):
-    """The folder that pre-training leaves, with a backbone of known weights."""
+def pretrained(folder, config, *, data=None, label_cases=(), training_cases=(), spacing_mm=None):
+    """The folder that pre-training on cases of `data` leaves, with a backbone of known weights."""
     folder.mkdir()
     torch.manual_seed(7)
     backbone = SegmentationNetwork(config.network, 1).backbone
     save_file(backbone.state_dict(), folder / "network.safetensors")
     network = {key: getattr(config.network, key) for key in ("architecture", "filters", "window_hu")}
     (folder / "network.json").write_text(json.dumps(network | {"spacing_mm": spacing_mm, "classes": []}))
-    facts = {"kind": "pretrain", "name": folder.name, "finished": "2026-01-01", "label_cases": list(label_cases)}
-    (folder / "run.json").write_text(json.dumps(facts | {"training_cases": list(training_cases)}))
+    facts = {"kind": "pretrain", "name": folder.name, "finished": "2026-01-01"}
+    (folder / "run.json").write_text(json.dumps(facts))
+    names = {*label_cases, *training_cases}
+    cases = [case for case in open_source(data).cases if case.name in names] if names else []
+    labels = [frozenset(case.reliable if case.name in label_cases else ()) for case in cases]
+    Seen(tuple(KnownScans(folder).of(cases)), tuple(labels)).save(folder)
     return folder
 
 
@@ -127,22 +132,38 @@ def test_a_start_that_knows_withheld_labels_is_refused(config, data, budgeted, t
     withheld = next(
         case.name for case in open_source(data).cases if case.split == "training" and case.name not in budgeted
     )
-    start = pretrained(tmp_path / "leaky", config, label_cases=[*budgeted, withheld])
+    start = pretrained(tmp_path / "leaky", config, data=data, label_cases=[*budgeted, withheld])
     with pytest.raises(RunError, match=f"leaky: .*{withheld}.*--budget.fraction"):
         finetune(config, data=data, start=start, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_saw_validation_images_is_refused(config, data, tmp_path):
-    start = pretrained(tmp_path / "leaky", config, training_cases=["validation_000"])
+    start = pretrained(tmp_path / "leaky", config, data=data, training_cases=["validation_000"])
     with pytest.raises(RunError, match="validation case validation_000"):
         finetune(config, data=data, start=start, run=tmp_path / "run")
+
+
+def test_a_supervised_start_gives_its_backbone_and_its_labels_count(trial, config, data, budgeted, tmp_path):
+    start, _ = trial
+    again = replace(config, {"finetune.learning_rate": 1e-12, "finetune.steps": 1})
+    finetune(again, data=data, start=start, run=tmp_path / "run")
+    begun, ended = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run"))
+    for name, weight in begun.items():
+        if name.startswith("backbone."):
+            torch.testing.assert_close(ended[name], weight, rtol=1e-5, atol=1e-6)
+    other = replace(config, {"budget.seed": 1, "budget.scans": 1, "budget.fraction": 0.0})
+    assert budget_cases(open_source(data).cases, other.budget) != budgeted
+    with pytest.raises(RunError, match=r"labels of case .* outside the trial's budget of 1"):
+        finetune(other, data=data, start=start, run=tmp_path / "leaky")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert sorted(facts["training_cases"]) == sorted(budgeted)
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):
     start = pretrained(tmp_path / "pretrained", config)
     other = replace(config, {"network.filters": [6, 8, 8]})
-    with pytest.raises(RunError, match="pre-train again") as refusal:
+    with pytest.raises(RunError, match="train it again") as refusal:
         build(other, start, 2)
     assert "\n" not in str(refusal.value)
 
@@ -192,11 +213,12 @@ def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"kind": "finetune", "finished": "2026-01-01"}, "holds a finetune run; give a pre-training run"),
+        ({"kind": "study", "finished": "2026-01-01"}, "holds a study; give a pre-training or fine-tuning run"),
+        ({"kind": "finetune", "finished": None}, "has not finished; fine-tune again"),
         ({"kind": "pretrain", "finished": None}, "has not finished"),
     ],
 )
-def test_only_a_finished_pretraining_run_is_a_start(config, data, tmp_path, facts, said):
+def test_only_a_finished_run_is_a_start(config, data, tmp_path, facts, said):
     start = tmp_path / "start"
     start.mkdir()
     (start / "run.json").write_text(json.dumps(facts))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from mixcl_dist.config import BudgetConfig, ConfigError, replace
+from mixcl_dist.config import load as load_config
 from mixcl_dist.data_shards.build import build
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.networks import Backbone
 from mixcl_dist.pretrain import budgeted_labels, pretrain
 from mixcl_dist.run import RunError, read_json, read_metrics
+from mixcl_dist.seen import Seen
 
 from .conftest import SMALL
 
@@ -109,6 +112,54 @@ def test_development_cases_are_neither_seen_nor_budgeted(shards, small_config, t
     assert set(facts["label_cases"]) == {case.name for case in manifest.cases if case.reliable} - {kept_back}
     with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
         pretrain(replace(small_config, {"budget.development": ["nobody"]}), shards=shards, run=tmp_path / "other")
+
+
+@pytest.fixture(scope="module")
+def first_stage(shards, small_config, tmp_path_factory):
+    """A run with labels, and another that began from its network and reads none."""
+    runs = tmp_path_factory.mktemp("stages")
+    labelled = replace(small_config, {"pretrain.steps": 1, "budget.fraction": 1.0})
+    pretrain(labelled, shards=shards, run=runs / "first")
+    still = {"pretrain.steps": 1, "optimizer.learning_rate": 1e-12, "budget.fraction": 0.0}
+    pretrain(replace(small_config, still), shards=shards, run=runs / "second", start=runs / "first")
+    return runs / "first", runs / "second"
+
+
+def test_a_start_gives_all_its_weights(first_stage):
+    first, second = (load_file(run / "pretrain.safetensors") for run in first_stage)
+    assert any(name.startswith("voxel_head") for name in first)
+    for name, weights in first.items():
+        torch.testing.assert_close(second[name], weights, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_start_has_seen_the_next_run_has_seen(first_stage, shards):
+    first, second = (read_json(run / "run.json") for run in first_stage)
+    assert set(second["label_cases"]) == set(first["label_cases"]) != set()
+    assert first["start"] is None and second["start"] == str(first_stage[0].resolve())
+    seen = Seen.load(first_stage[1])
+    records = {case.name: case for case in Manifest.load(shards).cases}
+    assert {scan.name: scan.digest for scan in seen.scans} == {name: records[name].source_digest for name in records}
+    assert {scan.name for scan, labels in zip(seen.scans, seen.labels, strict=True) if labels} == set(
+        first["label_cases"]
+    )
+
+
+def test_a_resumed_run_keeps_to_the_start_it_began_from(first_stage, shards, small_config, tmp_path):
+    first, second = first_stage
+    still = load_config(second / "config.yaml")
+    shutil.copytree(second, tmp_path / "run")
+    pretrain(still, shards=shards, run=tmp_path / "run", start=first, resume=True)
+    assert read_json(tmp_path / "run" / "run.json")["start"] == str(first.resolve())
+    assert Seen.load(tmp_path / "run").labels == Seen.load(second).labels
+    with pytest.raises(RunError, match="goes on with that; leave out --start"):
+        pretrain(still, shards=shards, run=tmp_path / "run", start=second, resume=True)
+
+
+def test_a_start_of_another_architecture_is_refused(first_stage, shards, small_config, tmp_path):
+    wider = replace(small_config, {"network.voxel_dim": 16, "network.filters": [4, 6, 12]})
+    with pytest.raises(RunError, match=r"first: differs in network.filters, network.voxel_dim; give"):
+        pretrain(wider, shards=shards, run=tmp_path / "run", start=first_stage[0])
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_earlier_run_is_never_overwritten(shards, small_config, tmp_path):

@@ -27,7 +27,7 @@ def recorder(tmp_path):
         learning_rate=lambda: 0.1,
         gradient_norm=lambda: 2.0,
     )
-    return Recorder(tmp_path / "run", load(overrides=[("pretrain.batch_size", "4")]), MANIFEST, [], [], engine)
+    return Recorder(tmp_path / "run", load(overrides=[("pretrain.batch_size", "4")]), MANIFEST, [], [], engine, {})
 
 
 def add(recorder, loss, label, anchors):

@@ -15,6 +15,7 @@ from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.finetune import open_task
 from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.run import RunError
+from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.study import plan, run_study
 
 SMALL = {
@@ -33,7 +34,12 @@ def config():
 
 
 @pytest.fixture
-def start(config, data, tmp_path):
+def known(tmp_path):
+    return KnownScans(tmp_path)
+
+
+@pytest.fixture
+def start(config, data, known, tmp_path):
     """A function that makes a finished pre-training run, which knew the labels of a budget."""
 
     def make(name, fraction, seed, filters=(4, 8, 8)):
@@ -43,15 +49,10 @@ def start(config, data, tmp_path):
         save_file(SegmentationNetwork(network, 1).backbone.state_dict(), folder / "network.safetensors")
         facts = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
         (folder / "network.json").write_text(json.dumps(facts | {"spacing_mm": None, "classes": []}))
+        (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "name": name, "finished": "2026-01-01"}))
         label_cases = budget_cases(open_source(data).cases, BudgetConfig(fraction, seed))
-        run = {
-            "kind": "pretrain",
-            "name": name,
-            "finished": "2026-01-01",
-            "label_cases": label_cases,
-            "training_cases": label_cases,
-        }
-        (folder / "run.json").write_text(json.dumps(run))
+        cases = [case for case in open_source(data).cases if case.name in label_cases]
+        Seen(tuple(known.of(cases)), tuple(frozenset(case.reliable) for case in cases)).save(folder)
         return folder
 
     return make
@@ -117,15 +118,15 @@ def test_a_study_is_not_mixed_with_another(config, data, at_once, tmp_path):
     run_study(replace(config, {"trials.concurrent": 1}), data=data, starts=[], study=tmp_path / "study")
 
 
-def test_each_trial_takes_the_start_that_knows_most_and_nothing_withheld(config, data, start):
+def test_each_trial_takes_the_start_that_knows_most_and_nothing_withheld(config, data, start, known):
     none, half, all_labels = (start(f"labels-{f}", f, 0) for f in (0, 0.5, 1.0))
-    trials = plan(config, open_task(data), [none, half, all_labels])
+    trials = plan(config, open_task(data), [none, half, all_labels], known)
     chosen = {trial["id"]: trial["start"] for trial in trials if trial["id"].startswith("pretrained")}
     assert chosen == {"pretrained-0.5-s0": str(half), "pretrained-1-s0": str(all_labels)}
 
 
 def test_without_a_lawful_start_the_study_does_not_begin(config, data, start, at_once, tmp_path):
-    with pytest.raises(RunError, match=r"greedy: was pre-trained with the labels of case .*--budget.seed"):
+    with pytest.raises(RunError, match=r"greedy: was trained with the labels of case .*--budget.seed"):
         run_study(config, data=data, starts=[start("greedy", 1.0, 0)], study=tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
@@ -143,20 +144,20 @@ def test_starts_with_different_networks_are_refused(config, data, start, at_once
         run_study(config, data=data, starts=starts, study=tmp_path / "study")
 
 
-def test_searched_values_are_the_same_in_both_arms(config, data, start):
+def test_searched_values_are_the_same_in_both_arms(config, data, start, known):
     searched = replace(
         config, {"study.search": {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}, "study.samples": 2}
     )
-    trials = plan(searched, open_task(data), [start("none", 0, 0)])
+    trials = plan(searched, open_task(data), [start("none", 0, 0)], known)
     assert len(trials) == 8
     by_id = {trial["id"]: trial["params"] for trial in trials}
     assert by_id["scratch-1-s0-p1"] == by_id["pretrained-1-s0-p1"] != by_id["scratch-1-s0-p0"]
 
 
-def test_a_search_over_an_unknown_key_is_refused_before_any_trial(config, data):
+def test_a_search_over_an_unknown_key_is_refused_before_any_trial(config, data, known):
     searched = replace(config, {"study.search": {"finetune.learning_speed": {"grid": [1.0]}}})
     with pytest.raises(ConfigError, match="learning_rate"):
-        plan(searched, open_task(data), [])
+        plan(searched, open_task(data), [], known)
 
 
 @pytest.mark.slow

@@ -1,0 +1,121 @@
+"""What a run has seen is known by voxels, and a trial's start is held to the trial's budget by them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mixcl_dist import seen as seen_module
+from mixcl_dist.data_shards.dedup import Scan
+from mixcl_dist.data_shards.fingerprint import fingerprint, voxel_digest
+from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.phantom import draw_torso
+from mixcl_dist.run import RunError
+from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
+
+
+def patient(number):
+    hu, _ = draw_torso((36, 30, 36), 10.0, np.random.default_rng(number))
+    return Volume(hu, np.diag([10.0, 10.0, 10.0, 1.0]))
+
+
+def scan(name, volume, origin="trial"):
+    return Scan(name, origin, voxel_digest(volume.hu), fingerprint(volume))
+
+
+def seen_of(*scans, labels=()):
+    """A start that has seen these scans, and read these labels of every one of them."""
+    return Seen(tuple(each._replace(origin="start") for each in scans), (frozenset(labels),) * len(scans))
+
+
+TRIAL = [scan(f"case_{number}", patient(number)) for number in range(4)]
+"""Cases 0 and 1 are for training, 2 is kept back for development, 3 for validation; case 0 is the budget."""
+RULES = {
+    "held_out": {"case_2": "development", "case_3": "validation"},
+    "budget": {"case_0": {"liver", "spleen"}},
+    "classes": ("liver", "spleen"),
+}
+
+
+def verdict(seen, **changed):
+    return leak(shared_scans(seen, TRIAL), **RULES | changed)
+
+
+def test_a_start_within_the_budget_is_lawful():
+    assert verdict(seen_of(TRIAL[0], labels=["liver", "spleen"])) is None
+    assert verdict(seen_of(TRIAL[0], TRIAL[1])) is None  # images without labels
+    assert verdict(seen_of()) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "said"),
+    [
+        (2, "case_2", "development case case_2; train it with budget.development"),
+        (3, "renamed", "validation case case_3 (there renamed); build its shards with --exclude"),
+    ],
+)
+@pytest.mark.parametrize("made_from_it", [lambda v: v, lambda v: resample(v, (8.0, 8.0, 12.0))])
+def test_an_image_that_is_held_out_is_found_under_any_name_and_resampled(number, name, said, made_from_it):
+    problem = verdict(seen_of(TRIAL[0], scan(name, made_from_it(patient(number)))))
+    assert said in problem and "\n" not in problem
+
+
+def test_one_name_does_not_make_one_scan():
+    stranger = scan("case_3", patient(9))
+    assert verdict(seen_of(stranger, labels=["liver"])) is None
+
+
+def test_labels_outside_the_budget_are_found_under_any_name():
+    problem = verdict(seen_of(scan("renamed", resample(patient(1), (8.0, 8.0, 12.0))), labels=["spleen"]))
+    assert "labels of case case_1 (there renamed), spleen first" in problem and "--budget.seed" in problem
+
+
+def test_labels_of_organs_that_are_not_to_be_learnt_are_no_leak():
+    other_organs = seen_of(TRIAL[0], TRIAL[1], labels=["liver"])
+    assert verdict(other_organs, classes=("spleen",), budget={"case_0": {"spleen"}}) is None
+    assert "liver first" in verdict(other_organs)
+
+
+def test_a_label_that_the_budget_s_own_case_does_not_have_is_a_leak():
+    assert "case_0, spleen first" in verdict(seen_of(TRIAL[0], labels=["spleen"]), budget={"case_0": {"liver"}})
+
+
+def test_how_many_more_there_are_is_said():
+    assert "case_0 and 1 more" in verdict(seen_of(*TRIAL[:2], labels=["liver"]), budget={})
+
+
+def test_what_was_seen_is_written_merged_and_read_again(tmp_path):
+    first, second = seen_of(TRIAL[0], labels=["liver"]), seen_of(TRIAL[0], TRIAL[1], labels=["aorta"])
+    first.merged(second).save(tmp_path)
+    loaded = Seen.load(tmp_path)
+    assert [each.name for each in loaded.scans] == ["case_0", "case_1"]
+    assert loaded.labels == ({"liver", "aorta"}, {"aorta"})
+    np.testing.assert_array_equal(loaded.scans[1].fingerprint, TRIAL[1].fingerprint)
+    seen_of().save(tmp_path)
+    assert Seen.load(tmp_path) == Seen((), ())
+
+
+def test_a_run_that_does_not_tell_is_refused_in_one_line(tmp_path):
+    for content in (None, b"", b"PK broken"):
+        if content is not None:
+            (tmp_path / "seen.npz").write_bytes(content)
+        with pytest.raises(RunError, match=r"seen.npz: does not tell .*train it again"):
+            Seen.load(tmp_path)
+
+
+def test_a_case_is_read_once_for_all_trials(data, tmp_path, monkeypatch):
+    cases = open_source(data).cases
+    first = KnownScans(tmp_path)
+    scans = first.of(cases)
+    first.save()
+    monkeypatch.setattr(seen_module, "read_scan", lambda item: pytest.fail(f"{item[0].name} is read again"))
+    again = KnownScans(tmp_path).of(cases[::-1])[::-1]
+    assert [(each.name, each.digest) for each in again] == [(each.name, each.digest) for each in scans]
+    renamed = [dataclasses.replace(case, files=(case.files[0].parent / "absent.nii.gz",)) for case in cases[:1]]
+    with pytest.raises(pytest.fail.Exception, match="is read again"):
+        KnownScans(tmp_path).of(renamed)  # another file is another scan
+    (tmp_path / ".scans.npz").write_bytes(b"broken")
+    assert KnownScans(tmp_path)._scans == {}
