@@ -47,10 +47,14 @@ class Outcome(NamedTuple):
 
 
 class SampleReader:
-    """Reads samples of one set of shards; each worker process has its own."""
+    """Reads samples of one set of shards; each worker process has its own.
 
-    def __init__(self, store: Store, manifest: Manifest) -> None:
+    `label_numbers` (256,) uint8 says what each stored label is read as; None leaves them as they are.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, label_numbers: np.ndarray | None = None) -> None:
         self._store = store
+        self._label_numbers = label_numbers
         self._voxels = math.prod(manifest.patch_size)
         # Only what is needed of the manifest: this object is sent to every worker.
         self._files = [shard.file for shard in manifest.shards]
@@ -111,6 +115,8 @@ class SampleReader:
             cause = None if isinstance(content, StorageError) else place.decode(content, image, label)
         if isinstance(content, StorageError):
             return Outcome(one, place.key, place.span.file, str(content), isinstance(content, UnreachableError))
+        if label is not None and self._label_numbers is not None and not cause:
+            label[...] = self._label_numbers[label]
         return Outcome(one, place.key, place.span.file, cause)
 
 

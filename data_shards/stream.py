@@ -21,7 +21,7 @@ import torch
 
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.codec import digest
-from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, Manifest, case_of
+from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, CaseRecord, Manifest, case_of
 from mixcl_dist.data_shards.order import Deck, Order
 from mixcl_dist.data_shards.reader import Outcome, SampleReader, Wanted
 from mixcl_dist.data_shards.ring import Filled, Ring, StreamError
@@ -84,7 +84,8 @@ class PatchStream:
     middle of a batch where the number of samples is no multiple of it.
 
     `shards` is a folder or URL. `cases` are those whose patches come (None: all). Labels come of `label_cases` alone:
-    another case's label is not even read, its voxels are 0 and may be anything. `workers` 0 reads in this process.
+    another case's label is not even read, its voxels are 0 and may be anything. They come of `label_classes` alone
+    (None: all): voxels of another class are 0, as if nobody had looked for it. `workers` 0 reads in this process.
     Batches are on `device`; in the CPU's memory they are used again once their tensors are gone.
 
     A sample that cannot be read is replaced by one that depends on the slot alone, reported to the log and, one JSON
@@ -104,6 +105,7 @@ class PatchStream:
         workers: int,
         label_cases: Collection[str],
         cases: Collection[str] | None = None,
+        label_classes: Collection[str] | None = None,
         mixture: Mixture = Mixture(),
         rank: int = 0,
         world_size: int = 1,
@@ -120,7 +122,7 @@ class PatchStream:
             )
         self._store = open_store(shards, cache)
         self._manifest = Manifest.load(self._store)
-        self._samples = _Samples(self._store, self._manifest, cases, label_cases)
+        self._samples = _Samples(self._store, self._manifest, cases, label_cases, label_classes)
         self._order = _order(self._samples, mixture, batch_size, seed)
         self._mixture = mixture
         self._share = batch_size // (world_size * accumulation_steps)
@@ -130,6 +132,8 @@ class PatchStream:
         self._bad = _BadSamples(quarantine, max_bad_fraction, len(self._samples.selected), self._store)
         self._slot = 0
         selection = [sorted(cases) if cases is not None else None, sorted(label_cases)]
+        if label_classes is not None:
+            selection.append(sorted(label_classes))
         drawing = [mixture.labelled_fraction, mixture.class_aware, sorted(mixture.upsampling.items())]
         self._identity: dict[str, int | str] = {
             "manifest": self._manifest.digest,
@@ -171,7 +175,7 @@ class PatchStream:
 
     def _in_memory(self) -> Generator[Batch, None, None]:
         """Batches in memory that the worker processes filled, as many ahead as the ring wants."""
-        reader = SampleReader(self._store, self._manifest)
+        reader = SampleReader(self._store, self._manifest, self._samples.label_numbers)
         shape, labels = self._manifest.patch_size, self._samples.has_labels
         with closing(Ring(reader, shape, self._share, labels, self._workers, self._replace)) as ring:
             if self._device.type == "cuda":
@@ -257,9 +261,18 @@ class _Samples:
     """Which samples are selected, and what the manifest knows of each."""
 
     def __init__(
-        self, store: Store, manifest: Manifest, cases: Collection[str] | None, label_cases: Collection[str]
+        self,
+        store: Store,
+        manifest: Manifest,
+        cases: Collection[str] | None,
+        label_cases: Collection[str],
+        label_classes: Collection[str] | None,
     ) -> None:
         self.manifest, self._store = manifest, store
+        if unknown := set(label_classes or ()) - set(manifest.classes):
+            where = store.path("manifest.json")
+            raise StreamError(f"{where}: has no class {min(unknown)}; it has {', '.join(manifest.classes)}")
+        self._classes = set(manifest.classes if label_classes is None else label_classes)
         self._number = {case.name: number for number, case in enumerate(manifest.cases)}
         if unknown := (set(cases or ()) | set(label_cases)) - self._number.keys():
             where = store.path("manifest.json")
@@ -270,6 +283,17 @@ class _Samples:
         self.selected = everything if cases is None else everything[self._mask(cases)[self._case]]
         self.has_labels = bool(label_cases)
         self.spacing_mm = np.array([case.spacing_mm for case in manifest.cases], dtype=np.float32)
+
+    @property
+    def label_numbers(self) -> np.ndarray | None:
+        """(256,) uint8: what each stored label is read as; None where all stay as they are."""
+        hidden = [k for k, name in enumerate(self.manifest.classes, start=1) if name not in self._classes]
+        numbers = np.arange(256, dtype=np.uint8)
+        numbers[hidden] = 0
+        return numbers if hidden else None
+
+    def _reliable(self, case: CaseRecord) -> list[str]:
+        return [name for name in case.reliable if name in self._classes]
 
     def _mask(self, names: Collection[str]) -> np.ndarray:
         """(cases,) bool: those of `names`."""
@@ -287,7 +311,7 @@ class _Samples:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the stream
     def candidate_bits(self, case: int) -> np.ndarray:
-        reliable = self.manifest.cases[case].reliable if self._label_case[case] else None
+        reliable = self._reliable(self.manifest.cases[case]) if self._label_case[case] else None
         return Catalogue(self.manifest.classes).candidate_bits(reliable)
 
     def copies(self, samples: np.ndarray, upsampling: Mapping[str, float]) -> np.ndarray | None:
@@ -308,7 +332,7 @@ class _Samples:
         classes = len(self.manifest.classes)
         reliable = np.zeros((len(self.manifest.cases), classes), dtype=bool)
         for row, case in enumerate(self.manifest.cases):
-            reliable[row, [self.manifest.classes.index(name) for name in case.reliable]] = True
+            reliable[row, [self.manifest.classes.index(name) for name in self._reliable(case)]] = True
         holds = np.unpackbits(present, axis=1, count=classes, bitorder="little").astype(bool)
         holds &= reliable[self._case[samples]]
         return [samples[column] for column in holds.T if column.any()]

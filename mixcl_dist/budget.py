@@ -27,13 +27,13 @@ def budget_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[st
     """Names of the training cases of one data set whose labels may be used: the first of one order.
 
     These are `budget.scans` or, rounded up, the share `budget.fraction` of all labelled training cases that are not
-    kept back for development. The order depends on those cases and `budget.seed` alone, so budgets of one seed are
-    nested over counts and fractions. It begins with few cases that together annotate every class, the others follow
-    at random. Raises `ConfigError` where there are labelled cases, but fewer than `budget.scans`.
+    kept back for development; a case is labelled where one of `budget.classes` is annotated. The order depends on
+    those cases, those classes and `budget.seed` alone, so budgets of one seed are nested over counts and fractions.
+    It begins with few cases that together annotate every one of the classes, the others follow at random.
+    Raises `ConfigError` where there are labelled cases, but fewer than `budget.scans`.
     """
-    labelled = [
-        case for case in cases if case.split == "training" and case.reliable and case.name not in budget.development
-    ]
+    training = [case for case in cases if case.split == "training" and case.name not in budget.development]
+    labelled = [case for case in training if readable(case, budget)]
     labelled.sort(key=lambda case: hashlib.sha256(f"{budget.seed}:{case.name}".encode()).digest())
     count = math.ceil(budget.fraction * len(labelled) - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if budget.scans is not None:
@@ -43,7 +43,12 @@ def budget_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[st
                 f"budget.scans {count}: {labelled[0].dataset} has {len(labelled)} labelled training scans outside "
                 f"budget.development; give at most {len(labelled)}"
             )
-    return [case.name for case in _every_class_early(labelled)[:count]]
+    return [case.name for case in _every_class_early(labelled, budget)[:count]]
+
+
+def readable(case: LabelledCase, budget: BudgetConfig) -> frozenset[str]:
+    """The reliably annotated classes of a case that are among `budget.classes`."""
+    return frozenset(case.reliable if budget.classes is None else set(case.reliable).intersection(budget.classes))
 
 
 def check_development(cases: Iterable[LabelledCase], development: Sequence[str]) -> None:
@@ -58,12 +63,12 @@ def check_development(cases: Iterable[LabelledCase], development: Sequence[str])
             )
 
 
-def _every_class_early(cases: Sequence[LabelledCase]) -> list[LabelledCase]:
+def _every_class_early(cases: Sequence[LabelledCase], budget: BudgetConfig) -> list[LabelledCase]:
     rest, first = list(cases), []
-    missing = {name for case in cases for name in case.reliable}
+    missing = {name for case in cases for name in readable(case, budget)}
     while missing:
-        case = max(rest, key=lambda case: len(missing.intersection(case.reliable)))
+        case = max(rest, key=lambda case: len(missing & readable(case, budget)))
         rest.remove(case)
         first.append(case)
-        missing.difference_update(case.reliable)
+        missing -= readable(case, budget)
     return first + rest

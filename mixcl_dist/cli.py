@@ -159,7 +159,8 @@ def _finetune(options: argparse.Namespace) -> None:
     for name, value in dice["class_mean"].items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
     scored = f"on {len(dice['cases'])} {dice['scored']} cases"
-    print(f"{'mean Dice':<24} {dice['mean']:.3f} {scored}    ({options.run}; next: mixcl report {options.run})")
+    mean = "-" if dice["mean"] is None else f"{dice['mean']:.3f}"
+    print(f"{'mean Dice':<24} {mean} {scored}    ({options.run}; next: mixcl report {options.run})")
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -305,7 +306,7 @@ def _add_training(verbs: Any) -> None:
     add("--data", required=True, metavar="SHARDS", help="shards that hold budget.development, folder or URL")
     add("--out", type=Path, metavar="JSON", help="file to write (default probe.json in RUN)")
 
-    example = "mixcl finetune --data ct/dataset.json --from runs/pretrained --labels 0.05 --seed 0 --run runs/few"
+    example = "mixcl finetune --data ct/dataset.json --from runs/pretrained --scans 4 --seed 0 --run runs/few"
     add = _verb(
         verbs,
         "finetune",
@@ -322,7 +323,7 @@ def _add_training(verbs: Any) -> None:
     add("--seed", type=int, help="which cases these are (budget.seed)")
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
 
-    example = "mixcl tune --data ct/dataset.json --from runs/pretrained --study runs/study --recipe few_label"
+    example = "mixcl tune --data ct/dataset.json --from runs/pretrained --study runs/study"
     add = _verb(verbs, "tune", _tune, "run the table of few-label trials under Ray Tune", example)
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     starts = "pre-training runs; a trial uses the one that read most labels within the trial's budget"

@@ -150,6 +150,8 @@ class BudgetConfig:
     """Number of labelled scans of a data set, instead of `fraction`."""
     development: tuple[str, ...] = ()
     """Training cases kept back, neither trained on nor in any budget: every choice is made by their scores."""
+    classes: tuple[str, ...] | None = None
+    """Classes whose labels may be read; voxels of others look as if nobody had annotated them. None: all."""
 
     def __post_init__(self) -> None:
         if self.fraction and self.scans is not None:
@@ -188,6 +190,8 @@ class FinetuneConfig:
     curve_every: Count = 250
     """Steps between points of the curve of Dice on the first `curve_scans` development scans."""
     curve_scans: Count = 6
+    classes: tuple[str, ...] | None = None
+    """Classes to learn and score, of those in the budget; None: all."""
     sliding_overlap: Fraction = 0.25
     log_every: Count = 10
 
@@ -309,7 +313,8 @@ def _parse_value(key: str, text: str) -> Any:
         return [yaml.safe_load(part) for part in value.split(",")]
     section, _, name = key.partition(".")
     default = getattr(getattr(Config(), section, None), name, None)
-    return [value] if isinstance(default, tuple) and not isinstance(value, list) else value
+    a_list = isinstance(default, tuple) or name == "classes"  # the one kind of list that is None by default
+    return [value] if a_list and value is not None and not isinstance(value, list) else value
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from mixcl_dist.config import BudgetConfig, Config, ConfigError, FinetuneConfig,
 from mixcl_dist.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
-from mixcl_dist.data_shards.volume import Volume
+from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.marginal import marginal_loss
 from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
@@ -50,7 +52,8 @@ class Task:
     catalogue: Catalogue
     """All classes of the data set, as labels are read."""
     classes: tuple[str, ...]
-    """Those that are reliably annotated in some training case; output k > 0 of the network is `classes[k - 1]`."""
+    """Those to learn and score, each reliably annotated in some training case; output k > 0 of the network is
+    `classes[k - 1]`."""
     kept_back: tuple[str, ...] = ()
     """Names of the training cases that choices are made on."""
 
@@ -96,6 +99,8 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), whose backbone,
     architecture, HU window and spacing are taken over; None starts from scratch by the same recipe. A start that has
     seen a validation or development scan, or labels outside the budget, is refused.
+    The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
+    others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
     Everything is left in the folder `run`; returns the content of its `dice.json`, which is written last and so marks
     a finished trial.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
@@ -112,22 +117,24 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
         config = like(config, start)
         check_start(start, task, label_cases, known)
         seen = seen.merged(Seen.load(start))
+    volumes, unshown = _training_volumes(config, task, label_cases)
+    if unshown:
+        print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)
     torch.manual_seed(config.budget.seed)
     network = build(config, start, len(task.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
     facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
-    facts["training_cases"] = [scan.name for scan in seen.scans]
+    facts |= {"training_cases": [scan.name for scan in seen.scans], "unshown_classes": unshown}
     record = Run.create(run, "finetune", config, **facts)
     seen.save(run)
     known.save()
     record.forget_metrics_after(0)
     network.to(device)
-    volumes = _training_volumes(config, task, label_cases)
-    network = _train(network, config, volumes, record, _watch(config, task, run, device), device)
+    network = _train(network, config, volumes, record, _watch(config, task, unshown, run, device), device)
     _save(network, config, task, run)
     dice, overlays = _score(network, config, task, cases, device)
-    dice["scored"] = scored
+    dice |= {"mean": mean_dice(dice["class_mean"], unshown), "scored": scored}
     write_atomic(run / "overlays.npz", overlays.encode())
     record.finish()
     write_json(run / "dice.json", dice)
@@ -135,10 +142,11 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
 
 
 def open_task(data: Path, config: Config | None = None) -> Task:
-    """The cases and classes of a data set; `config` (None: the default) says what is kept back for development.
+    """The cases and classes of a data set, as far as `config` (None: the default) lets a trial know them.
 
     Raises `CaseError` unless there are labelled training and validation cases, and development cases where some are
-    asked for, and `ConfigError` for a development case that is none of the training cases.
+    asked for, and `ConfigError` for a development case that is none of the training cases, or a class that none of
+    them annotates.
     """
     config = config or Config()
     source = open_source(data)
@@ -147,7 +155,7 @@ def open_task(data: Path, config: Config | None = None) -> Task:
     check_development(source.cases, config.budget.development)
     training = [case for case in source.cases if case.split == "training"]
     learnt = {name for case in training for name in case.reliable}
-    classes = tuple(name for name in source.classes if name in learnt)
+    classes = _chosen_classes(tuple(name for name in source.classes if name in learnt), config)
     task = Task(source.cases, Catalogue(source.classes), classes, config.budget.development)
     for split, cases in (("training", learnt), ("validation", task.validation)):
         if not cases:
@@ -157,9 +165,19 @@ def open_task(data: Path, config: Config | None = None) -> Task:
     return task
 
 
+def _chosen_classes(annotated: tuple[str, ...], config: Config) -> tuple[str, ...]:
+    """Those of the annotated classes that are in the budget and to be learnt."""
+    chosen = annotated
+    for key, names in (("budget.classes", config.budget.classes), ("finetune.classes", config.finetune.classes)):
+        if unknown := set(names or ()) - set(chosen):
+            raise ConfigError(f"{key}: no label of {min(unknown)} may be read; choose among {', '.join(chosen)}")
+        chosen = chosen if names is None else tuple(name for name in chosen if name in names)
+    return chosen
+
+
 def budgeted(task: Task, budget: BudgetConfig) -> list[str]:
     """Names of the cases whose labels this budget gives; raises `ConfigError` for one that is empty or impossible."""
-    names = budget_cases(task.cases, budget)
+    names = budget_cases(task.cases, dataclasses.replace(budget, classes=task.classes))
     if not names:
         raise ConfigError("the label budget is empty, so there is nothing to learn from; give --scans or --labels")
     return names
@@ -230,15 +248,25 @@ def _facts(config: Config, task: Task, label_cases: list[str], start: Path | Non
     }
 
 
-def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> list[LabelledVolume]:
-    chosen = {case.name: case for case in task.cases if case.split == "training"}
-    volumes = []
+def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> tuple[list[LabelledVolume], list[str]]:
+    """The labelled cases as they are trained on, and the classes that none of them shows before it is resampled."""
+    chosen = {case.name: case for case in task.cases}
+    volumes, shown = [], np.zeros(IGNORED + 1, dtype=bool)
     for name in progress(label_cases, total=len(label_cases), desc="read", unit="case"):
         case = chosen[name]
-        volume = read_case(case, task.catalogue, config.finetune.spacing_mm)
+        volume = read_case(case, task.catalogue)
         assert volume.label is not None, "a budget is made of labelled cases"
-        volumes.append(LabelledVolume(volume.hu, task.target(case, volume.label), task.known(case)))
-    return volumes
+        shown[np.unique(task.target(case, volume.label))] = True
+        seen = volume if config.finetune.spacing_mm is None else resample(volume, config.finetune.spacing_mm)
+        assert seen.label is not None, "resampling keeps the label"
+        volumes.append(LabelledVolume(seen.hu, task.target(case, seen.label), task.known(case)))
+    return volumes, [name for k, name in enumerate(task.classes, start=1) if not shown[k]]
+
+
+def mean_dice(class_mean: Mapping[str, float | None], unshown: Collection[str]) -> float | None:
+    """The mean over the classes that were scored, but those in `unshown`."""
+    values = [value for name, value in class_mean.items() if value is not None and name not in unshown]
+    return float(np.mean(values)) if values else None
 
 
 def _train(
@@ -276,7 +304,7 @@ def _train(
     return kept
 
 
-def _watch(config: Config, task: Task, run: Path, device: torch.device) -> Watch:
+def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, device: torch.device) -> Watch:
     """A function that appends a point to the curve of Dice over steps, `curve.jsonl`, by the first development scans;
     without any it does nothing."""
     shown = task.development[: config.finetune.curve_scans]
@@ -291,8 +319,8 @@ def _watch(config: Config, task: Task, run: Path, device: torch.device) -> Watch
             truth = task.target(case, volume.label)
             scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
         if scores:
-            dice = summarise(scores, task.classes)
-            point = {"step": step, "seconds": round(seconds, 2), "mean": dice["mean"], "dice": dice["class_mean"]}
+            dice = summarise(scores, task.classes)["class_mean"]
+            point = {"step": step, "seconds": round(seconds, 2), "mean": mean_dice(dice, unshown), "dice": dice}
             with (run / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")
 

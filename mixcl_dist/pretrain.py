@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.budget import budget_cases, check_development
+from mixcl_dist.budget import budget_cases, check_development, readable
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch, world_size
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
@@ -126,6 +126,10 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     check_development(manifest.cases, config.budget.development)
     if config.pretrain.probe_every and len(config.budget.development) < 2:
         raise ConfigError("pretrain.probe_every: there are no two scans in budget.development to probe on; name some")
+    for name in config.budget.classes or ():
+        if name not in manifest.classes:
+            known = ", ".join(manifest.classes)
+            raise ConfigError(f"budget.classes: {name} is none of the shards' classes; choose among {known}")
     if not training_cases(manifest, config.budget):
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
     started = (run / "run.json").exists()
@@ -163,7 +167,7 @@ def _history(
     """What this run and those before it have seen, by voxels and by name, and what it began from."""
     reads, trained = set(label_cases), set(training_cases(manifest, config.budget))
     records = zip(manifest.cases, scans_of_shards(shards), strict=True)
-    scans = [(scan, frozenset(case.reliable)) for case, scan in records if case.name in trained]
+    scans = [(scan, readable(case, config.budget)) for case, scan in records if case.name in trained]
     seen = Seen(
         tuple(scan for scan, _ in scans),
         tuple(classes if scan.name in reads else frozenset() for scan, classes in scans),
@@ -214,6 +218,7 @@ def _stream(
         workers=config.data.workers,
         cases=set(training_cases(manifest, config.budget)),
         label_cases=set(label_cases),
+        label_classes=config.budget.classes,
         mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
         rank=engine.rank,
         world_size=engine.world_size,

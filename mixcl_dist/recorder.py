@@ -197,7 +197,7 @@ def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], 
         "training_cases": training_cases,
         "label_cases": label_cases,
         "withheld_cases": sorted({case.name for case in manifest.cases} - set(training_cases)),
-        "budget": {"fraction": config.budget.fraction, "scans": config.budget.scans, "seed": config.budget.seed},
+        "budget": {key: getattr(config.budget, key) for key in ("fraction", "scans", "seed", "classes")},
     }
 
 

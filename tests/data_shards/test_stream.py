@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,24 @@ def stored(built) -> dict[str, dict]:
     """All samples by key, as plain webdataset reads them."""
     files = [str(path) for path in built.glob("*.tar")]
     return {sample["__key__"]: sample for sample in wds.WebDataset(files, shardshuffle=False)}
+
+
+@pytest.fixture(scope="module")
+def two_classes(cohort, small_config, tmp_path_factory) -> Path:
+    """Of the classes "core" and "rim", both are annotated in case a, and core alone in case b."""
+    folder = cohort("a", "b", "c", labelled=2)
+    path = folder / "a_label.nii.gz"
+    image = nib.load(path)
+    label = np.asarray(image.dataobj).astype(np.uint8)
+    label[: len(label) // 2] *= 2  # one half of the organ
+    nib.save(nib.Nifti1Image(label, image.affine), path)
+    content = json.loads((folder / "dataset.json").read_text())
+    content["labels"]["2"] = "rim"
+    content["training"][1]["annotated"] = ["core"]
+    (folder / "dataset.json").write_text(json.dumps(content))
+    out = tmp_path_factory.mktemp("two") / "shards"
+    assert build([folder], out, small_config).quarantined == []
+    return out
 
 
 @pytest.fixture
@@ -102,6 +121,36 @@ class TestLabels:
         batch = next(iter(stream_of(built)))
         assert batch.label.shape == (3, 16, 16, 16) and not batch.label.any()
         assert batch.label.untyped_storage().nbytes() == 1
+
+
+class TestLabelClasses:
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_hidden_class_looks_as_if_nobody_had_annotated_it(self, two_classes, workers):
+        stored = {}
+        for batch in islice(stream_of(two_classes, batch_size=1, label_cases={"a", "b"}), 60):
+            stored[batch.keys[0]] = batch.label[0].clone()
+        assert any((label == 1).any() and (label == 2).any() for label in stored.values())
+        hidden = stream_of(two_classes, batch_size=1, workers=workers, label_cases={"a", "b"}, label_classes={"core"})
+        expected = Catalogue(("core", "rim")).candidate_bits(["core"])
+        for batch in islice(hidden, 60):
+            key = batch.keys[0]
+            assert torch.equal(batch.label[0], stored[key] * (stored[key] == 1))
+            if case_of(key) in "ab":
+                np.testing.assert_array_equal(batch.candidate_bits[0], expected)
+
+    def test_class_aware_drawing_does_not_look_for_a_hidden_class(self, two_classes):
+        settings = {"batch_size": 2, "label_cases": {"a"}, "mixture": Mixture(labelled_fraction=0.5)}
+        for shown, other in (("core", "rim"), ("rim", "core")):
+            number = Manifest.load(two_classes).classes.index(shown) + 1
+            for batch in islice(stream_of(two_classes, **settings, label_classes={shown}), 20):
+                assert set(batch.label[1].unique().tolist()) in ({0, number}, {number}), other
+
+    def test_a_stream_is_not_taken_up_with_other_classes(self, two_classes):
+        position = stream_of(two_classes, label_cases={"a"}).position()
+        with pytest.raises(StreamError, match="selection"):
+            stream_of(two_classes, label_cases={"a"}, label_classes={"rim"}).seek(position)
+        with pytest.raises(StreamError, match="has no class edge; it has core, rim"):
+            stream_of(two_classes, label_classes={"edge"})
 
 
 class TestSelection:

@@ -94,6 +94,16 @@ def test_development_cases_are_in_no_budget_and_leave_the_draw_to_the_others():
     assert len(budget_cases(cohort(), replace(budget, fraction=1.0))) == 40
 
 
+def test_a_budget_of_classes_is_drawn_from_the_cases_that_annotate_them():
+    names = budget_cases(cohort(), BudgetConfig(fraction=1.0, classes=("liver", "larynx")))
+    annotating = {case.name for case in cohort()[:60] if {"liver", "larynx"} & set(case.reliable)}
+    assert set(names) == annotating
+    assert "t041" in names[:2]  # the only larynx comes early, as every class does
+    assert budget_cases(cohort(), BudgetConfig(scans=9)) == budget_cases(
+        cohort(), BudgetConfig(scans=9, classes=ORGANS)
+    )
+
+
 @pytest.mark.parametrize(("name", "said"), [("t061", "no case t061"), ("v000", "v000 is in the validation split")])
 def test_only_training_cases_are_kept_back_for_development(name, said):
     check_development(cohort(), ["t001", "t900"])

@@ -27,6 +27,14 @@ def test_lists_are_given_either_way(text):
 def test_a_list_of_one_needs_no_brackets():
     study = config.load(overrides=[("study.seeds", "3"), ("study.fractions", "0.5")]).study
     assert (study.seeds, study.fractions) == ((3,), (0.5,))
+    one, two, none = (config.load(overrides=[("budget.classes", text)]) for text in ("liver", "liver,spleen", "null"))
+    assert one.budget.classes == ("liver",) and two.budget.classes == ("liver", "spleen")
+    assert none.budget.classes is None
+
+
+def test_a_budget_by_share_and_by_number_is_refused():
+    with pytest.raises(ConfigError, match=r"^budget: fraction 0.1 and scans 4 are both given; set one of them$"):
+        config.load(overrides=[("budget.fraction", "0.1"), ("budget.scans", "4")])
 
 
 def test_what_is_shown_can_be_read_again(tmp_path):

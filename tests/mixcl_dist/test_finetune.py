@@ -13,7 +13,7 @@ from mixcl_dist.budget import budget_cases
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
-from mixcl_dist.finetune import Task, build, finetune
+from mixcl_dist.finetune import Task, build, finetune, mean_dice, open_task
 from mixcl_dist.networks import SegmentationNetwork
 from mixcl_dist.phantom import CLASSES
 from mixcl_dist.run import RunError
@@ -45,7 +45,7 @@ def trial(config, data, tmp_path_factory):
     return run, finetune(config, data=data, start=None, run=run)
 
 
-def pretrained(folder, config, *, data=None, label_cases=(), training_cases=(), spacing_mm=None):
+def pretrained(folder, config, *, data=None, label_cases=(), classes=CLASSES, training_cases=(), spacing_mm=None):
     """The folder that pre-training on cases of `data` leaves, with a backbone of known weights."""
     folder.mkdir()
     torch.manual_seed(7)
@@ -57,7 +57,7 @@ def pretrained(folder, config, *, data=None, label_cases=(), training_cases=(), 
     (folder / "run.json").write_text(json.dumps(facts))
     names = {*label_cases, *training_cases}
     cases = [case for case in open_source(data).cases if case.name in names] if names else []
-    labels = [frozenset(case.reliable if case.name in label_cases else ()) for case in cases]
+    labels = [frozenset(case.reliable if case.name in label_cases else ()).intersection(classes) for case in cases]
     Seen(tuple(KnownScans(folder).of(cases)), tuple(labels)).save(folder)
     return folder
 
@@ -158,6 +158,69 @@ def test_a_supervised_start_gives_its_backbone_and_its_labels_count(trial, confi
         finetune(other, data=data, start=start, run=tmp_path / "leaky")
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert sorted(facts["training_cases"]) == sorted(budgeted)
+
+
+def test_only_the_chosen_classes_are_learnt_and_scored(config, data, tmp_path):
+    chosen = {"finetune.classes": ["aorta", "liver"], "budget.fraction": 1.0, "finetune.steps": 1}
+    dice = finetune(replace(config, chosen), data=data, start=None, run=tmp_path / "run")
+    assert dice["classes"] == ["liver", "aorta"]
+    seen = Seen.load(tmp_path / "run")
+    assert set().union(*seen.labels) == {"liver", "aorta"}
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert len(weights["classifier.bias"]) == 3
+
+
+def test_a_hidden_class_is_background_that_nobody_annotated(data):
+    task = open_task(data, replace(Config(), {"budget.classes": ["spleen"]}))
+    case = next(case for case in task.cases if "spleen" in case.reliable)
+    label = np.arange(len(task.catalogue.classes) + 1, dtype=np.uint8)
+    spleen = task.catalogue.index("spleen")
+    np.testing.assert_array_equal(task.target(case, label), label == spleen)
+    np.testing.assert_array_equal(task.known(case), [False, True])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"finetune.classes": ["heart"]}, r"finetune.classes: no label of heart may be read; choose among liver, "),
+        (
+            {"budget.classes": ["liver"], "finetune.classes": ["aorta"]},
+            r"finetune.classes: no label of aorta may be read; choose among liver$",
+        ),
+    ],
+)
+def test_classes_that_may_not_be_learnt_are_refused(config, data, tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        finetune(replace(config, settings), data=data, start=None, run=tmp_path / "run")
+
+
+def test_a_start_that_read_other_organs_of_all_scans_is_lawful(config, data, tmp_path):
+    """Known organs are labelled everywhere, new ones are learnt from one scan."""
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    known, new = ["liver", "vertebrae"], ["spleen"]
+    start = pretrained(tmp_path / "known", config, data=data, label_cases=training, classes=known)
+    one = {"budget.fraction": 0.0, "budget.scans": 1, "finetune.steps": 1}
+    trial = replace(config, one | {"finetune.classes": new})
+    finetune(trial, data=data, start=start, run=tmp_path / "run")
+    every = pretrained(tmp_path / "every", config, data=data, label_cases=training)
+    with pytest.raises(RunError, match=r"every: was trained with the labels .* spleen first, outside .* budget of 1"):
+        finetune(trial, data=data, start=every, run=tmp_path / "leaky")
+    with pytest.raises(RunError, match=r"known: was trained with the labels"):
+        finetune(replace(config, one), data=data, start=start, run=tmp_path / "leaky")
+
+
+def test_a_class_that_no_labelled_case_shows_is_named_and_left_out_of_the_mean(config, data, tmp_path, capsys):
+    one = replace(config, {"budget.fraction": 0.0, "budget.scans": 1, "finetune.steps": 1})
+    dice = finetune(one, data=data, start=None, run=tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (case,) = (case for case in open_source(data).cases if case.name == facts["label_cases"][0])
+    unshown = [name for name in CLASSES if name not in case.reliable]  # a phantom shows all that it annotates
+    assert facts["unshown_classes"] == unshown != []
+    assert f"no labelled case shows {', '.join(unshown)}: left out of the mean" in capsys.readouterr().err
+    shown = [value for name, value in dice["class_mean"].items() if name in case.reliable and value is not None]
+    assert dice["mean"] == pytest.approx(np.mean(shown))
+    assert mean_dice({"a": 0.4, "b": 0.0, "c": 0.8, "d": None}, ["c"]) == pytest.approx(0.2)
+    assert mean_dice({"a": None, "c": 0.8}, ["c"]) is None
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):

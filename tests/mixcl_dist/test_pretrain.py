@@ -114,6 +114,18 @@ def test_development_cases_are_neither_seen_nor_budgeted(shards, small_config, t
         pretrain(replace(small_config, {"budget.development": ["nobody"]}), shards=shards, run=tmp_path / "other")
 
 
+def test_only_labels_of_the_budget_s_classes_are_read_and_noted(shards, small_config, tmp_path):
+    settings = {"pretrain.steps": 1, "budget.fraction": 1.0, "budget.classes": ["liver", "aorta"]}
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    seen = Seen.load(tmp_path / "run")
+    reliable = {case.name: set(case.reliable) for case in Manifest.load(shards).cases}
+    for scan, labels in zip(seen.scans, seen.labels, strict=True):
+        assert labels == reliable[scan.name] & {"liver", "aorta"}
+    assert any(seen.labels)
+    with pytest.raises(ConfigError, match=r"budget.classes: heart is none of the shards' classes; choose among liver"):
+        pretrain(replace(small_config, {"budget.classes": ["heart"]}), shards=shards, run=tmp_path / "other")
+
+
 @pytest.fixture(scope="module")
 def first_stage(shards, small_config, tmp_path_factory):
     """A run with labels, and another that began from its network and reads none."""
