@@ -41,7 +41,7 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None: ...
     def step(self) -> None: ...
     def learning_rate(self) -> float: ...
-    def gradient_norm(self) -> float: ...
+    def gradient_norms(self) -> list[float]: ...
     def barrier(self) -> None: ...
     def whole_parameters(self) -> AbstractContextManager: ...
     def save(self, folder: Path) -> None: ...
@@ -110,7 +110,7 @@ class _DeepSpeed:
     def __init__(self, engine: Any, gradient_clipping: float):
         self._engine = engine
         self._largest_norm = gradient_clipping or math.inf
-        self._norm: torch.Tensor | None = None
+        self._norms: list[torch.Tensor | float | None] = []
         self.device = engine.device
         self.rank = engine.global_rank
         self.world_size = engine.world_size
@@ -125,18 +125,22 @@ class _DeepSpeed:
     def step(self) -> None:
         from torch.nn.utils import clip_grad_norm_
 
-        # At stage 0 DeepSpeed clips with a few kernels for each parameter and constants that the host waits for.
-        if not self._engine.zero_optimization_stage() and self._engine.is_gradient_accumulation_boundary():
-            self._norm = clip_grad_norm_(self.module.parameters(), self._largest_norm)
-        self._engine.step()
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+        elif self._engine.zero_optimization_stage():
+            self._engine.step()
+            self._norms.append(self._engine.get_global_grad_norm())
+        else:  # DeepSpeed would clip with a few kernels for each parameter and constants that the host waits for
+            self._norms.append(clip_grad_norm_(self.module.parameters(), self._largest_norm))
+            self._engine.step()
 
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
 
-    def gradient_norm(self) -> float:
-        """Norm of the global gradient before clipping, NaN before the first step; waits for the device."""
-        norm = self._engine.get_global_grad_norm() if self._engine.zero_optimization_stage() else self._norm
-        return float("nan") if norm is None else float(norm)
+    def gradient_norms(self) -> list[float]:
+        """Norm of the global gradient before clipping, of each step since the last call; waits for the device."""
+        norms, self._norms = self._norms, []
+        return [float("nan") if norm is None else float(norm) for norm in norms]
 
     def barrier(self) -> None:
         from deepspeed import comm

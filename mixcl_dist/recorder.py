@@ -86,10 +86,10 @@ class Recorder:
         batch_size = self._config.pretrain.batch_size
         samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
         scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
+        scalars |= self._global_gradient()
         scalars |= {
             "samples": step * batch_size,
             "learning_rate": self._engine.learning_rate(),
-            "gradient_norm": self._engine.gradient_norm(),
             "samples_per_s": round(samples / seconds, 3),
             "data_wait_share": round(self._waited / seconds, 4),
             "seconds": round(seconds, 3),
@@ -111,6 +111,15 @@ class Recorder:
             weight = values["voxel_label_anchors"] if name in LABEL_TERMS else np.ones_like(value)
             means[name] = float(np.average(value[weight > 0], weights=weight[weight > 0])) if weight.any() else math.nan
         return means
+
+    def _global_gradient(self) -> dict[str, float]:
+        """Mean norm of the gradient before clipping, and the share of steps that were clipped."""
+        norms, largest = np.array(self._engine.gradient_norms()), self._config.engine.gradient_clipping
+        norms = norms[np.isfinite(norms)]
+        if not len(norms):
+            return {}
+        mean = {"gradient_norm": round(float(norms.mean()), 6)}
+        return mean | ({"clipped_share": round(float((norms > largest).mean()), 4)} if largest else {})
 
     def _begin_interval(self) -> None:
         self._passes: list[torch.Tensor] = []

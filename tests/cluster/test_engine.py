@@ -88,11 +88,23 @@ def test_the_gradients_norm_is_that_before_clipping(stage):
     config = EngineConfig(zero_stage=stage, gradient_clipping=0.01)
     engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
     plain, x = module(), batches(1)[0]
-    assert math.isnan(engine.gradient_norm())
+    assert engine.gradient_norms() == []
     train_engine(engine, [x])
     plain(x).square().mean().backward()
     expected = torch.nn.utils.get_total_norm([parameter.grad for parameter in plain.parameters()])
-    assert engine.gradient_norm() == pytest.approx(expected.item(), rel=1e-5)
+    assert engine.gradient_norms() == [pytest.approx(expected.item(), rel=1e-5)]
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_optimizer_step_since_the_last_question_has_its_norm(stage):
+    config = EngineConfig(zero_stage=stage, accumulation_steps=2)
+    engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
+    train_engine(engine, batches(6))
+    norms = engine.gradient_norms()
+    assert len(norms) == 3 and len(set(norms)) == 3 and min(norms) > 0
+    train_engine(engine, batches(2))
+    assert len(engine.gradient_norms()) == 1
     engine.close()
 
 

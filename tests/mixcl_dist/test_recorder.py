@@ -19,13 +19,19 @@ MANIFEST = SimpleNamespace(cases=(), digest="", patches=0, classes=(), spacing_m
 
 
 @pytest.fixture
-def recorder(tmp_path):
+def norms():
+    """Of the steps that the recorder's engine has made since it was last asked."""
+    return [2.0]
+
+
+@pytest.fixture
+def recorder(tmp_path, norms):
     engine = SimpleNamespace(
         rank=0,
         device=torch.device("cpu"),
         module=torch.nn.Linear(1, 1),
         learning_rate=lambda: 0.1,
-        gradient_norm=lambda: 2.0,
+        gradient_norms=lambda: norms,
     )
     return Recorder(tmp_path / "run", load(overrides=[("pretrain.batch_size", "4")]), MANIFEST, [], [], engine, {})
 
@@ -45,7 +51,18 @@ def test_the_label_term_is_weighted_by_its_anchors(recorder, tmp_path):
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert (first["loss"], first["voxel_label"], first["voxel_label_anchors"]) == (3.0, 5.0, 10.0)
     assert second["loss"] == 8.0 and "voxel_label" not in second
-    assert first["gradient_norm"] == 2.0
+
+
+def test_a_log_says_how_many_of_its_steps_were_clipped(recorder, norms, tmp_path):
+    norms[:] = [0.5, 1.0, 1.5, 4.0]  # the largest that is left as it is: 1
+    add(recorder, 1.0, 1.0, 1)
+    recorder.log(4)
+    norms[:] = [math.nan]  # as DeepSpeed has none
+    add(recorder, 1.0, 1.0, 1)
+    recorder.log(5)
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first["gradient_norm"], first["clipped_share"]) == (1.75, 0.5)
+    assert "gradient_norm" not in second and "clipped_share" not in second
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
