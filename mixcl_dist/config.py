@@ -125,6 +125,13 @@ class ObjectiveConfig:
         if not (self.voxel_identity or self.voxel_label or self.crop_identity or self.reconstruction):
             raise ValueError("every weight is 0, so nothing would be learned; give one term a weight")
 
+    def single_terms(self) -> dict[str, ObjectiveConfig]:
+        """Each term that has a weight, and this objective with that term alone."""
+        terms = ("voxel_identity", "voxel_label", "crop_identity", "reconstruction")
+        weights = {term: weight for term in terms if (weight := getattr(self, term))}
+        off = dict.fromkeys(terms, 0.0)
+        return {term: dataclasses.replace(self, **(off | {term: weight})) for term, weight in weights.items()}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -169,6 +176,9 @@ class PretrainConfig:
     """Steps between the pictures kept for the report."""
     probe_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two probes of the features on the development scans, one of them at the end; 0: never."""
+    gradient_norms_every: Annotated[int, Field(ge=0)] = 50
+    """Steps between two measurements of each term's gradient norm on the backbone, and of how far the voxel rows are
+    spread; such a step takes as long as four. 0 measures never."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, lo
 from mixcl_dist.data_shards.dedup import scans_of_shards
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Mixture, PatchStream
+from mixcl_dist.diagnostics import gradient_norms, spread
 from mixcl_dist.draws import Draws
 from mixcl_dist.networks import PretrainNetwork
 from mixcl_dist.objective import mixcl_loss
@@ -35,8 +36,8 @@ from mixcl_dist.seen import Seen
 from mixcl_dist.views import make_views
 
 FREE_ON_RESUME = (
-    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every", "engine.accumulation_steps",
-    "data.workers", "data.max_bad_fraction", "data.cache",
+    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
+    "pretrain.gradient_norms_every", "engine.accumulation_steps", "data.workers", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt."""
 
@@ -75,6 +76,8 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
         print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
         steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
     for step in steps:
+        last = step == config.pretrain.steps
+        inspected = _is_due(step, config.pretrain.gradient_norms_every, last)
         for _ in range(config.engine.accumulation_steps):
             with recorder.waiting():
                 batch = next(batches)
@@ -88,22 +91,30 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
                 config.rows,
                 draws,
             )
+            if inspected and config.engine.zero_stage != 3:
+                recorder.inspect(gradient_norms(network, views, rows, config.objective))
             output = engine(views.image, rows.voxel_index)
+            if inspected:
+                recorder.inspect(spread(output.voxel, rows.present))
             loss, terms = mixcl_loss(output, views, rows, config.objective)
             engine.backward(loss)
             engine.step()
             recorder.add(loss, terms)
-        last = step == config.pretrain.steps
-        if config.pretrain.probe_every and (last or step % config.pretrain.probe_every == 0):
+        if _is_due(step, config.pretrain.probe_every, last):
             recorder.probe(network.backbone, shards)
-        if last or step % config.pretrain.log_every == 0:
+        if _is_due(step, config.pretrain.log_every, last):
             recorder.log(step)
-        if last or step % config.pretrain.sample_every == 0:
+        if _is_due(step, config.pretrain.sample_every, last):
             recorder.pictures(step, batch, views)
-        if last or step % config.checkpoint.every == 0:
+        if _is_due(step, config.checkpoint.every, last):
             _save(run, step, engine, stream, config, recorder)
     recorder.finish()
     engine.close()
+
+
+def _is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps, and after the last one, is done at `step`; 0 is never."""
+    return every > 0 and (last or step % every == 0)
 
 
 def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:

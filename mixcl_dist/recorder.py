@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from mixcl_dist.alarms import alarms
 from mixcl_dist.cluster.engine import Engine
 from mixcl_dist.config import Config
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.stream import Batch
+from mixcl_dist.diagnostics import effective_rank
 from mixcl_dist.networks import Backbone, PretrainNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.probe import FILE_NAME as PROBE
@@ -48,6 +51,7 @@ class Recorder:
         self._path = path
         self._config = config
         self._manifest = manifest
+        self._labels = bool(label_cases)
         self._engine = engine
         self._begin_interval()
         self._probed: dict[str, float] = {}
@@ -58,6 +62,10 @@ class Recorder:
             parameters = sum(parameter.numel() for parameter in engine.module.parameters())
             facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
             self._run = Run.create(path, "pretrain", config, **facts | dict(history))
+            if config.engine.zero_stage == 3 and config.pretrain.gradient_norms_every:
+                self._run.warn(
+                    "gradient_norms", "at ZeRO stage 3, which scatters the parameters, no term's gradient is measured"
+                )
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -75,6 +83,11 @@ class Recorder:
         self._names = ["loss", *terms]
         self._passes.append(torch.stack([value.float() for value in (loss.detach(), *terms.values())]))
 
+    def inspect(self, figures: Mapping[str, torch.Tensor]) -> None:
+        """Keep what `diagnostics` measured of one backward pass, for the means that `log` writes."""
+        for name, value in figures.items():
+            self._inspected[name].append(value)
+
     def log(self, step: int) -> None:
         """Write the means since the last call, learning rate, speed; raises `RunError` where the loss is not finite."""
         means = self._means()
@@ -86,7 +99,7 @@ class Recorder:
         batch_size = self._config.pretrain.batch_size
         samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
         scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
-        scalars |= self._global_gradient()
+        scalars |= self._inspection() | self._global_gradient()
         scalars |= {
             "samples": step * batch_size,
             "learning_rate": self._engine.learning_rate(),
@@ -96,6 +109,8 @@ class Recorder:
         }
         if self._run:
             self._run.log(step, **scalars, **self._probed)
+            for kind, text in alarms(step, scalars, self._config, labels=self._labels).items():
+                self._run.warn(kind, text)
         self._probed = {}
         self._begin_interval()
 
@@ -112,6 +127,15 @@ class Recorder:
             means[name] = float(np.average(value[weight > 0], weights=weight[weight > 0])) if weight.any() else math.nan
         return means
 
+    def _inspection(self) -> dict[str, float]:
+        """Means of what was kept by `inspect`, with five digits, as a term's gradient may be tiny."""
+        means = {name: torch.stack(values).mean(0).cpu() for name, values in self._inspected.items()}
+        moment = means.pop("second_moment", None)
+        figures = {name: float(mean) for name, mean in means.items()}
+        if moment is not None:
+            figures["effective_rank"] = effective_rank(moment)
+        return {name: float(f"{figure:.5g}") for name, figure in figures.items() if math.isfinite(figure)}
+
     def _global_gradient(self) -> dict[str, float]:
         """Mean norm of the gradient before clipping, and the share of steps that were clipped."""
         norms, largest = np.array(self._engine.gradient_norms()), self._config.engine.gradient_clipping
@@ -123,6 +147,7 @@ class Recorder:
 
     def _begin_interval(self) -> None:
         self._passes: list[torch.Tensor] = []
+        self._inspected: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._waited, self._interval_start = 0.0, time.monotonic()
 
     def pictures(self, step: int, batch: Batch, views: Views) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from mixcl_dist import __version__
 from mixcl_dist.config import Config, to_yaml
@@ -57,6 +60,7 @@ class Run:
             "name": path.name,
             "started": earlier.get("started") or now(),
             "finished": None,
+            "warnings": earlier.get("warnings", {}),
         }
         origin = {"mixcl_version": __version__, "versions": _versions(), "machine": machine()}
         run = cls(path, head | origin | facts | {"seconds": earlier.get("seconds", 0.0)})
@@ -69,6 +73,12 @@ class Run:
         seconds = round(time.monotonic() - self._start, 1)
         self.facts |= facts | {"seconds": seconds, "peak_memory_mb": round(peak_mb)}
         write_json(self.path / "run.json", self.facts)
+
+    def warn(self, kind: str, text: str) -> None:
+        """Say one line on standard error and keep it in `run.json`, the first time that `kind` is to be warned of."""
+        if kind not in self.facts["warnings"]:
+            tqdm.write(f"{self.facts['kind']}: {text}", file=sys.stderr)  # beside a bar, where one is shown
+            self.update(warnings=self.facts["warnings"] | {kind: text})
 
     def log(self, step: int, **scalars: float) -> None:
         """Append one object to `metrics.jsonl` and the same scalars to TensorBoard."""

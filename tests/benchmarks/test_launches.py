@@ -128,6 +128,13 @@ def test_no_stage_makes_more_launches_or_waits_than_the_committed_table_says(ben
         assert now.launches <= before.launches and now.waits <= before.waits, now
 
 
+def test_a_step_that_is_measured_waits_for_nothing_either(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.SETTINGS, "pretrain.gradient_norms_every", str(benchmark.COUNTED_STEP))
+    counter = benchmark.count(tmp_path)
+    launches, waits = counter.total(benchmark.BOOKKEEPING)
+    assert launches > benchmark.read_committed()[benchmark.BOOKKEEPING].launches and waits == 0
+
+
 @pytest.mark.parametrize(("launches", "waits", "said"), [(600, 0, "met"), (601, 0, "MISSED"), (600, 1, "MISSED")])
 def test_bars_are_met_or_missed(benchmark, launches, waits, said):
     count = benchmark.Count("pre-training step", launches, waits, 2090, 21)

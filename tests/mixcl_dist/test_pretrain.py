@@ -49,7 +49,11 @@ def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_pa
     assert [entry["step"] for entry in metrics] == [1, 2, 3]
     assert {"loss", "voxel_identity", "crop_identity", "reconstruction", "learning_rate", "samples_per_s",
             "data_wait_share"} <= set(metrics[-1])  # fmt: skip
-    assert all(entry["gradient_norm"] > 0 for entry in metrics)
+    assert all(entry["gradient_norm"] > 0 and 0 <= entry["clipped_share"] <= 1 for entry in metrics)
+    measured = {"gradient_norm_voxel_identity", "gradient_norm_voxel_label", "gradient_norm_crop_identity",
+                "gradient_norm_reconstruction", "alignment", "uniformity", "effective_rank"}  # fmt: skip
+    assert measured <= set(metrics[-1]) and not measured & set(metrics[0])
+    assert all(metrics[-1][f"gradient_norm_{term}"] > 0 for term in ("voxel_identity", "crop_identity"))
     Backbone(config.network).load_state_dict(load_file(tmp_path / "run" / "network.safetensors"))
     assert (tmp_path / "run" / "samples.npz").exists()
     assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
@@ -65,6 +69,31 @@ def test_every_zero_stage_takes_the_same_steps(shards, small_config, tmp_path, s
         runs[number] = load_file(tmp_path / str(number) / "network.safetensors")
     for name, expected in runs[1].items():
         torch.testing.assert_close(runs[stage][name], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_measuring_gradients_changes_no_bit_of_the_weights(shards, small_config, tmp_path, stage):
+    runs = []
+    for every in (0, 1):
+        settings = {"pretrain.steps": 3, "engine.zero_stage": stage, "pretrain.gradient_norms_every": every}
+        run = tmp_path / str(every)
+        pretrain(replace(small_config, settings), shards=shards, run=run)
+        runs.append(load_file(run / "network.safetensors"))
+        logged = [any(name.startswith("gradient_norm_") for name in row) for row in read_metrics(run / "metrics.jsonl")]
+        assert logged == [bool(every)] * 3
+    for name, weights in runs[0].items():
+        torch.testing.assert_close(runs[1][name], weights, rtol=0, atol=0)
+
+
+def test_scattered_parameters_have_no_gradient_of_single_terms_which_is_said_once(
+    shards, small_config, tmp_path, capsys
+):
+    settings = {"pretrain.steps": 2, "engine.zero_stage": 3, "pretrain.gradient_norms_every": 1}
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert "effective_rank" in last and not any(name.startswith("gradient_norm_") for name in last)
+    assert capsys.readouterr().err.count("at ZeRO stage 3") == 1
+    assert "at ZeRO stage 3" in read_json(tmp_path / "run" / "run.json")["warnings"]["gradient_norms"]
 
 
 def test_a_killed_run_resumes_to_the_same_weights(shards, tmp_path):

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from mixcl_dist.config import load
 from mixcl_dist.recorder import Recorder, _compact, _principal_colours, _slice_index, _view_label
-from mixcl_dist.run import RunError, read_metrics
+from mixcl_dist.run import RunError, read_json, read_metrics
 
 MANIFEST = SimpleNamespace(cases=(), digest="", patches=0, classes=(), spacing_mm=None, patch_size=(8, 8, 8))
 
@@ -33,7 +33,8 @@ def recorder(tmp_path, norms):
         learning_rate=lambda: 0.1,
         gradient_norms=lambda: norms,
     )
-    return Recorder(tmp_path / "run", load(overrides=[("pretrain.batch_size", "4")]), MANIFEST, [], [], engine, {})
+    config = load(overrides=[("pretrain.batch_size", "4")])
+    return Recorder(tmp_path / "run", config, MANIFEST, [], ["a"], engine, {})
 
 
 def add(recorder, loss, label, anchors):
@@ -63,6 +64,33 @@ def test_a_log_says_how_many_of_its_steps_were_clipped(recorder, norms, tmp_path
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert (first["gradient_norm"], first["clipped_share"]) == (1.75, 0.5)
     assert "gradient_norm" not in second and "clipped_share" not in second
+
+
+def test_what_was_measured_is_in_the_next_log_alone(recorder, tmp_path):
+    for norm, moment in ((1e-7, [1.0, 0.0]), (3e-7, [0.0, 1.0])):
+        recorder.inspect({"gradient_norm_voxel_label": torch.tensor(norm)})
+        recorder.inspect({"uniformity": torch.tensor(math.nan), "second_moment": torch.tensor(moment).diag().double()})
+    add(recorder, 1.0, 1.0, 1)
+    recorder.log(1)
+    add(recorder, 1.0, 1.0, 1)
+    recorder.log(2)
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first["gradient_norm_voxel_label"], first["effective_rank"]) == (2e-7, 2.0)
+    assert not {"uniformity", "second_moment"} & set(first)
+    assert not {"gradient_norm_voxel_label", "effective_rank"} & set(second)
+
+
+def test_few_anchors_are_warned_of_once_a_run_and_kept_for_the_page(recorder, tmp_path, capsys):
+    for step in (1, 2):
+        add(recorder, 1.0, 1.0, 8)
+        recorder.log(step)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrain: 8 label anchors a step at step 1,")
+    resumed = Recorder(tmp_path / "run", recorder._config, MANIFEST, [], ["a"], recorder._engine)
+    add(resumed, 1.0, 1.0, 8)
+    resumed.log(3)
+    assert capsys.readouterr().err == ""
+    assert f"pretrain: {read_json(tmp_path / 'run' / 'run.json')['warnings']['label_anchors']}" == line
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
