@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -13,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mixcl_dist.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
 
 ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900")
@@ -56,6 +59,57 @@ RATES = {
     "gradient_norm": "Gradient norm",
     "samples_per_s": "Samples per second",
     "data_wait_share": "Time waiting for data (%)",
+}
+
+PANEL_SIZE = (3.53, 2.35)
+PER_CENT = ("data_wait_share", "clipped_share")
+"""Shares from 0 to 1 that are drawn as per cent."""
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A panel with what good looks like, and what to change where it is not so."""
+
+    title: str
+    advice: str
+    limit: float | None = None
+    """Drawn as a dashed line."""
+
+
+TERM_GRADIENTS = Diagnostic(
+    "Gradient of each term on the backbone",
+    "Good: within a factor of three or so of each other; raise the weight (objective.…) of a term far below the "
+    "others, as the network hardly hears it. (Norms as weighted in the loss, of the first rank's own batch.)",
+)
+DIAGNOSTICS = {
+    "voxel_label_anchors": Diagnostic(
+        "Label anchors a step",
+        f"Good: several hundred; below the line ({LEAST_ANCHORS}) the label term teaches little, so raise "
+        "data.labelled_fraction, rows.per_view_pair or pretrain.batch_size, or set rows.min_spacing to 1.",
+        LEAST_ANCHORS,
+    ),
+    "clipped_share": Diagnostic(
+        "Clipped steps (%)",
+        "Good: few after the warm-up; near 100 % all steps have one length whatever the gradient's, so raise "
+        "engine.gradient_clipping to about the usual gradient norm.",
+    ),
+    "alignment": Diagnostic(
+        "Alignment: squared distance of twins",
+        "Good: falls far below 2, that of unrelated voxels, while uniformity stays low; if it stays high, raise "
+        "objective.voxel_identity or degrade the views less (views.…).",
+    ),
+    "uniformity": Diagnostic(
+        "Uniformity of voxel rows",
+        f"Good: falls towards −4, rows spread evenly; above the line (−{-LARGEST_UNIFORMITY:g}) all rows are nearly "
+        "one (collapse), so lower optimizer.learning_rate or raise objective.voxel_identity.",
+        LARGEST_UNIFORMITY,
+    ),
+    "effective_rank": Diagnostic(
+        "Effective rank of voxel rows",
+        "Good: rises and stays a good part of the embedding's width; below the line "
+        f"({100 * LEAST_RANK_SHARE:g} % of it) rows keep to a few directions (collapse), so lower "
+        "optimizer.learning_rate or objective.voxel_temperature.",
+    ),
 }
 
 
@@ -129,6 +183,31 @@ def rate_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:
     return _panels(f"rate-{name}", metrics, RATES, "Learning rate, gradient norm and throughput by step")
 
 
+def diagnostic_curves(
+    metrics: list[dict[str, float]], name: str, embedding_width: int | None
+) -> list[tuple[Markup, str]]:
+    """What was logged of `diagnostics`, each a panel with its advice."""
+
+    def term_gradients(axes: Axes) -> None:
+        for i, (key, title) in enumerate(gradients.items(), start=1):
+            axes.plot(*_series(metrics, key), color=ARM_COLOURS[i], linewidth=1.5, marker=".", label=title)
+        axes.set_yscale("log")
+        axes.legend(loc="best", fontsize=8, labelspacing=0.2)
+        _name_axes(axes, TERM_GRADIENTS.title)
+
+    gradients = _logged(metrics, {f"gradient_norm_{term}": title for term, title in TERMS.items()})
+    panels = []
+    if gradients:
+        figure = _figure(f"gradients-{name}", PANEL_SIZE, term_gradients, TERM_GRADIENTS.title)
+        panels.append((figure, TERM_GRADIENTS.advice))
+    for key in _logged(metrics, {key: panel.title for key, panel in DIAGNOSTICS.items()}):
+        panel = DIAGNOSTICS[key]
+        limit = LEAST_RANK_SHARE * embedding_width if key == "effective_rank" and embedding_width else panel.limit
+        draw = functools.partial(_draw_panel, metrics=metrics, key=key, title=panel.title, limit=limit)
+        panels.append((_figure(f"{key}-{name}", PANEL_SIZE, draw, panel.title), panel.advice))
+    return panels
+
+
 def _draw_arm(axes: Axes, at: list[float], cells: list[Cell], colour: str, label: str) -> None:
     means = [100 * cell.summary.mean for cell in cells]  # type: ignore[operator]
     sds = [100 * (cell.summary.sd or 0) for cell in cells]
@@ -158,7 +237,7 @@ def _fraction_axis(axes: Axes, results: StudyResults) -> None:
 
 
 def _panels(name: str, metrics: list[dict[str, float]], panels: dict[str, str], label: str) -> Markup | None:
-    logged = {key: title for key, title in panels.items() if any(_is_number(row.get(key)) for row in metrics)}
+    logged = _logged(metrics, panels)
     if not logged:
         return None
     columns = min(3 if panels is TERMS else 4, len(logged))
@@ -172,8 +251,12 @@ def _panels(name: str, metrics: list[dict[str, float]], panels: dict[str, str], 
     return _svg(name, (width, 2.35 * rows), draw, label)
 
 
-def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: str) -> None:
-    scale = 100 if key == "data_wait_share" else 1
+def _logged(metrics: list[dict[str, float]], panels: dict[str, str]) -> dict[str, str]:
+    return {key: title for key, title in panels.items() if any(_is_number(row.get(key)) for row in metrics)}
+
+
+def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: str, limit: float | None = None) -> None:
+    scale = 100 if key in PER_CENT else 1
     step, value = _series(metrics, key)
     noisy = len(value) > 20 and key != "learning_rate"
     axes.plot(step, scale * value, color=ARM_COLOURS[1], linewidth=0.8 if noisy else 1.8, alpha=0.4 if noisy else 1)
@@ -183,10 +266,16 @@ def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: st
     if len(floor):
         axes.plot(floor_step, floor, "--", color=ARM_COLOURS[2], linewidth=1.3, label="floor")
         axes.legend(loc="best")
-    axes.set_title(title)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if limit is not None:
+        axes.axhline(limit, linestyle="--", color=ARM_COLOURS[2], linewidth=1.3)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    _name_axes(axes, title)
+
+
+def _name_axes(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_xlabel("step")
 
 

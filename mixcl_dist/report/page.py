@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
@@ -81,10 +82,15 @@ def pretraining_section(run: RunFolder, name: str) -> dict[str, Any]:
         "summary": _summarise_losses(run.metrics),
         "losses": figures.loss_curves(run.metrics, name),
         "rates": figures.rate_curves(run.metrics, name),
+        "diagnostics": figures.diagnostic_curves(run.metrics, name, _embedding_width(run)),
         "samples": rows,
         "legend": legend,
         "sample_step": int(run.samples["step"]) if run.samples and "step" in run.samples else None,
     }
+
+
+def _embedding_width(run: RunFolder) -> int | None:
+    return ((yaml.safe_load(run.config) or {}).get("network") or {}).get("voxel_dim")
 
 
 def finetuning_section(run: RunFolder) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,11 +30,18 @@ def write(path: Path, content: object) -> None:
 
 def write_pretraining(folder: Path, training_cases: list[str]) -> None:
     facts = {"kind": "pretrain", "name": folder.name, "started": "2025-01-01T10:00:00+00:00", "finished": None}
-    facts |= {"training_cases": training_cases, "label_cases": ["t0"], "parameters": 1000, "seconds": 60.0}
+    facts |= {
+        "warnings": {"label_anchors": "8 label anchors a step at step 1"},
+        "training_cases": training_cases,
+        "label_cases": ["t0"],
+        "parameters": 1000,
+        "seconds": 60.0,
+    }
     write(folder / "run.json", facts)
     steps = [
         {"step": step, "loss": 9 - step / 10, "voxel_identity": 5 - step / 20, "voxel_identity_floor": 2.5}
-        | {"learning_rate": 1e-3, "samples_per_s": 7.0, "data_wait_share": 0.02}
+        | {"learning_rate": 1e-3, "samples_per_s": 7.0, "data_wait_share": 0.02, "voxel_label_anchors": 8.0}
+        | ({"gradient_norm_voxel_identity": 3.0, "effective_rank": 12.0} if step % 10 == 0 else {})
         for step in range(1, 41)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)) + '\n{"step": 41, "lo')
@@ -245,6 +253,18 @@ def test_pretraining_run_has_its_page_and_metrics_as_csv(study):
     assert "pixel labels read of 1" in page.text
     rows = list(csv.DictReader((study.parent / "pre" / "report" / "report.csv").open()))
     assert len(rows) == 40 and float(rows[-1]["voxel_identity"]) == 3.0
+
+
+def test_pretraining_page_shows_what_was_measured_beside_the_loss_with_advice_and_warnings(study):
+    index = write_report(study.parent / "pre")
+    text = Page(index).text
+    assert "8 label anchors a step at step 1" in text
+    for advice in ("Good: several hundred; below the line (100)", "hardly hears it", "5 % of it"):
+        assert advice in text
+    assert "falls towards −4" not in text  # uniformity was not logged
+    assert {"Gradient of each term on the backbone", "Label anchors a step", "Effective rank of voxel rows"} <= {
+        label for label in re.findall(r'aria-label="([^"]*)"', index.read_text())
+    }
 
 
 def test_run_that_has_logged_nothing_says_so(tmp_path):
