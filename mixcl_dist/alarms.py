@@ -18,7 +18,7 @@ LEAST_RANK_SHARE = 0.05
 def alarms(step: int, figures: Mapping[str, float], config: Config, *, labels: bool) -> dict[str, str]:
     """What is wrong with the figures of one log, by a short name: a line with the cure. `labels`: the budget has some.
 
-    Collapse is looked for once the learning rate's warm-up is over, as untrained rows lie close together.
+    Collapse is looked for once the learning rate's warm-up is over, as rows first move together and then apart.
     """
     found = {}
     objective, anchors = config.objective, figures.get("voxel_label_anchors")

@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mixcl_dist.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
@@ -78,8 +78,8 @@ class Diagnostic:
 
 TERM_GRADIENTS = Diagnostic(
     "Gradient of each term on the backbone",
-    "Good: within a factor of three or so of each other; raise the weight (objective.…) of a term far below the "
-    "others, as the network hardly hears it. (Norms as weighted in the loss, of the first rank's own batch.)",
+    "Norms as weighted in the loss, on the first rank's own batch before averaging; good: within a factor of about "
+    "three of each other, so raise the weight under objective of a term far below, as the network hardly hears it.",
 )
 DIAGNOSTICS = {
     "voxel_label_anchors": Diagnostic(
@@ -96,7 +96,7 @@ DIAGNOSTICS = {
     "alignment": Diagnostic(
         "Alignment: squared distance of twins",
         "Good: falls far below 2, that of unrelated voxels, while uniformity stays low; if it stays high, raise "
-        "objective.voxel_identity or degrade the views less (views.…).",
+        "objective.voxel_identity or degrade the views less (section views).",
     ),
     "uniformity": Diagnostic(
         "Uniformity of voxel rows",
@@ -189,10 +189,17 @@ def diagnostic_curves(
     """What was logged of `diagnostics`, each a panel with its advice."""
 
     def term_gradients(axes: Axes) -> None:
-        for i, (key, title) in enumerate(gradients.items(), start=1):
-            axes.plot(*_series(metrics, key), color=ARM_COLOURS[i], linewidth=1.5, marker=".", label=title)
         axes.set_yscale("log")
-        axes.legend(loc="best", fontsize=8, labelspacing=0.2)
+        for i, (key, title) in enumerate(gradients.items(), start=1):
+            step, norm = _series(metrics, key)
+            seen = norm > 0  # a batch without labels has none of the label term
+            axes.plot(step[seen], norm[seen], color=ARM_COLOURS[i], linewidth=1.5, marker=".", label=title)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
+        axes.legend(loc="upper center", ncols=2, fontsize=8, labelspacing=0.2, columnspacing=1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         _name_axes(axes, TERM_GRADIENTS.title)
 
     gradients = _logged(metrics, {f"gradient_norm_{term}": title for term, title in TERMS.items()})
@@ -268,6 +275,8 @@ def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: st
         axes.legend(loc="best")
     if limit is not None:
         axes.axhline(limit, linestyle="--", color=ARM_COLOURS[2], linewidth=1.3)
+    if key == "clipped_share":
+        axes.set_ylim(-4, 104)  # a curve that does not move would have an axis of its own making
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
     _name_axes(axes, title)
