@@ -86,7 +86,7 @@ def test_few_anchors_are_warned_of_once_a_run_and_kept_for_the_page(recorder, tm
         recorder.log(step)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pretrain: 8 label anchors a step at step 1,")
-    resumed = Recorder(tmp_path / "run", recorder._config, MANIFEST, [], ["a"], recorder._engine)
+    resumed = Recorder(tmp_path / "run", recorder._config, MANIFEST, [], ["a"], recorder._engine, {})
     add(resumed, 1.0, 1.0, 8)
     resumed.log(3)
     assert capsys.readouterr().err == ""
