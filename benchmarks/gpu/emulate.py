@@ -18,9 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import ledger
 import pack
 import stages
+
+sys.path.insert(0, str(pack.ROOT))
+
+# isort: split
+from mixcl_dist import ledger
 
 CUT_AFTER = 4  #: items, which is within the third stage
 

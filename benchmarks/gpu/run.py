@@ -12,10 +12,8 @@ exit code is 1 where something is wrong; what there was no time for is listed as
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -28,14 +26,17 @@ from pathlib import Path
 import pack
 import stages
 import summary
-from ledger import STATES, Ledger, digest_of
 from stages import Job
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# isort: split
+from mixcl_dist import programs
+from mixcl_dist.ledger import STATES, Ledger, digest_of
 
 CLOSING = 5.0  #: seconds at the end for the summary
 LEAST = 10.0  #: seconds; with less left nothing is begun
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 class Shares:
@@ -122,10 +123,10 @@ class Queue:
         arguments = ["--work", str(self.work), "--out", str(self.out), "--seconds", f"{seconds:.0f}"]
         command = stages.command(job, items, str(self.folder), arguments + ["--tiny"] * self.tiny)
         try:
-            process = self.start(command)
+            process = programs.start(command, environment=self.environment(), output=subprocess.PIPE, folder=self.root)
         except OSError as error:
             return set(), str(error)
-        limit = threading.Timer(seconds, _kill_group, [process])
+        limit = threading.Timer(seconds, programs.kill, [process])
         limit.start()
         known, last = self.follow(process, job, items)
         code, out_of_time = process.wait(), time.monotonic() - begin >= seconds
@@ -136,13 +137,6 @@ class Queue:
             self.record(job, {"item": items[0], "text": last}, time.monotonic() - begin)
             return set(items), ""
         return known, f"exit code {code}: {last}" if code else "ended without a report"
-
-    def start(self, command: list[str]) -> subprocess.Popen:
-        """In a group of its own, which ends with this process and can be killed whole."""
-        return subprocess.Popen(
-            command, cwd=self.root, env=self.environment(), text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent,
-        )  # fmt: skip
 
     def follow(self, process: subprocess.Popen, job: Job, items: list[str]) -> tuple[set[str], str]:
         """Record what a program reports as it reports it; returns the items and its last line that is no report."""
@@ -177,16 +171,6 @@ class Queue:
             "DS_ACCELERATOR": "cpu" if self.tiny else "cuda",  # else DeepSpeed looks for packages that name one
             "TRITON_INTERPRET": str(int(self.tiny)),
         }
-
-
-def _die_with_parent() -> None:
-    """Linux kills the process where this one is killed, so that nothing runs on unseen."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _kill_group(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _report(line: str) -> dict | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mixcl_dist.ledger import Ledger
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 
 
@@ -28,50 +30,6 @@ def siblings(monkeypatch):
 
 def load(name: str):
     return import_module(name)
-
-
-# The ledger
-
-
-def test_an_item_is_missing_then_done_then_stale_or_failed(tmp_path):
-    ledger = load("ledger").Ledger(tmp_path / "ledger.jsonl", "a card")
-    assert ledger.state("check/x", "1") == "missing"
-    ledger.add("check/x", "1", "done")
-    assert ledger.state("check/x", "1") == "done"
-    assert ledger.state("check/x", "2") == "stale"
-    ledger.add("check/x", "2", "failed")
-    assert ledger.state("check/x", "2") == "failed"
-
-
-def test_a_record_is_on_disk_at_once_and_outlives_a_torn_line(tmp_path):
-    ledger, path = load("ledger"), tmp_path / "ledger.jsonl"
-    ledger.Ledger(path, "a card").add("check/x", "1", "done", text="whole")
-    with path.open("a") as file:
-        file.write('{"item": "check/y", "dig')  # the process was killed here
-    again = ledger.Ledger(path, "a card")
-    assert again.state("check/x", "1") == "done" and again.state("check/y", "1") == "missing"
-    again.add("check/y", "1", "done")
-    assert [record["item"] for record in ledger.read(path)] == ["check/x", "check/y"]
-
-
-def test_earlier_results_count_for_their_card_alone(tmp_path):
-    ledger = load("ledger")
-    for card in ("one", "other"):
-        ledger.Ledger(tmp_path / card / "ledger.jsonl", card).add("check/x", "1", "done", text=card)
-    new = ledger.Ledger(tmp_path / "out" / "ledger.jsonl", "one", sorted(tmp_path.glob("o*/ledger.jsonl")))
-    assert new.records["check/x"]["text"] == "one"
-    assert [record["card"] for record in ledger.read(new.path)] == ["one"]  # whole by itself
-
-
-def test_a_digest_changes_with_sources_that_match_and_with_no_other(tmp_path):
-    digest_of = load("ledger").digest_of
-    (tmp_path / "kernel.py").write_text("1")
-    first = digest_of(tmp_path, ["*.py"])
-    (tmp_path / "notes.md").write_text("other")
-    assert digest_of(tmp_path, ["*.py"]) == first
-    (tmp_path / "kernel.py").write_text("2")
-    assert digest_of(tmp_path, ["*.py"]) != first
-    assert digest_of(tmp_path, ["*.py"], "tiny") != digest_of(tmp_path, ["*.py"])
 
 
 # Time
@@ -98,8 +56,14 @@ def queue(tmp_path, monkeypatch):
     """A queue whose programs are those that a test writes into its folder."""
     run = load("run")
     monkeypatch.setattr(run, "LEAST", 0.0)
-    ledger = load("ledger").Ledger(tmp_path / "out" / "ledger.jsonl", "a card")
-    return run.Queue(ledger, tmp_path, tmp_path / "out", tiny=False, root=tmp_path, folder=tmp_path)
+    return run.Queue(
+        Ledger(tmp_path / "out" / "ledger.jsonl", "a card"),
+        tmp_path,
+        tmp_path / "out",
+        tiny=False,
+        root=tmp_path,
+        folder=tmp_path,
+    )
 
 
 def job(queue, body: str, *items: str, limit: float = 20, **rest):
@@ -213,7 +177,8 @@ def test_a_killed_run_leaves_no_program_behind(queue, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import run, ledger, stages, pathlib, time\n"
+        "import run, stages, pathlib, time\n"
+        "from mixcl_dist import ledger\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "queue = run.Queue(ledger.Ledger(here / 'o' / 'l', 'c'), here, here / 'o', False, root=here, folder=here)\n"
         f"queue.run_stage([stages.Job({one.program!r}, ('x/a',), 60, ())], time.monotonic() + 60)\n"

@@ -1,4 +1,4 @@
-"""What was measured on which card with which sources: a line of JSON an item, so that the next run knows what to do."""
+"""What has been done with which sources and settings: a line of JSON an item, so that the next call knows what to do."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-#: How an item stands, in the order in which items are run; those that are "done" are not.
-STATES = ("missing", "stale", "failed", "done")
+STATES = ("missing", "stale", "begun", "partial", "failed", "barred", "done")
+"""How an item stands, in the order in which items are run; those that are "done" are not."""
 
 
 class Ledger:
-    """The newest record of every item on one card.
+    """The newest record of every item.
 
-    A record has `item`, `digest` (of the sources that matter for it), `card`, `status` ("done" or "failed") and
-    figures. `path` is appended to and synced item by item; it begins with what `earlier` files hold of this card, so
-    that it is whole by itself.
+    A record has `item`, `digest` (of the sources and settings that matter for it), `status` (one of the later
+    `STATES`) and figures. `path` is appended to and synced item by item. With a `card` records of other cards do not
+    count, and the file begins with what `earlier` ones hold of this card, so that it is whole by itself.
     """
 
-    def __init__(self, path: Path, card: str, earlier: Iterable[Path] = ()) -> None:
+    def __init__(self, path: Path, card: str | None = None, earlier: Iterable[Path] = ()) -> None:
         self.path, self.card = path, card
-        self.records: dict[str, dict] = {}
+        self.records: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
         for source in (*earlier, path):
             for record in read(source):
-                if record["card"] == card:
+                if card is None or record["card"] == card:
                     self.records[record["item"]] = record
         if not path.exists():
             self._write(self.records.values())
@@ -41,21 +42,23 @@ class Ledger:
             return "missing"
         return record["status"] if record["digest"] == digest else "stale"
 
-    def add(self, item: str, digest: str, status: str, **figures: object) -> dict:
-        record = {"item": item, "digest": digest, "card": self.card, "status": status, **figures}
+    def add(self, item: str, digest: str, status: str, **figures: Any) -> dict[str, Any]:
+        record = {"item": item, "digest": digest, "status": status, **figures}
+        if self.card is not None:
+            record["card"] = self.card
         with self._lock:
             self.records[item] = record
             self._write([record])
         return record
 
-    def _write(self, records: Iterable[dict]) -> None:
+    def _write(self, records: Iterable[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
 
 
-def read(path: Path) -> Iterator[dict]:
+def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file, without a last line that a killed process left unfinished."""
     if path.exists():
         *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
