@@ -176,6 +176,28 @@ def _tune(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _table(options: argparse.Namespace) -> int:
+    from mixcl_dist.table.runner import run_table
+
+    ending = run_table(
+        _config(options),
+        data=options.data,
+        shards=options.shards,
+        out=options.out,
+        workers=options.workers,
+        seconds=options.seconds,
+        only=options.only,
+    )
+    print(f"{options.out}: {ending.done} of {ending.planned} planned trials; next: mixcl report {options.out}")
+    for name in ending.barred:
+        print(f"mixcl: {name} is barred by its pre-training's probe; see the report", file=sys.stderr)
+    if ending.left:
+        print(f"mixcl: {len(ending.left)} items are left, {ending.left[0]} first", file=sys.stderr)
+    if ending.failed:
+        print(f"mixcl: failed: {', '.join(ending.failed)}; the same command tries them again", file=sys.stderr)
+    return 1 if ending.failed else 0
+
+
 def _report(options: argparse.Namespace) -> None:
     from mixcl_dist.report import write_report
 
@@ -330,6 +352,15 @@ def _add_training(verbs: Any) -> None:
     add("--from", dest="start", type=Path, nargs="+", required=True, metavar="RUN", help=starts)
     add("--study", type=Path, required=True, metavar="STUDY", help="folder of this study; going on where it stopped")
 
+    example = "mixcl table --data ct/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
+    add = _verb(verbs, "table", _table, "pre-train and fine-tune for the few-label table, resumably", example)
+    add("--data", type=Path, required=True, metavar="SOURCE", help="labelled cases with a validation split")
+    add("--shards", type=Path, required=True, metavar="SHARDS", help="its training images, by `mixcl shards build`")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of this table; going on where it stopped")
+    add("--workers", type=_positive, default=1, metavar="N", help="items that are run side by side (default 1)")
+    add("--seconds", type=float, metavar="S", help="stop after about so long (default: once all is done)")
+    add("--only", metavar="PATTERN", help="names of items to run, with what they need, e.g. 'trial/mixcl-n1-*'")
+
 
 def _add_results(verbs: Any) -> None:
     summary = "write one self-contained page about a run or a study"
@@ -362,6 +393,12 @@ def _verb(
         parser.add_argument("--recipe", metavar="NAME", help=argparse.SUPPRESS)
         parser.add_argument("--config", type=Path, action="append", default=[], metavar="FILE", help=argparse.SUPPRESS)
     return parser.add_argument
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; give 1 or more")
+    return int(text)
 
 
 def _start(text: str) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixcl_dist.cluster.checkpoint import CheckpointConfig
 from mixcl_dist.cluster.engine import EngineConfig
@@ -203,6 +204,8 @@ class FinetuneConfig:
     classes: tuple[str, ...] | None = None
     """Classes to learn and score, of those in the budget; None: all."""
     sliding_overlap: Fraction = 0.25
+    surface_tolerance_mm: NonNegative = 3.0
+    """Distance up to which two surfaces count as one in the surface Dice."""
     log_every: Count = 10
 
 
@@ -216,6 +219,80 @@ class StudyConfig:
     """Searched values by configuration key, e.g. {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}."""
     samples: Count = 1
     """Draws from the search space for each trial of the table."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A pre-training that arms of a few-label table start from."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    start: str | None = None
+    """Stage that this one goes on from; None begins with random weights."""
+    labels: Literal["none", "budget", "all"] = "none"
+    """Whose pixel labels it reads: nobody's, so that it is run once; those of a trial's scans, so that it is run for
+    each (scans, seed); or those of a fold's known organs in all scans, so that it is run for each fold."""
+    supervised: bool = False
+    """Trains a segmentation of those labels instead of the objective."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings by dotted key that differ from the recipe's, e.g. {objective.voxel_label: 0}."""
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """What a table compares: how its trials start. Fine-tuning is the same for every arm."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    stage: str | None = None
+    """Pre-training that the trials start from; None starts from scratch."""
+    voxels_of: str | None = None
+    """Stage whose voxels, with those of the stages before it, are added to the trials' own: they take as many steps
+    more as show the network equally many voxels."""
+
+
+@dataclass(frozen=True)
+class FoldConfig:
+    """Organs that are labelled everywhere, and organs to be learnt from few scans."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    known: tuple[str, ...]
+    new: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OtherOrgansConfig:
+    """The second block of a table: pre-train with the labels of known organs in all scans, fine-tune on new ones."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    folds: dict[str, FoldConfig] = field(default_factory=dict)
+    scans: tuple[Count, ...] = (1, 2)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """The few-label table: arms × labelled scans × subset seeds, and the same for other organs."""
+
+    scans: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 9)
+    """Numbers of labelled scans."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = tuple(range(10))
+    """Subsets of scans, fixed beforehand."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    other_organs: OtherOrgansConfig = field(default_factory=OtherOrgansConfig)
+    first_scans: tuple[Count, ...] = (1, 2)
+    first_arms: tuple[str, ...] = ("scratch", "mixcl")
+    """The cells that tell most, which are run before all others."""
+    baselines: tuple[str, ...] = ("random", "reconstruction")
+    """Stages whose probe every other pre-training has to beat before trials start from it, random weights among them;
+    none lifts the gate."""
+    margin: float = 0.02
+    """Dice of the linear probe by which it has to be beaten."""
+    resamples: Count = 10_000
+    """Bootstrap resamples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +312,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     trials: TrialsConfig = field(default_factory=TrialsConfig)
 
 
@@ -257,7 +335,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     """Build a `Config` from nested dictionaries; raises `ConfigError` with the nearest valid name."""
     _refuse_unknown(Config, tree, prefix="")
     try:
-        return TypeAdapter(Config).validate_python(tree)
+        return _adapter().validate_python(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -265,9 +343,15 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         raise ConfigError(f"{key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    """Made once, as that takes longer than all else here: a table has hundreds of configurations."""
+    return TypeAdapter(Config)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain values, as `config.yaml` in a run's folder holds it."""
-    return TypeAdapter(Config).dump_python(config, mode="json")
+    return _adapter().dump_python(config, mode="json")
 
 
 def to_yaml(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""What has been done with which sources and settings: a line of JSON an item, so that the next call knows what to do."""
+"""What has been done with which sources and settings: a line of JSON an item, so that the next call goes on."""
 
 from __future__ import annotations
 

@@ -28,12 +28,13 @@ import stages
 import summary
 from stages import Job
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # isort: split
 from mixcl_dist import programs
 from mixcl_dist.ledger import STATES, Ledger, digest_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CLOSING = 5.0  #: seconds at the end for the summary
 LEAST = 10.0  #: seconds; with less left nothing is begun

@@ -1,0 +1,348 @@
+"""Runs a table's items side by side, in whatever time there is, and goes on where an earlier call ended."""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+from mixcl_dist import programs
+from mixcl_dist.config import Config, replace, to_dict, to_yaml
+from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.ledger import Ledger, digest_of
+from mixcl_dist.run import RunError, machine, now, read_json, write_atomic, write_json
+from mixcl_dist.table.plan import Item, plan
+from mixcl_dist.table.work import FINISHED
+
+ROOT = Path(__file__).resolve().parents[1]
+SEGMENTING = (
+    *(f"{name}.py" for name in ("finetune", "crops", "marginal", "networks", "scoring", "schedule", "intensity")),
+    *("precision.py", "budget.py", "data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),
+)
+CONTRASTING = (
+    *(f"{name}.py" for name in ("pretrain", "views", "rows", "draws", "objective", "networks", "schedule")),
+    *("intensity.py", "precision.py", "budget.py", "cluster/engine.py", "kernels/*.py"),
+    *(f"data_shards/{name}.py" for name in ("stream", "order", "reader", "codec")),
+)
+SOURCES = {
+    "pretrain": CONTRASTING,
+    "supervised": SEGMENTING,
+    "trial": SEGMENTING,
+    "probe": ("probe.py", "networks.py", "intensity.py"),
+}
+"""Files on whose content the figures of each kind of item depend."""
+SETTINGS = {
+    "pretrain": ("data", "network", "views", "rows", "objective", "optimizer", "budget", "engine", "pretrain"),
+    "supervised": ("network", "budget", "finetune"),
+    "trial": ("network", "budget", "finetune"),
+    "probe": ("network", "budget"),
+}
+"""Sections on which they depend."""
+WITHOUT_EFFECT = {"data": ("workers", "cache", "max_bad_fraction"), "pretrain": ("log_every", "sample_every")}
+LOOK_EVERY = 0.2
+"""Seconds between two looks at the running processes."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a call of `run_table` came to."""
+
+    done: int
+    planned: int
+    """Trials of the whole table."""
+    failed: tuple[str, ...]
+    barred: tuple[str, ...]
+    left: tuple[str, ...]
+    """Chosen items for which there was no time, or which need one that failed."""
+
+
+def run_table(
+    config: Config,
+    *,
+    data: Path,
+    shards: Path,
+    out: Path,
+    workers: int = 1,
+    seconds: float | None = None,
+    only: str | None = None,
+    command: Callable[[Path, str], Sequence[str]] | None = None,
+) -> Ending:
+    """Run what the table in the folder `out` lacks, `workers` items side by side, for at most `seconds`.
+
+    `only` is a pattern of names (`trial/mixcl-n1-*`); what those items need is run, too. Every item is a process, begun
+    by `command(out, name)` and recorded in `out/ledger.jsonl` as soon as it has ended. The folder may be gone on with
+    at any time, after SIGKILL, too: a pre-training goes on from its checkpoint, any other item begins anew. No item
+    is begun that is expected to last longer than the time left, except a pre-training, which loses nothing.
+    Raises `ConfigError`, `RunError`, `CaseError` or `ManifestError`, in one line, before anything is run.
+    """
+    manifest = Manifest.load(shards)
+    if config.finetune.spacing_mm is None:  # without it, scratch would see other voxels than the arms with a start
+        config = replace(config, {"finetune.spacing_mm": manifest.spacing_mm})
+    items = plan(config)
+    chosen = _chosen(items, only)
+    question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
+    with _alone(out):
+        _begin(out, config, question, items)
+        queue = Queue(config, items, out.resolve(), workers, question["digest"], command or _command)
+        queue.run(chosen, seconds)
+        return queue.ending(chosen)
+
+
+def _chosen(items: Mapping[str, Item], only: str | None) -> list[str]:
+    if only is None:
+        return [name for name, item in items.items() if item.kind == "trial"]
+    names = fnmatch.filter(items, only)
+    if not names:
+        arms = ", ".join(dict.fromkeys(item.arm for item in items.values() if item.arm))
+        raise RunError(f"--only {only}: matches no item, e.g. {next(reversed(items))}; arms: {arms}")
+    return names
+
+
+def _question(config: Config, data: Path, shards: Path, manifest_digest: str) -> dict[str, Any]:
+    """What the table is about; `digest` stands for everything in it that its figures depend on."""
+    source = open_source(data)
+    if source.problems:
+        raise source.problems[0]
+    _check_scans(config, source.cases)
+    cases = [[case.name, case.split, *sorted(case.reliable)] for case in source.cases]
+    return {"data": str(data), "shards": str(shards), "digest": digest_of(ROOT, (), cases, manifest_digest)}
+
+
+def _check_scans(config: Config, cases: Sequence[Any]) -> None:
+    kept_back = getattr(config.budget, "development", ())
+    labelled = [case for case in cases if case.split == "training" and case.reliable and case.name not in kept_back]
+    most = max((*config.table.scans, *(config.table.other_organs.scans if config.table.other_organs.folds else ())))
+    if most > len(labelled):
+        raise RunError(f"table.scans: {most} is more than the {len(labelled)} labelled training scans; give fewer")
+
+
+def _begin(out: Path, config: Config, question: dict[str, Any], items: Mapping[str, Item]) -> None:
+    """Write down the question, or compare it with that of an earlier call; raises `RunError` for another one."""
+    known = out / "plan.json"
+    head = {"kind": "table", "name": out.resolve().name, "started": now()}
+    listed = [item.as_json() for item in items.values()]
+    if known.exists():
+        earlier = read_json(known)
+        if (earlier["digest"], earlier["items"]) != (question["digest"], listed):
+            what = "trials" if earlier["digest"] == question["digest"] else "cases or shards"
+            raise RunError(
+                f"{out}: holds a table of other {what}; give another --out, or the settings in its config.yaml"
+            )
+        head["started"] = earlier["started"]
+    elif any(path for path in out.iterdir() if path.name != ".lock"):
+        raise RunError(f"{out}: holds other files; give an empty or new folder")
+    write_atomic(out / "config.yaml", to_yaml(config).encode())
+    write_json(known, head | question | {"table": to_dict(config)["table"], "items": listed})
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder, so that no other call works in it; raises `RunError` where one does."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise RunError(f"{out}: another mixcl table is running in it; wait for it, or give another --out") from None
+
+
+@dataclass
+class Running:
+    process: Popen
+    item: Item
+    log: Path
+    begun: float = field(default_factory=time.monotonic)
+
+
+class Queue:
+    """The items of a table, what the ledger knows of them, and the processes at work."""
+
+    def __init__(
+        self,
+        config: Config,
+        items: Mapping[str, Item],
+        out: Path,
+        workers: int,
+        data_digest: str,
+        command: Callable[[Path, str], Sequence[str]],
+    ) -> None:
+        self.items, self.out, self.workers, self.command = items, out, workers, command
+        self.margin, self.machine = config.table.margin, machine()
+        self.ledger = Ledger(out / "ledger.jsonl")
+        self.steps: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
+        for item in items.values():  # each after those that it needs
+            self._measure(item, replace(config, item.settings), data_digest)
+        self.running: list[Running] = []
+        self.tried: set[str] = set()
+
+    def _measure(self, item: Item, config: Config, data_digest: str) -> None:
+        """How long an item is, in steps, and the digest of all that its figures depend on."""
+        lengths = {"pretrain": config.pretrain.steps, "probe": 1}
+        self.steps[item.name] = lengths.get(item.kind, config.finetune.steps)
+        tree = to_dict(config)
+        settings = [
+            {key: value for key, value in tree.get(section, {}).items() if key not in WITHOUT_EFFECT.get(section, ())}
+            for section in SETTINGS[item.kind]
+        ]
+        before = self.digests[item.start] if item.start else None
+        self.digests[item.name] = digest_of(ROOT, SOURCES[item.kind], settings, before, data_digest)
+
+    def state(self, name: str) -> str:
+        """One of `STATES`; what is done, but whose files are gone though others need them, is missing."""
+        state = self.ledger.state(name, self.digests[name])
+        item = self.items[name]
+        there = item.kind == "probe" or (self.out / name / FINISHED[item.kind]).exists()
+        return "missing" if state == "done" and not there else state
+
+    def wanted(self, chosen: Sequence[str]) -> list[str]:
+        """The chosen items that are not done and all that they need, in the order in which they are run."""
+        names: set[str] = set()
+        for name in reversed(self.items):  # an item's needs come before it
+            if (name in chosen or name in names) and self.state(name) != "done":
+                names |= {name, *self.items[name].needs}
+        return [name for name in self.items if name in names and self.state(name) != "done"]
+
+    def run(self, chosen: Sequence[str], seconds: float | None) -> None:
+        end = None if seconds is None else time.monotonic() + seconds
+        self.wait_for = self.wanted(chosen)
+        self._tell_of_stale()
+        try:
+            while self._start_what_can_be(end) or self.running:
+                self._collect()
+                if end is not None and time.monotonic() >= end:
+                    break
+                time.sleep(LOOK_EVERY)
+        finally:
+            for running in self.running:
+                programs.kill(running.process)
+                running.process.wait()
+            self.running = []
+
+    def _tell_of_stale(self) -> None:
+        stale = [name for name in self.wait_for if self.ledger.state(name, self.digests[name]) == "stale"]
+        if stale:
+            self._say(f"{len(stale)} items were made by other sources or settings and are made again, e.g. {stale[0]}")
+
+    def _start_what_can_be(self, end: float | None) -> bool:
+        """Fill the workers with the first items that may begin; returns whether one was begun."""
+        begun = False
+        for name in [name for name in self.wait_for if name not in self.tried]:
+            if len(self.running) == self.workers or (end is not None and time.monotonic() >= end):
+                break
+            item = self.items[name]
+            if any(self.state(need) != "done" for need in item.needs):
+                continue
+            if self._is_barred(item):
+                self.tried.add(name)
+            elif end is None or item.kind == "pretrain" or self.expected(item) <= end - time.monotonic():
+                self._start(item)
+                begun = True
+        return begun
+
+    def _start(self, item: Item) -> None:
+        self.tried.add(item.name)
+        log = self.out / "logs" / f"{item.name.replace('/', '-')}.log"
+        log.parent.mkdir(exist_ok=True)
+        self._make_room(item)
+        self.ledger.add(item.name, self.digests[item.name], "begun")
+        share = max(1, self.machine["cores"] // self.workers)
+        path = os.pathsep.join(filter(None, [str(ROOT.parent), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": str(share), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        with log.open("w", encoding="utf-8") as output:
+            process = programs.start(self.command(self.out, item.name), environment=environment, output=output)
+        self.running.append(Running(process, item, log))
+
+    def _make_room(self, item: Item) -> None:
+        """Put aside what an earlier call left of other sources or settings: nothing that took time is deleted."""
+        folder, record = self.out / item.name, self.ledger.records.get(item.name)
+        if record and record["digest"] != self.digests[item.name] and folder.exists():
+            aside = self.out / "superseded" / f"{item.name.replace('/', '-')}-{record['digest']}"
+            aside.parent.mkdir(exist_ok=True)
+            folder.rename(aside)
+
+    def _collect(self) -> None:
+        """Record the items whose processes have ended."""
+        for running in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(running)
+            item, seconds = running.item, time.monotonic() - running.begun
+            ran = self.out / ((item.kind == "probe" and item.start) or item.name)
+            if running.process.returncode == 0 and (ran / FINISHED[item.kind]).exists():
+                self._record(item, "done", seconds, **_figures(item, ran))
+            else:
+                last = _last_line(running.log) or f"exit code {running.process.returncode}, no output"
+                self._record(item, "failed", seconds, text=last)
+
+    def _record(self, item: Item, status: str, seconds: float, **figures: Any) -> None:
+        facts = {"seconds": round(seconds, 1), "steps": self.steps[item.name], "date": now(), "machine": self.machine}
+        record = self.ledger.add(item.name, self.digests[item.name], status, **figures, **facts)
+        done = sum(self.state(name) == "done" for name in self.wait_for)
+        self._say(f"{item.name}: {record['text']} ({seconds:.0f} s; {done}/{len(self.wait_for)} items)")
+
+    def _is_barred(self, item: Item) -> bool:
+        """Whether a probe of the pre-training that a trial starts from does not clear all baselines."""
+        if not item.gate:
+            return False
+        figures = {probe: self.ledger.records[probe]["linear"] for probe in item.gate}
+        own, *baselines = item.gate
+        best = max(baselines, key=figures.__getitem__)
+        if figures[own] >= figures[best] + self.margin:
+            return False
+        text = f"barred: {own} {figures[own]:.3f} is not {self.margin:g} above {best} {figures[best]:.3f}"
+        self._record(item, "barred", 0.0, text=text, probes=figures)
+        return True
+
+    def expected(self, item: Item) -> float:
+        """Seconds that an item is expected to take, by what its kind took a step so far; 0 where nothing is known."""
+        rates = [
+            record["seconds"] / record["steps"]
+            for name, record in self.ledger.records.items()
+            if record["status"] == "done" and name in self.items and self.items[name].kind == item.kind
+        ]
+        return statistics.median(rates) * self.steps[item.name] if rates else 0.0
+
+    def ending(self, chosen: Sequence[str]) -> Ending:
+        trials = [name for name, item in self.items.items() if item.kind == "trial"]
+        states = {name: self.state(name) for name in {*chosen, *self.wait_for, *trials}}
+        return Ending(
+            done=sum(states[name] == "done" for name in trials),
+            planned=len(trials),
+            failed=tuple(name for name in self.wait_for if states[name] == "failed"),
+            barred=tuple(name for name in chosen if states[name] == "barred"),
+            left=tuple(name for name in chosen if states[name] not in ("done", "failed", "barred")),
+        )
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _figures(item: Item, ran: Path) -> dict[str, Any]:
+    """What the ledger keeps of an item's result."""
+    if item.kind == "probe":
+        probe = read_json(ran / FINISHED["probe"])
+        linear, nearest = probe["linear"]["mean"], probe["knn"]["mean"]
+        return {"linear": linear, "knn": nearest, "text": f"linear probe {linear:.3f}, k-NN {nearest:.3f}"}
+    if item.kind == "pretrain":
+        return {"text": "pre-trained"}
+    mean = read_json(ran / FINISHED[item.kind])["mean"]
+    return {"mean": mean, "text": "nothing scored" if mean is None else f"Dice {mean:.3f}"}
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[-300:] if lines else ""
+
+
+def _command(out: Path, name: str) -> list[str]:
+    return [sys.executable, "-m", "mixcl_dist.table", str(out), name]
