@@ -34,7 +34,7 @@ from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
 from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
 from mixcl_dist.schedule import warmup_cosine
-from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise
+from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise, summarise_surfaces, surfaces_per_class
 from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
 
 GRADIENT_NORM = 1.0
@@ -384,16 +384,24 @@ def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -
 def _score(
     network: SegmentationNetwork, config: Config, task: Task, cases: Sequence[Case], device: torch.device
 ) -> tuple[dict[str, Any], Overlays]:
-    """Dice on every one of `cases`, each scored in its own voxels, and slices for the report."""
-    scores, overlays = {}, Overlays()
+    """Dice and surface scores of every one of `cases`, each in its own voxels, and slices for the report."""
+    scores, surfaces, overlays = {}, {}, Overlays()
     for case in progress(cases, total=len(cases), desc="score", unit="case"):
         volume = read_case(case, task.catalogue)
         prediction = _predict(network, config, volume, device)
         assert volume.label is not None, "only labelled cases are scored"
         truth = task.target(case, volume.label)
         scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
+        surfaces[case.name] = surfaces_per_class(
+            prediction,
+            truth,
+            task.classes,
+            case.reliable,
+            spacing_mm=volume.spacing,
+            tolerance_mm=config.finetune.surface_tolerance_mm,
+        )
         overlays.add(case.name, volume, truth, prediction, config.network.window_hu)
-    return summarise(scores, task.classes), overlays
+    return summarise(scores, task.classes) | summarise_surfaces(surfaces, task.classes), overlays
 
 
 def _predict(network: SegmentationNetwork, config: Config, volume: Volume, device: torch.device) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from monai.inferers import SlidingWindowInferer
+from monai.metrics.utils import get_mask_edges, get_surface_distance
 from torch import Tensor
 
 from mixcl_dist.data_shards.catalogue import IGNORED
@@ -117,8 +118,64 @@ def dice_per_class(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class SurfaceScore:
+    """How far apart two surfaces lie."""
+
+    hd95_mm: float
+    """The larger of both directions' 95th percentile of the distance from a surface voxel to the other surface."""
+    dice: float
+    """Share of both surfaces' voxels that lie within the tolerance of the other surface."""
+
+
+def surfaces_per_class(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    classes: Sequence[str],
+    reliable: Sequence[str],
+    *,
+    spacing_mm: Sequence[float],
+    tolerance_mm: float,
+) -> dict[str, SurfaceScore | None]:
+    """Surface scores of every class in one case; None where Dice is None.
+
+    `prediction` and `truth` are (X, Y, Z) uint8 as for `dice_per_class`; what the truth ignores belongs to neither. A
+    class of which nothing was predicted has no surface: its surface Dice is 0 and its HD95 the diagonal of the CT, as
+    far as two of its voxels can lie apart.
+    """
+    prediction = np.where(truth == IGNORED, 0, prediction)
+    scores: dict[str, SurfaceScore | None] = dict.fromkeys(classes)
+    for k, name in enumerate(classes, start=1):
+        drawn = truth == k
+        if name in reliable and drawn.any():
+            scores[name] = _surface_score(prediction == k, drawn, spacing_mm, tolerance_mm)
+    return scores
+
+
+def _surface_score(
+    predicted: np.ndarray, drawn: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
+) -> SurfaceScore:
+    if not predicted.any():
+        return SurfaceScore(round(float(np.linalg.norm(np.multiply(drawn.shape, spacing_mm))), 3), 0.0)
+    box = _bounding_box(predicted | drawn)
+    edges = get_mask_edges(predicted[box], drawn[box])
+    distances = [get_surface_distance(*pair, spacing=tuple(spacing_mm)) for pair in (edges, edges[::-1])]
+    hd95_mm = max(float(np.percentile(each, 95)) for each in distances)
+    near = float(np.mean(np.concatenate(distances) <= tolerance_mm))
+    return SurfaceScore(round(hd95_mm, 3), round(near, 5))
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Around all voxels that are set, one wider, so that a surface at its border is one."""
+    sides = []
+    for axis in range(mask.ndim):
+        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        sides.append(slice(max(0, hit[0] - 1), hit[-1] + 2))
+    return tuple(sides)
+
+
 def summarise(cases: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> dict:
-    """What `dice.json` holds: Dice per case and class, the mean over cases of each class, and the mean of those."""
+    """Of scores per case and class (None: not scored) the mean over cases of each class, and the mean of those."""
     class_mean = {}
     for name in classes:
         values = [dice for scores in cases.values() if (dice := scores[name]) is not None]
@@ -126,6 +183,15 @@ def summarise(cases: Mapping[str, Mapping[str, float | None]], classes: Sequence
     scored = [value for value in class_mean.values() if value is not None]
     mean = float(np.mean(scored)) if scored else None
     return {"classes": list(classes), "cases": dict(cases), "class_mean": class_mean, "mean": mean}
+
+
+def summarise_surfaces(
+    cases: Mapping[str, Mapping[str, SurfaceScore | None]], classes: Sequence[str]
+) -> dict[str, dict]:
+    """What `dice.json` holds beside Dice: `hd95_mm` and `surface_dice`, each with the entries of `summarise`."""
+    hd95_mm = {case: {name: s and s.hd95_mm for name, s in scores.items()} for case, scores in cases.items()}
+    dice = {case: {name: s and s.dice for name, s in scores.items()} for case, scores in cases.items()}
+    return {"hd95_mm": summarise(hd95_mm, classes), "surface_dice": summarise(dice, classes)}
 
 
 class Overlays:

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from monai.metrics import DiceHelper
+from monai.metrics import DiceHelper, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
 from mixcl_dist.data_shards.catalogue import IGNORED
@@ -20,6 +20,8 @@ from mixcl_dist.scoring import (
     dice_per_class,
     segment,
     summarise,
+    summarise_surfaces,
+    surfaces_per_class,
 )
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -144,6 +146,85 @@ def test_what_the_truth_ignores_is_not_scored():
     truth[:2], prediction[:2] = 1, 1
     prediction[3], truth[3] = 1, IGNORED
     assert dice_per_class(prediction, truth, ("liver",), ("liver",)) == {"liver": 1.0}
+
+
+SPACING_MM = (1.0, 2.0, 3.0)
+
+
+def surfaces(prediction, truth, classes=("a", "b"), tolerance_mm=3.0):
+    return surfaces_per_class(prediction, truth, classes, classes, spacing_mm=SPACING_MM, tolerance_mm=tolerance_mm)
+
+
+def blobs(seed: int) -> np.ndarray:
+    """Two smooth organs of random shape, (32, 24, 20) uint8."""
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal((2, 32, 24, 20)), (0, 3, 3, 3))
+    return np.where(field[0] > 0.02, 1, np.where(field[1] > 0.03, 2, 0)).astype(np.uint8)
+
+
+def test_surfaces_a_shift_apart_are_that_far_apart():
+    truth = np.zeros((20, 20, 20), np.uint8)
+    truth[4:10, 4:10, 4:10] = 1
+    found = surfaces(np.roll(truth, 2, axis=2), truth)["a"]  # by 6 mm
+    assert found.hd95_mm == 6.0
+    sides = 1 - 2 * 36 / (6**3 - 4**3)  # the four sides along the shift are as near as 0 mm, but for the ends
+    assert surfaces(np.roll(truth, 2, axis=2), truth, tolerance_mm=6.0)["a"].dice == 1.0
+    assert 0.5 * sides < found.dice < 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
+def test_surface_scores_are_those_of_monai_on_the_whole_ct():
+    prediction, truth = blobs(0), blobs(1)
+    one_hot = [
+        torch.nn.functional.one_hot(torch.from_numpy(x).long(), 3).movedim(-1, 0)[None] for x in (prediction, truth)
+    ]
+    hd95 = compute_hausdorff_distance(*one_hot, percentile=95, spacing=SPACING_MM)[0]
+    dice = compute_surface_dice(*one_hot, class_thresholds=[3.0, 3.0], spacing=SPACING_MM)[0]
+    found = surfaces(prediction, truth)
+    assert [found[name].hd95_mm for name in "ab"] == pytest.approx(hd95.tolist(), abs=1e-3)
+    assert [found[name].dice for name in "ab"] == pytest.approx(dice.tolist(), abs=1e-5)
+
+
+def test_surface_distances_are_those_to_the_nearest_voxel():
+    """An independent computation: dense distance transforms of the whole CT."""
+    prediction, truth = blobs(2) == 1, blobs(3) == 1
+    edges = [mask & ~ndimage.binary_erosion(mask) for mask in (prediction, truth)]
+    to = [ndimage.distance_transform_edt(~edge, sampling=SPACING_MM) for edge in edges]
+    there, back = to[1][edges[0]], to[0][edges[1]]
+    found = surfaces(prediction.astype(np.uint8), truth.astype(np.uint8))["a"]
+    assert found.hd95_mm == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), abs=1e-3)
+    assert found.dice == pytest.approx(np.mean(np.concatenate([there, back]) <= 3.0), abs=1e-5)
+
+
+def test_equal_surfaces_are_no_distance_apart():
+    truth = blobs(4)
+    assert {(s.hd95_mm, s.dice) for s in surfaces(truth, truth, tolerance_mm=0.0).values()} == {(0.0, 1.0)}
+
+
+def test_a_class_that_was_not_found_has_the_diagonal_and_one_that_is_not_in_the_truth_has_none():
+    truth = np.zeros((10, 20, 30), np.uint8)
+    truth[2:4, 2:4, 2:4] = 1
+    found = surfaces(np.where(truth == 1, 2, truth).astype(np.uint8), truth)
+    assert found["a"].dice == 0.0 and found["a"].hd95_mm == pytest.approx((10**2 + 40**2 + 90**2) ** 0.5, abs=1e-3)
+    assert found["b"] is None
+    unknown = surfaces_per_class(truth, truth, ["a"], [], spacing_mm=SPACING_MM, tolerance_mm=3.0)
+    assert unknown == {"a": None}
+
+
+def test_what_the_truth_ignores_has_no_surface():
+    truth = np.zeros((12, 12, 12), np.uint8)
+    truth[2:5, 2:5, 2:5] = 1
+    prediction = truth.copy()
+    truth[8:], prediction[9:11, 2:5, 2:5] = IGNORED, 1
+    found = surfaces(prediction, truth)["a"]
+    assert (found.hd95_mm, found.dice) == (0.0, 1.0)
+
+
+def test_surface_scores_are_summarised_as_dice_is():
+    truth = blobs(5)
+    cases = {"x": surfaces(truth, truth), "y": surfaces(truth, truth) | {"b": None}}
+    summary = summarise_surfaces(cases, ["a", "b"])
+    assert summary["surface_dice"]["mean"] == 1.0 and summary["hd95_mm"]["class_mean"] == {"a": 0.0, "b": 0.0}
+    assert summary["hd95_mm"]["cases"]["y"] == {"a": 0.0, "b": None}
 
 
 def test_the_mean_is_over_classes_and_leaves_out_what_was_not_scored():
