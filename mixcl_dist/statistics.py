@@ -1,14 +1,19 @@
-"""How sure a mean of few seeds is."""
+"""How sure a mean of few seeds is, and a mean over seeds and cases; comparing many arms; steps to a Dice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
+import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+BOOTSTRAP_SEED = 20_220_304
+"""Fixed, so that a table has one interval however often it is reported."""
+PLATEAU = 0.25
+"""Last share of a training whose mean Dice is its plateau."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,90 @@ def t_interval(values: Sequence[float]) -> Interval:
     sd = stdev(values)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
     return Interval(n, mean, sd, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference of two arms with its two-sided 95 % interval over seeds and cases.
+
+    `low`, `high` and `p` (that of no difference, two-sided) are None below two seeds or two cases.
+    """
+
+    seeds: int
+    cases: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def mean_difference(differences: np.ndarray, resamples: int) -> Difference:
+    """Of (seeds, cases, classes) differences, NaN where a class is not scored in a case.
+
+    The mean is that of a trial's Dice: over a class's cases, then over classes, then over seeds. Its interval is the
+    percentile interval of a two-level bootstrap: seeds and cases are resampled by themselves, as every seed is scored
+    on the same cases (the pigeonhole bootstrap of Owen 2007, doi:10.1214/07-AOAS122, which errs on the wide side). A
+    class of which a resample has no case is left out of it. `p` is twice the smaller share of resamples on either side
+    of 0.
+    """
+    scored = ~np.isnan(differences)
+    seeds = int(scored.any(axis=(1, 2)).sum())
+    cases = int(scored.any(axis=(0, 2)).sum())
+    if not seeds:
+        return Difference(0, 0, None, None, None, None)
+    kept = differences[scored.any(axis=(1, 2))][:, scored.any(axis=(0, 2))]
+    mean = _means(kept, np.ones((1, seeds)), np.ones((1, cases)))[0]
+    if seeds == 1 or cases == 1:
+        return Difference(seeds, cases, float(mean), None, None, None)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = [rng.multinomial(count, np.full(count, 1 / count), size=resamples) for count in (seeds, cases)]
+    means = _means(kept, *drawn)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2 * (int(beyond) + 1) / (resamples + 1))
+    return Difference(seeds, cases, float(mean), float(low), float(high), p)
+
+
+def _means(values: np.ndarray, seed_counts: np.ndarray, case_counts: np.ndarray) -> np.ndarray:
+    """Mean of each resample; `values` is (S, C, K), counts are (B, S) and (B, C) times that each was drawn."""
+    scored = ~np.isnan(values)
+    total = np.einsum("bc,sck->bsk", case_counts, np.where(scored, values, 0), optimize=True)
+    count = np.einsum("bc,sck->bsk", case_counts, scored.astype(float), optimize=True)
+    there = count > 0
+    class_mean = np.divide(total, count, out=np.zeros_like(total), where=there)
+    per_seed = class_mean.sum(axis=2) / np.maximum(there.sum(axis=2), 1)
+    return (seed_counts * per_seed).sum(axis=1) / seed_counts.sum(axis=1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979): one below α is significant at a family-wise error of α."""
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
+Curve = Sequence[tuple[int, float]]
+"""Steps, ascending, and the mean Dice after each."""
+
+
+def plateau(curve: Curve) -> float | None:
+    """Mean Dice over the last quarter of a training; None for an empty curve."""
+    return fmean(dice for step, dice in curve if step >= (1 - PLATEAU) * curve[-1][0]) if curve else None
+
+
+def steps_to(curve: Curve, dice: float) -> int | None:
+    """The first measured step with at least that Dice; None where it was not reached."""
+    return next((step for step, value in curve if value >= dice), None)
+
+
+def median_with_unreached(values: Sequence[float | None]) -> float | None:
+    """Median, None counting as larger than any number; None where half or more are None, or there is no value."""
+    middle = median([float("inf") if value is None else value for value in values]) if values else float("inf")
+    return None if middle == float("inf") else middle

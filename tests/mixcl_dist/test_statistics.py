@@ -1,0 +1,118 @@
+"""Intervals cover what they promise, Holm is the closed test, and steps are counted on curves made by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mixcl_dist import statistics
+from mixcl_dist.statistics import (
+    Difference,
+    holm,
+    mean_difference,
+    median_with_unreached,
+    plateau,
+    steps_to,
+    t_interval,
+)
+
+NAN = float("nan")
+
+
+def test_the_mean_is_over_cases_then_classes_then_seeds():
+    differences = np.array([[[0.1, 0.4], [0.3, NAN]], [[0.0, 0.2], [0.2, NAN]]])
+    assert mean_difference(differences, 100).mean == pytest.approx(((0.2 + 0.4) / 2 + (0.1 + 0.2) / 2) / 2)
+
+
+def test_a_bootstrap_over_cases_alone_is_that_of_scipy():
+    """All seeds alike: what is left is an ordinary bootstrap of the mean over cases."""
+    one = np.random.default_rng(0).normal(0.03, 0.1, size=40)
+    ours = mean_difference(np.repeat(one[None, :, None], 3, axis=0), 20_000)
+    scipys = stats.bootstrap((one,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=2e-3)
+    seeds = mean_difference(np.repeat(one[:, None, None], 3, axis=1), 20_000)  # and over seeds alone
+    assert (seeds.low, seeds.high) == pytest.approx((scipys.low, scipys.high), abs=2e-3)
+
+
+def test_a_resample_is_the_mean_over_what_was_drawn():
+    """The vectorised mean against one that repeats every drawn seed and case."""
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(4, 9, 3))
+    values[:, rng.random((9, 3)) < 0.3] = NAN
+    seeds, cases = rng.integers(0, 4, 4), rng.integers(0, 9, 9)
+    drawn = values[seeds][:, cases]
+    expected = np.mean([np.nanmean(np.nanmean(each, axis=0)) for each in drawn])
+    counts = (np.bincount(seeds, minlength=4)[None], np.bincount(cases, minlength=9)[None])
+    assert statistics._means(values, *counts)[0] == pytest.approx(expected)
+
+
+def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
+    """Seeds and cases each with an effect of their own, as the table has them: 10 × 33."""
+    rng = np.random.default_rng(2)
+    truth, covered, rounds = 0.05, 0, 300
+    for _ in range(rounds):
+        seed, case = rng.normal(0, 0.03, (10, 1, 1)), rng.normal(0, 0.06, (1, 33, 1))
+        values = truth + seed + case + rng.normal(0, 0.05, (10, 33, 1))
+        found = mean_difference(values, 400)
+        covered += found.low <= truth <= found.high
+    assert 0.90 <= covered / rounds <= 0.985
+
+
+def test_seeds_alone_would_be_too_sure():
+    rng = np.random.default_rng(3)
+    values = rng.normal(0, 0.2, (1, 8, 1)) + rng.normal(0, 0.001, (10, 8, 1))
+    both = mean_difference(values, 2000)
+    over_seeds = t_interval(values.mean(axis=(1, 2)).tolist())
+    assert both.high - both.low > 10 * (over_seeds.high - over_seeds.low)
+
+
+def test_without_an_effect_p_is_uniform_or_larger():
+    rng = np.random.default_rng(4)
+    p = [
+        mean_difference(rng.normal(0, 1, (8, 1, 1)) + rng.normal(0, 1, (1, 20, 1)) + rng.normal(size=(8, 20, 1)), 400).p
+        for _ in range(200)
+    ]
+    assert np.mean(np.array(p) < 0.05) <= 0.11
+    assert mean_difference(np.full((3, 4, 2), 0.1) + rng.normal(0, 0.001, (3, 4, 2)), 999).p == pytest.approx(0.002)
+
+
+def test_the_same_values_have_the_same_interval():
+    values = np.random.default_rng(5).normal(size=(3, 5, 2))
+    assert mean_difference(values, 500) == mean_difference(values, 500)
+
+
+def test_one_seed_or_one_case_has_no_interval():
+    assert mean_difference(np.full((1, 5, 2), 0.1), 100) == Difference(1, 5, pytest.approx(0.1), None, None, None)
+    assert mean_difference(np.full((5, 1, 2), 0.1), 100).low is None
+    assert mean_difference(np.full((2, 3, 2), NAN), 100) == Difference(0, 0, None, None, None, None)
+
+
+def test_a_case_or_seed_without_scores_does_not_count():
+    values = np.full((3, 4, 2), 0.1)
+    values[1], values[:, 2] = NAN, NAN
+    found = mean_difference(values, 100)
+    assert (found.seeds, found.cases) == (2, 3) and found.mean == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("p", [[0.01, 0.04, 0.03, 0.005], [0.5], [], [0.02, 0.02, 0.9], [0.3, 0.2, 0.6, 0.0]])
+def test_holm_is_the_closed_test_of_bonferroni(p):
+    """A hypothesis is rejected where Bonferroni rejects every intersection that it is part of."""
+    index = range(len(p))
+    subsets = [s for size in range(1, len(p) + 1) for s in itertools.combinations(index, size)]
+    closed = [max(min(1.0, len(s) * min(p[i] for i in s)) for s in subsets if one in s) for one in index]
+    assert holm(p) == pytest.approx(closed)
+
+
+def test_steps_to_a_dice_are_read_from_the_curve():
+    curve = [(100, 0.2), (200, 0.5), (300, 0.45), (400, 0.6)]
+    assert [steps_to(curve, dice) for dice in (0.1, 0.5, 0.55, 0.7)] == [100, 200, 400, None]
+    assert plateau(curve) == pytest.approx((0.45 + 0.6) / 2)
+    assert plateau([]) is None and steps_to([], 0.1) is None
+
+
+def test_what_was_not_reached_counts_as_longer_than_anything():
+    assert median_with_unreached([0.2, None, 0.4]) == 0.4
+    assert median_with_unreached([0.2, None]) is None and median_with_unreached([]) is None
