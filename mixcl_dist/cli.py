@@ -177,6 +177,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
+    from mixcl_dist.report import table_text
     from mixcl_dist.table.runner import run_table
 
     ending = run_table(
@@ -188,6 +189,7 @@ def _table(options: argparse.Namespace) -> int:
         seconds=options.seconds,
         only=options.only,
     )
+    print(table_text(options.out))
     print(f"{options.out}: {ending.done} of {ending.planned} planned trials; next: mixcl report {options.out}")
     for name in ending.barred:
         print(f"mixcl: {name} is barred by its pre-training's probe; see the report", file=sys.stderr)
@@ -363,9 +365,9 @@ def _add_training(verbs: Any) -> None:
 
 
 def _add_results(verbs: Any) -> None:
-    summary = "write one self-contained page about a run or a study"
+    summary = "write one self-contained page about a run, a study or a table"
     add = _verb(verbs, "report", _report, summary, "mixcl report runs/study", takes_settings=False)
-    add("path", type=Path, metavar="RUN|STUDY", help="its folder; the page goes to report/index.html in it")
+    add("path", type=Path, metavar="RUN|STUDY|TABLE", help="its folder; the page goes to report/index.html in it")
 
     example = "mixcl export runs/few --to monai --out exported"
     add = _verb(verbs, "export", _export, "hand a network to other tools", example, takes_settings=False)

@@ -1,26 +1,32 @@
-"""One self-contained page about a run or a study, with its numbers as CSV and JSON beside it."""
+"""One self-contained page about a run, a study or a table, with its numbers as CSV and JSON beside it."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mixcl_dist.report import page
-from mixcl_dist.report.folders import RunFolder, open_folder, open_study
+from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
+from mixcl_dist.report.table import table_results, text_rows, trial_rows
 from mixcl_dist.run import RunError, write_atomic
 
 
 def write_report(path: Path) -> Path:
     """Write `path`/report/{index.html,report.csv,report.json} for a RUN or STUDY folder; returns index.html.
 
+    Of a TABLE folder the numbers go to `path`/table.json and, a row for each planned trial, `path`/table.csv.
+
     The folder may be unfinished: what is missing is left out and said so. Raises `RunError`, in one line, where
     the folder is no run and no study, where a file in it is broken, or where the report cannot be written.
     """
     folder = open_folder(path)
+    if isinstance(folder, TableFolder):
+        return _write_table(folder)
     if isinstance(folder, RunFolder):
         html, summary, rows = page.run_page(folder), _run_summary(folder), _run_rows(folder)
     else:
@@ -28,15 +34,35 @@ def write_report(path: Path) -> Path:
         html, rows = page.study_page(folder, results), study_rows(folder)
         summary = {"kind": "study", "name": folder.facts.get("name"), "headline": headline(results)}
         summary |= {"finished": folder.facts.get("finished"), "results": results, "trials": rows}
-    out = path / "report"
+    return _write(path / "report" / "index.html", html, path / "report" / "report", summary, rows)
+
+
+def _write_table(folder: TableFolder) -> Path:
+    results = table_results(folder)
+    rows = trial_rows(folder, results.classes)
+    summary = {"kind": "table", "name": folder.facts.get("name"), "headline": results.headline}
+    summary |= {"done": results.done, "planned": results.planned, "results": asdict(results)}
+    summary |= {"probes": page.probe_figures(folder), "trials": rows}
+    html = page.table_page(folder, results)
+    return _write(folder.path / "report" / "index.html", html, folder.path / "table", summary, rows)
+
+
+def _write(index: Path, html: str, numbers: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """The page, and its numbers as `numbers`.csv and `numbers`.json."""
     try:
-        out.mkdir(exist_ok=True)
-        write_atomic(out / "report.csv", _csv(rows).encode())
-        write_atomic(out / "report.json", (json.dumps(as_json(summary), indent=1) + "\n").encode())
-        write_atomic(out / "index.html", html.encode())
+        index.parent.mkdir(exist_ok=True)
+        write_atomic(numbers.with_suffix(".csv"), _csv(rows).encode())
+        write_atomic(numbers.with_suffix(".json"), (json.dumps(as_json(summary), indent=1) + "\n").encode())
+        write_atomic(index, html.encode())
     except OSError as error:
-        raise RunError(f"{out}: {error.strerror}; the report needs room and a folder that you may write") from None
-    return out / "index.html"
+        where = index.parent
+        raise RunError(f"{where}: {error.strerror}; the report needs room and a folder that you may write") from None
+    return index
+
+
+def table_text(path: Path) -> str:
+    """The table's mean Dice and differences, as lines for a terminal. Raises `RunError`."""
+    return text_rows(table_results(open_table(path)))
 
 
 def study_table(path: Path) -> str:

@@ -16,9 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mixcl_dist.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
+from mixcl_dist.report.folders import TableTrial
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
+from mixcl_dist.report.table import Row
+from mixcl_dist.statistics import Difference
 
-ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900")
+ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900", "#56b4e9", "#7a5c3e")
 """Scratch is grey everywhere; pre-trained starts follow in the study's order (Okabe and Ito, colour-blind safe)."""
 
 _INK = "#010203"  # replaced by currentColor
@@ -172,6 +175,60 @@ def class_dumbbells(results: StudyResults, fraction: float, start: str) -> Marku
 
     size = (5.2, 0.9 + 0.3 * max(len(rows), 2))
     return _figure(f"class-{fraction}-{start}", size, draw, f"Dice by class at {percent(fraction)} of the labels")
+
+
+def table_differences(rows: Sequence[Row], colours: dict[str, str], name: str) -> Markup | None:
+    """Each arm minus scratch with its interval, a panel for each number of labelled scans."""
+    shown = [row for row in rows if row.difference and row.difference.mean is not None]
+    scans, arms = sorted({row.scans for row in shown}), list(dict.fromkeys(row.arm for row in shown))
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(scans), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, count in zip(panels, scans, strict=True):
+            axes.axvline(0, color=colours[SCRATCH], linewidth=1.5)
+            for row in (row for row in shown if row.scans == count):
+                _draw_difference(axes, arms.index(row.arm), row.difference, colours[row.arm])  # type: ignore[arg-type]
+            axes.set_yticks(range(len(arms)), [_class_label(arm) for arm in arms])
+            axes.set_ylim(len(arms) - 0.5, -0.5)
+            axes.set_title(f"{count} {'scan' if count == 1 else 'scans'}")
+            axes.set_xlabel("Dice points")
+
+    width = 2.2 + 2.4 * len(scans)
+    return _svg(f"table-{name}", (width, 1.1 + 0.32 * len(arms)), draw, "Differences from scratch by labelled scans")
+
+
+def table_curves(trials: Sequence[TableTrial], colours: dict[str, str], name: str) -> Markup | None:
+    """Mean Dice by fine-tuning step, the mean over seeds of each arm, a panel for each number of labelled scans."""
+    shown = [trial for trial in trials if trial.curve and trial.status == "done"]
+    scans = sorted({trial.scans for trial in shown})
+    if not shown:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(scans), sharey=True, squeeze=False)[0]
+        for axes, count in zip(panels, scans, strict=True):
+            here = [trial for trial in shown if trial.scans == count]
+            for arm, colour in colours.items():
+                curves = [dict(trial.curve) for trial in here if trial.arm == arm]
+                steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+                means = [100 * sum(curve[step] for curve in curves) / len(curves) for step in steps]
+                axes.plot(steps, means, color=colour, linewidth=1.8, marker="o", markersize=3)
+            # An arm that is given more steps goes on beyond the figure.
+            axes.set_xlim(0, min(trial.curve[-1][0] for trial in here))
+            axes.set_title(f"{count} {'scan' if count == 1 else 'scans'}")
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.set_xlabel("step")
+        panels[0].set_ylabel("Mean Dice (%)")
+
+    return _svg(f"curves-{name}", (1.0 + 2.8 * len(scans), 2.9), draw, "Mean Dice by fine-tuning step and arm")
+
+
+def _draw_difference(axes: Axes, y: int, found: Difference, colour: str) -> None:
+    axes.plot(100 * found.mean, y, "o", color=colour, markersize=7)  # type: ignore[operator]
+    if found.low is not None and found.high is not None:
+        axes.plot([100 * found.low, 100 * found.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
 
 
 def loss_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mixcl_dist import ledger
 from mixcl_dist.run import RunError, read_json
 
 Arrays = Mapping[str, np.ndarray]
@@ -61,13 +62,49 @@ class StudyFolder:
     starts: list[Start]
 
 
-def open_folder(path: Path) -> RunFolder | StudyFolder:
-    """Read a RUN or STUDY folder; raises `RunError` in one line where it is neither or a file of it is broken."""
+@dataclass(frozen=True)
+class TableTrial:
+    """A planned trial of a few-label table; what it has not left yet is None or empty."""
+
+    name: str
+    fold: str
+    arm: str
+    scans: int
+    seed: int
+    status: str
+    """done, failed, barred, or planned."""
+    text: str
+    """Its record's line: the figures, the last line of an error, or what bars it."""
+    seconds: float | None
+    dice: dict[str, Any]
+    curve: list[tuple[int, float]]
+    """Step and mean Dice on development scans."""
+    label_cases: list[str] | None
+
+
+@dataclass(frozen=True)
+class TableFolder:
+    """A few-label table: its plan, the newest record of every item, its trials in the order in which they are run."""
+
+    path: Path
+    facts: dict[str, Any]
+    config: str
+    records: dict[str, dict[str, Any]]
+    trials: list[TableTrial]
+
+
+def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder:
+    """Read a RUN, STUDY or TABLE folder; raises `RunError` in one line where it is none or a file of it is broken."""
+    if (path / "plan.json").is_file():
+        return open_table(path)
     if (path / "study.json").is_file():
         return open_study(path)
     if (path / "run.json").is_file():
         return open_run(path)
-    raise RunError(f"{path}: neither a run (run.json) nor a study (study.json); give the folder of --run or --study")
+    raise RunError(
+        f"{path}: neither a run (run.json) nor a study (study.json) nor a table (plan.json); "
+        "give the folder of --run, --study, or mixcl table's --out"
+    )
 
 
 def open_run(path: Path) -> RunFolder:
@@ -100,6 +137,36 @@ def open_study(path: Path) -> StudyFolder:
             _require(file, start, ("name", "path"))
             named.append(Start(start["name"], start["path"], _start_if_there(path, start["path"])))
     return StudyFolder(path, facts, trials, named)
+
+
+def open_table(path: Path) -> TableFolder:
+    file = path / "plan.json"
+    facts = read_json(file)
+    _require(file, facts, ("table", "items"))
+    records = {record["item"]: record for record in ledger.read(path / "ledger.jsonl")}
+    trials = [
+        _table_trial(path, item, records.get(item["name"], {})) for item in facts["items"] if item["kind"] == "trial"
+    ]
+    config = path / "config.yaml"
+    return TableFolder(path, facts, config.read_text() if config.is_file() else "", records, trials)
+
+
+def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> TableTrial:
+    run = path / item["name"]
+    dice = _read_optional(run / "dice.json", ("classes", "cases", "class_mean", "mean"))
+    status = record.get("status")
+    if status not in ("failed", "barred"):
+        status = "done" if status == "done" and dice and dice["mean"] is not None else "planned"
+    facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    return TableTrial(
+        **{key: item[key] for key in ("name", "fold", "arm", "scans", "seed")},
+        status=status,
+        text=record.get("text", ""),
+        seconds=record.get("seconds"),
+        dice=(dice or {}) if status == "done" else {},
+        curve=[(row["step"], row["mean"]) for row in _read_metrics(run / "curve.jsonl") if row.get("mean") is not None],
+        label_cases=facts.get("label_cases"),
+    )
 
 
 def _start_if_there(study: Path, start: str) -> RunFolder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -12,8 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from mixcl_dist.report import figures, slices
-from mixcl_dist.report.folders import RunFolder, StudyFolder, Trial
+from mixcl_dist.report.folders import RunFolder, StudyFolder, TableFolder, Trial
 from mixcl_dist.report.results import MEAN, SCRATCH, StudyResults, headline, number_range, percent, points
+from mixcl_dist.report.table import AT_ZERO, TableResults
 
 MAX_OVERLAY_CASES = 3
 
@@ -59,6 +61,48 @@ def study_page(study: StudyFolder, results: StudyResults) -> str:
         counts=_trial_counts(study.trials),
         provenance=_study_provenance(study),
     )
+
+
+def table_page(table: TableFolder, results: TableResults) -> str:
+    """The page of a few-label table, finished or not."""
+    colours = figures.arm_colours(results.arms)
+    by_block = {fold: [row for row in results.rows if row.fold == fold] for fold in results.blocks}
+    curves = {
+        fold: figures.table_curves([t for t in table.trials if t.fold == fold], colours, fold) for fold in by_block
+    }
+    machines = (record.get("machine") for record in table.records.values() if record.get("machine"))
+    return _render(
+        "table.html",
+        title=table.facts.get("name", table.path.name),
+        facts=table.facts,
+        config=table.config,
+        results=results,
+        folds=table.facts["table"]["other_organs"]["folds"],
+        colours=colours,
+        difference_figures={f: figures.table_differences(rows, colours, f) for f, rows in by_block.items()},
+        curve_figures={fold: figure for fold, figure in curves.items() if figure},
+        widths={fold: 80 + 250 * len({row.scans for row in rows}) for fold, rows in by_block.items()},
+        block_classes={
+            f: list(dict.fromkeys(n for row in rows for n in row.class_mean)) for f, rows in by_block.items()
+        },
+        comparisons=sum(row.p_holm is not None for row in results.rows),
+        probes=probe_figures(table),
+        trials=table.trials,
+        counts=Counter(trial.status for trial in table.trials),
+        machines=list(dict.fromkeys(f"{m.get('gpu') or m.get('cpu')}, {m.get('cores')} cores" for m in machines)),
+        seconds=sum(record.get("seconds", 0) for record in table.records.values()),
+        at_zero=AT_ZERO,
+        tolerance_mm=yaml.safe_load(table.config or "{}").get("finetune", {}).get("surface_tolerance_mm", 0),
+    )
+
+
+def probe_figures(table: TableFolder) -> list[dict[str, Any]]:
+    """What was probed, and its Dice."""
+    return [
+        {"name": name.partition("/")[2], "linear": record["linear"], "knn": record["knn"]}
+        for name, record in table.records.items()
+        if name.startswith("probe/") and record["status"] == "done"
+    ]
 
 
 def run_page(run: RunFolder) -> str:
@@ -267,6 +311,7 @@ def _render(template: str, **context: Any) -> str:
         "duration": _duration,
         "time": _time,
         "dice": _dice,
+        "p": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "plain": lambda name: "mean of classes" if name == MEAN else str(name).replace("_", " "),
     }
     style = Markup(resources.files("mixcl_dist.report").joinpath("style.css").read_text())

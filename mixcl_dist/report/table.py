@@ -1,0 +1,249 @@
+"""What a few-label table found: differences from scratch by arm and number of scans, and a row for every trial."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from mixcl_dist.report.folders import TableFolder, TableTrial
+from mixcl_dist.report.results import SCRATCH, points
+from mixcl_dist.statistics import (
+    CONFIDENCE,
+    Difference,
+    holm,
+    mean_difference,
+    median_with_unreached,
+    plateau,
+    steps_to,
+)
+
+AT_ZERO = 0.01
+"""A class whose mean Dice in a trial is below this was not learnt at all."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Steps that an arm needs to scratch's plateau Dice of the same scans and seed, as a share of scratch's."""
+
+    ratio: float | None
+    """Median over seeds; None where at least half of them do not reach it."""
+    reached: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """All trials of an arm at one number of labelled scans, in the few-label block or a fold."""
+
+    fold: str
+    arm: str
+    scans: int
+    planned: int
+    done: int
+    failed: int
+    barred: str | None
+    """Why its trials were not run."""
+    mean: float | None
+    sd: float | None
+    """Of the trials' mean Dice over seeds."""
+    class_mean: dict[str, float | None]
+    zeros: dict[str, int]
+    """Class → trials in which it was not learnt."""
+    hd95_mm: float | None
+    surface_dice: float | None
+    paired_mean: float | None
+    paired_scratch: float | None
+    """Over the seeds that both arms have."""
+    difference: Difference | None
+    """None for scratch itself."""
+    p_holm: float | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class TableResults:
+    rows: list[Row]
+    classes: list[str]
+    arms: list[str]
+    scans: list[int]
+    blocks: list[str]
+    """The few-label block, as "", and the folds."""
+    done: int
+    planned: int
+    headline: str
+
+
+def table_results(table: TableFolder) -> TableResults:
+    resamples = table.facts["table"]["resamples"]
+    keys = list(dict.fromkeys((trial.fold, trial.arm, trial.scans) for trial in table.trials))
+    rows = [_row(table.trials, *key, resamples) for key in keys]
+    compared = [i for i, row in enumerate(rows) if row.difference and row.difference.p is not None]
+    adjusted = holm([rows[i].difference.p for i in compared])  # type: ignore[union-attr,misc]
+    for i, p in zip(compared, adjusted, strict=True):
+        rows[i] = dataclasses.replace(rows[i], p_holm=p)
+    block_order, arms = ["", *table.facts["table"]["other_organs"]["folds"]], _arms(table)
+    rows.sort(key=lambda row: (block_order.index(row.fold), row.scans, arms.index(row.arm)))
+    done, planned = sum(trial.status == "done" for trial in table.trials), len(table.trials)
+    return TableResults(
+        rows=rows,
+        classes=list(dict.fromkeys(name for trial in table.trials for name in (trial.dice or {}).get("classes", []))),
+        arms=arms,
+        scans=sorted({row.scans for row in rows}),
+        blocks=[block for block in block_order if any(row.fold == block for row in rows)],
+        done=done,
+        planned=planned,
+        headline=_headline(table, rows, done, planned),
+    )
+
+
+def _arms(table: TableFolder) -> list[str]:
+    section = table.facts["table"]
+    return list(dict.fromkeys([SCRATCH, *section["arms"], *section["other_organs"]["arms"]]))
+
+
+def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int, resamples: int) -> Row:
+    own = [trial for trial in trials if (trial.fold, trial.arm, trial.scans) == (fold, arm, scans)]
+    done = {trial.seed: trial for trial in own if trial.status == "done"}
+    scratch = {
+        trial.seed: trial
+        for trial in trials
+        if (trial.fold, trial.arm, trial.scans, trial.status) == (fold, SCRATCH, scans, "done")
+    }
+    means = [trial.dice["mean"] for trial in done.values()]
+    pairs = [(done[seed], scratch[seed]) for seed in sorted(done.keys() & scratch.keys())]
+    classes = list(dict.fromkeys(name for trial in done.values() for name in trial.dice["classes"]))
+    by_class = {name: [trial.dice["class_mean"].get(name) for trial in done.values()] for name in classes}
+    return Row(
+        fold=fold,
+        arm=arm,
+        scans=scans,
+        planned=len(own),
+        done=len(done),
+        failed=sum(trial.status == "failed" for trial in own),
+        barred=next((trial.text for trial in own if trial.status == "barred"), None),
+        mean=_mean(means),
+        sd=stdev(means) if len(means) > 1 else None,
+        class_mean={name: _mean(values) for name, values in by_class.items()},
+        zeros={name: sum(v is not None and v < AT_ZERO for v in values) for name, values in by_class.items()},
+        hd95_mm=_mean(_summary(trial, "hd95_mm") for trial in done.values()),
+        surface_dice=_mean(_summary(trial, "surface_dice") for trial in done.values()),
+        paired_mean=_mean(trial.dice["mean"] for trial, _ in pairs),
+        paired_scratch=_mean(other.dice["mean"] for _, other in pairs),
+        difference=None if arm == SCRATCH else mean_difference(_differences(pairs), resamples),
+        p_holm=None,
+        speed=None if arm == SCRATCH else _speed(pairs),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    kept = [value for value in values if value is not None]
+    return fmean(kept) if kept else None
+
+
+def _summary(trial: TableTrial, name: str) -> float | None:
+    return trial.dice.get(name, {}).get("mean")
+
+
+def _differences(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> np.ndarray:
+    """(seeds, cases, classes) Dice of an arm minus that of scratch, NaN where either has none."""
+    cases = list(dict.fromkeys(case for trial, _ in pairs for case in trial.dice["cases"]))
+    classes = list(dict.fromkeys(name for trial, _ in pairs for name in trial.dice["classes"]))
+
+    def scores(trial: TableTrial) -> np.ndarray:
+        found = [[trial.dice["cases"].get(case, {}).get(name) for name in classes] for case in cases]
+        return np.array(found, dtype=float)  # None becomes NaN
+
+    if not pairs:
+        return np.empty((0, 0, 0))
+    return np.stack([scores(trial) - scores(other) for trial, other in pairs])
+
+
+def _speed(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> Speed | None:
+    ratios: list[float | None] = []
+    for trial, scratch in pairs:
+        goal = plateau(scratch.curve)
+        needed = None if goal is None else steps_to(scratch.curve, goal)
+        if goal is not None and needed and trial.curve:
+            steps = steps_to(trial.curve, goal)
+            ratios.append(None if steps is None else steps / needed)
+    if not ratios:
+        return None
+    return Speed(median_with_unreached(ratios), sum(ratio is not None for ratio in ratios), len(ratios))
+
+
+def _headline(table: TableFolder, rows: Sequence[Row], done: int, planned: int) -> str:
+    """One sentence: the arm that the table is about, at the fewest scans that tell of it."""
+    section = table.facts["table"]
+    arm = next((name for name in section["first_arms"] if name != SCRATCH), None)
+    own = sorted((row for row in rows if not row.fold and row.arm == arm), key=lambda row: row.scans)
+    so_far = "" if done == planned else f", by {done} of {planned} planned trials so far"
+    told = next((row for row in own if row.difference and row.difference.mean is not None), None)
+    if told is not None:
+        return _sentence(told, so_far)
+    if barred := next((row.barred for row in own if row.barred), None):
+        return (
+            f"No trial of {arm} was run, as its pre-training did not pass the gate ({barred.removeprefix('barred: ')})."
+        )
+    return f"No pair of trials of {arm} and scratch has finished yet{so_far}."
+
+
+def _sentence(row: Row, so_far: str) -> str:
+    found = row.difference
+    assert found is not None and row.paired_mean is not None and row.paired_scratch is not None
+    where = f"With {row.scans} labelled {'scan' if row.scans == 1 else 'scans'}"
+    change = (
+        f"mean Dice was {100 * row.paired_scratch:.1f} from scratch and {100 * row.paired_mean:.1f} with {row.arm}: "
+        f"{points(found.mean)} points"
+    )
+    if found.low is None:
+        return f"{where}, {change} in {found.seeds} pair of trials, too few for an interval{so_far}."
+    interval = (
+        f"{CONFIDENCE:.0%} interval {points(found.low)} to {points(found.high)} over {found.seeds} subset seeds and "
+        f"{found.cases} cases"
+    ).replace("%", " %")
+    sure = found.excludes_zero and row.p_holm is not None and row.p_holm < 1 - CONFIDENCE
+    if sure:
+        return f"{where}, {change} ({interval}){so_far}."
+    return f"{where}, {change} ({interval}){so_far}, which cannot tell whether pre-training helps."
+
+
+def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each planned trial: its place, how it stands, its figures (Dice from 0 to 1, mm, seconds)."""
+    scratch = {(t.fold, t.scans, t.seed): t for t in table.trials if t.arm == SCRATCH and t.status == "done"}
+    rows = []
+    for trial in table.trials:
+        dice = trial.dice if trial.status == "done" else None
+        class_mean = dice["class_mean"] if dice else {}
+        other = scratch.get((trial.fold, trial.scans, trial.seed))
+        goal = plateau(other.curve) if other else None
+        rows.append(
+            {"trial": trial.name, "fold": trial.fold, "arm": trial.arm, "scans": trial.scans, "seed": trial.seed}
+            | {"status": trial.status, "dice": dice and dice["mean"]}
+            | {"hd95_mm": dice and _summary(trial, "hd95_mm"), "surface_dice": dice and _summary(trial, "surface_dice")}
+            | {"classes_at_zero": sum(v is not None and v < AT_ZERO for v in class_mean.values()) if dice else None}
+            | {"steps_to_scratch_plateau": steps_to(trial.curve, goal) if dice and goal is not None else None}
+            | {"seconds": trial.seconds, "text": trial.text}
+            | {f"dice_{name}": class_mean.get(name) for name in classes}
+        )
+    return rows
+
+
+def text_rows(results: TableResults) -> str:
+    """Mean Dice and difference of every arm, as lines for a terminal."""
+    lines = [f"{'scans':>5}  {'arm':<16} {'trials':>8}  {'mean Dice':>11}  difference from scratch (95 % interval)"]
+    for row in results.rows:
+        dice = (
+            "–" if row.mean is None else f"{100 * row.mean:.1f}" + ("" if row.sd is None else f" ± {100 * row.sd:.1f}")
+        )
+        found = row.difference
+        gain = "" if found is None or found.mean is None else points(found.mean)
+        if found and found.low is not None:
+            gain += f" ({points(found.low)} to {points(found.high)})"
+        name = f"{row.fold}/{row.arm}" if row.fold else row.arm
+        lines.append(f"{row.scans:>5}  {name:<16} {row.done:>3} of {row.planned:<3} {dice:>11}  {row.barred or gain}")
+    return "\n".join(line.rstrip() for line in lines)

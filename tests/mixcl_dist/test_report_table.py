@@ -1,0 +1,195 @@
+"""The page and the files of a few-label table: what was found, how much of it there is, and what was barred."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace as changed
+
+import numpy as np
+import pytest
+
+from mixcl_dist.config import from_dict, to_dict, to_yaml
+from mixcl_dist.ledger import Ledger
+from mixcl_dist.report import table_text, write_report
+from mixcl_dist.report.folders import open_table
+from mixcl_dist.report.table import table_results
+from mixcl_dist.run import write_json
+from mixcl_dist.statistics import mean_difference
+from mixcl_dist.table.plan import plan
+
+CLASSES = ["brainstem", "larynx", "esophagus"]
+CASES = [f"v{k}" for k in range(12)]
+GAIN = {"scratch": 0.0, "mixcl": 0.06, "reconstruction": 0.0}
+SECTION = {
+    "scans": [1, 4],
+    "seeds": [0, 1, 2, 3],
+    "stages": {"reconstruction": {}, "identity": {}, "mixcl": {"start": "identity", "labels": "budget"}},
+    "arms": {"scratch": {}, "mixcl": {"stage": "mixcl"}, "reconstruction": {"stage": "reconstruction"}},
+    "resamples": 500,
+}
+
+
+def dice_of(arm: str, scans: int, seed: int) -> dict:
+    """Dice of a trial: the esophagus is contoured in a few cases, and not learnt from scratch by some seeds."""
+    rng = np.random.default_rng([scans, seed])
+    scores = 0.4 + 0.05 * scans + rng.normal(0, 0.03) + rng.normal(0, 0.05, (len(CASES), len(CLASSES)))
+    scores += GAIN[arm] + np.random.default_rng([seed, len(arm)]).normal(0, 0.01, scores.shape)
+    if arm == "scratch" and seed % 2:
+        scores[:, 2] = 0.0
+    found = {
+        case: {name: None if name == "esophagus" and k % 3 else float(row[i]) for i, name in enumerate(CLASSES)}
+        for k, (case, row) in enumerate(zip(CASES, scores, strict=True))
+    }
+    means = {name: float(np.mean([row[name] for row in found.values() if row[name] is not None])) for name in CLASSES}
+    summary = {"classes": CLASSES, "cases": found, "class_mean": means, "mean": float(np.mean(list(means.values())))}
+    return summary | {"hd95_mm": {"mean": 12.5}, "surface_dice": {"mean": 0.7}}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A function that makes the folder of a table, of which the trials that `done` accepts are done."""
+
+    def make(done=lambda item: True, section=SECTION, status=lambda item: None):
+        folder = tmp_path / "table"
+        config = from_dict({"table": section})
+        items = plan(config)
+        facts = {
+            "kind": "table",
+            "name": "few labels",
+            "started": "2026-01-01T10:00:00+00:00",
+            "data": "ct",
+            "shards": "s",
+        }
+        facts |= {"digest": "0", "table": to_dict(config)["table"], "items": [i.as_json() for i in items.values()]}
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "plan.json", facts)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        ledger = Ledger(folder / "ledger.jsonl")
+        machine = {"cpu": "a processor", "gpu": None, "cores": 2}
+        for item in items.values():
+            how = {"seconds": 60.0, "steps": 100, "machine": machine}
+            if item.kind == "probe":
+                ledger.add(item.name, "0", "done", linear=0.5 if "mixcl" in item.name else 0.2, knn=0.1, text="", **how)
+            elif item.kind == "trial" and status(item):
+                ledger.add(item.name, "0", status(item), text=f"barred: {item.name} 0.210 is not 0.02 above", **how)
+            elif item.kind == "trial" and done(item):
+                run = folder / item.name
+                run.mkdir(parents=True, exist_ok=True)
+                write_json(run / "dice.json", dice_of(item.arm, item.scans, item.seed))
+                write_json(run / "run.json", {"label_cases": ["t0"] * item.scans})
+                # Scratch reaches 0.5 at step 300 and stays there; mixcl is three times as fast.
+                fast = 3 if item.arm == "mixcl" else 1
+                curve = [{"step": s, "mean": min(0.5, 0.5 * s * fast / 300), "dice": {}} for s in range(100, 1300, 100)]
+                (run / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+                ledger.add(item.name, "0", "done", mean=0.5, text="Dice 0.5", **how)
+        return folder
+
+    return make
+
+
+def row(results, arm, scans):
+    return next(r for r in results.rows if (r.arm, r.scans) == (arm, scans))
+
+
+def test_differences_are_those_of_the_same_scans_seed_case_and_class(table):
+    results = table_results(open_table(table()))
+    by_hand = []
+    for seed in range(4):
+        ours, scratch = (dice_of(arm, 1, seed)["cases"] for arm in ("mixcl", "scratch"))
+        values = [
+            [(ours[c][k] or np.nan) - (np.nan if scratch[c][k] is None else scratch[c][k]) for k in CLASSES]
+            for c in CASES
+        ]
+        by_hand.append(values)
+    found = row(results, "mixcl", 1).difference
+    assert found == mean_difference(np.array(by_hand, dtype=float), 500)
+    means = [dice_of("mixcl", 1, seed)["mean"] - dice_of("scratch", 1, seed)["mean"] for seed in range(4)]
+    assert found.mean == pytest.approx(np.mean(means)) and found.seeds == 4 and found.cases == 12
+    assert row(results, "scratch", 1).difference is None
+
+
+def test_only_seeds_that_both_arms_have_are_compared(table):
+    results = table_results(open_table(table(lambda item: item.arm == "scratch" or item.seed < 2)))
+    mixcl = row(results, "mixcl", 1)
+    assert (mixcl.done, mixcl.planned, mixcl.difference.seeds) == (2, 4, 2)
+    assert mixcl.paired_scratch == pytest.approx(np.mean([dice_of("scratch", 1, s)["mean"] for s in (0, 1)]))
+    assert results.done == 8 + 2 * 2 * 2 and results.planned == 24
+    assert "by 16 of 24 planned trials so far" in results.headline
+
+
+def test_classes_that_were_not_learnt_are_counted(table):
+    results = table_results(open_table(table()))
+    assert row(results, "scratch", 1).zeros == {"brainstem": 0, "larynx": 0, "esophagus": 2}
+    assert row(results, "mixcl", 1).zeros["esophagus"] == 0
+
+
+def test_steps_to_scratchs_plateau_are_a_share_of_its_own(table):
+    speed = row(table_results(open_table(table())), "mixcl", 1).speed
+    assert (speed.ratio, speed.reached, speed.pairs) == (pytest.approx(1 / 3), 4, 4)
+
+
+def test_p_values_are_adjusted_for_all_comparisons_of_the_table(table):
+    results = table_results(open_table(table()))
+    compared = [r for r in results.rows if r.difference]
+    assert len(compared) == 4 and all(r.p_holm >= r.difference.p for r in compared)
+    assert max(r.p_holm / r.difference.p for r in compared) == pytest.approx(4)
+
+
+def test_the_headline_is_one_sentence_with_its_interval(table):
+    folder = table()
+    headline = table_results(open_table(folder)).headline
+    assert headline.startswith("With 1 labelled scan, mean Dice was ")
+    assert "95 % interval" in headline and "4 subset seeds and 12 cases" in headline and headline.count(". ") == 0
+    unsure = changed(row(table_results(open_table(folder)), "mixcl", 1), p_holm=0.2)
+    from mixcl_dist.report.table import _sentence
+
+    assert _sentence(unsure, "").endswith("which cannot tell whether pre-training helps.")
+
+
+def test_a_barred_arm_is_reported_with_its_figures(table):
+    folder = table(status=lambda item: "barred" if item.arm == "mixcl" else None)
+    results = table_results(open_table(folder))
+    assert "No trial of mixcl was run" in results.headline and "0.210 is not 0.02 above" in results.headline
+    assert "0.210 is not 0.02 above" in table_text(folder)
+    page = write_report(folder).read_text()
+    assert page.count("barred: trial/mixcl") >= 2 and "8 barred" in page
+
+
+def test_before_any_pair_has_finished_the_page_says_so(table):
+    folder = table(lambda item: False)
+    page = write_report(folder).read_text()
+    assert "No pair of trials of mixcl and scratch has finished yet" in page and "0 of 24 planned trials" in page
+
+
+def test_the_files_have_a_row_for_every_planned_trial_and_every_figure(table):
+    folder = table(lambda item: item.seed < 3)
+    index = write_report(folder)
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert len(rows) == 24 and sum(r["status"] == "done" for r in rows) == 18
+    done = next(r for r in rows if r["trial"] == "trial/mixcl-n1-s0")
+    assert float(done["dice_larynx"]) == dice_of("mixcl", 1, 0)["class_mean"]["larynx"]
+    assert done["steps_to_scratch_plateau"] == "100" and done["hd95_mm"] == "12.5" and done["classes_at_zero"] == "0"
+    content = json.loads((folder / "table.json").read_text())
+    assert content["planned"] == 24 and content["headline"] in index.read_text().replace("&#39;", "'")
+    assert {r["arm"] for r in content["results"]["rows"]} == {"scratch", "mixcl", "reconstruction"}
+    assert content["probes"][0]["linear"] == 0.2
+
+
+def test_the_page_fetches_nothing_and_has_its_figures(table):
+    page = write_report(table()).read_text()
+    assert "http" not in page and page.count("<svg") == 2
+    assert "18 of" not in page and "24 of 24 planned trials" in page
+
+
+def test_other_organs_are_a_block_of_their_own(table):
+    others = {
+        "folds": {"A": {"known": ["larynx"], "new": ["brainstem"]}},
+        "scans": [1],
+        "arms": {"scratch": {}, "mixcl": {"stage": "known"}},
+    }
+    section = SECTION | {"stages": SECTION["stages"] | {"known": {"labels": "all"}}, "other_organs": others}
+    folder = table(section=section)
+    results = table_results(open_table(folder))
+    assert results.blocks == ["", "A"] and [r.arm for r in results.rows if r.fold == "A"] == ["scratch", "mixcl"]
+    assert "Other organs, fold A" in write_report(folder).read_text()
