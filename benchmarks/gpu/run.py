@@ -94,7 +94,7 @@ class Queue:
         """Wave by wave; what is not begun by the deadline stays missing."""
         jobs = self.wanted(jobs)
         for wave in sorted({job.wave for job in jobs}):
-            with ThreadPoolExecutor(stages.TRIALS_SIDE_BY_SIDE) as pool:
+            with ThreadPoolExecutor(stages.SIDE_BY_SIDE) as pool:
                 list(pool.map(self.run_job, [j for j in jobs if j.wave == wave], [deadline] * len(jobs)))
 
     def run_job(self, job: Job, deadline: float) -> None:
@@ -153,14 +153,15 @@ class Queue:
         return known, last
 
     def record(self, job: Job, report: dict, seconds: float = 0.0) -> None:
-        figures = {name: value for name, value in report.items() if name not in ("item", "passed")}
+        figures = {name: value for name, value in report.items() if name not in ("item", "passed", "partial")}
         item, passed = report["item"], report.get("passed", True)
+        done = "partial" if report.get("partial") else "done"
         if not passed:
             self.wrong.append(item)
         self.say(f"{'' if passed else 'WRONG '}{item} ({seconds:.0f} s): {figures.get('text', '')}")
         if not (job.makes and passed):  # whether it is there says more than a record
             date = time.strftime("%Y-%m-%d")
-            self.ledger.add(item, self.digest(job), "done" if passed else "failed", date=date, **figures)
+            self.ledger.add(item, self.digest(job), done if passed else "failed", date=date, **figures)
 
     def environment(self) -> dict[str, str]:
         return os.environ | {

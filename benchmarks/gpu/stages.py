@@ -1,6 +1,6 @@
 """What there is to measure: five stages of jobs, each job a program that measures some items.
 
-An item's name begins with its stage, `table/pretrained-0.05-s1`. Limits are what an H100 should stay well within.
+An item's name begins with its stage, `tiles/forward-bf16-128`. Limits are what an H100 should stay well within.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ KERNELS = ("kernels/*.py",)
 GATE = (*KERNELS, "benchmarks/kernel/gate.py", "benchmarks/kernel/inputs.py", "benchmarks/gpu/check.py")
 PRODUCT = (
     *KERNELS,
-    *(f"{room}/*.{kind}" for room in ("mixcl_dist", "mixcl_dist/recipes", "cluster") for kind in ("py", "yaml")),
+    *(
+        f"{room}/*.{kind}"
+        for room in ("mixcl_dist", "mixcl_dist/recipes", "mixcl_dist/table", "cluster")
+        for kind in ("py", "yaml")
+    ),
     "data_shards/*.py",
     "data_shards/sources/*.py",
 )
 SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward", "forward-triangle"), (128, 64, 256)
 STEPS, TINY_STEPS = ("48", "96", "96-compile"), ("16",)  #: edges of views, and a variant of the step
 TINY_WIDTH, PATIENCE = 256, 6
-SEEDS, FRACTIONS = (0, 1, 2), ("0.05", "0.15")
-TRIALS_SIDE_BY_SIDE = 12
+SIDE_BY_SIDE = 16  #: jobs of a wave, and items of the few-label table
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,11 @@ def _tiles(entries: list[str], tiny: bool) -> Iterator[Job]:
 
 
 def _table(entries: list[str], tiny: bool) -> Iterator[Job]:
+    """One job, which runs as many trials as there is time for, and is partial until all are done."""
+    edge = "16" if tiny else "48"
+    yield Job("table.py", (f"table/shards-{edge}",), 60, PRODUCT, makes=_shards(edge))
     sources = *PRODUCT, "benchmarks/gpu/table.py"
-    edge, seeds, fractions = ("16", SEEDS[:1], FRACTIONS[:1]) if tiny else ("48", SEEDS, FRACTIONS)
-    shards = _shards(edge)
-    yield Job("table.py", (f"table/shards-{edge}",), 60, PRODUCT, makes=shards)
-    for seed in seeds:
-        made = f"runs/pretrained-s{seed}/network.safetensors"
-        item = f"table/pretraining-s{seed}"
-        yield Job("table.py", (item,), 180, PRODUCT, tuple(entries), (shards,), makes=made, wave=1)
-        for fraction in fractions:
-            for arm, needs in (("scratch", ()), ("pretrained", (made,))):
-                item = f"table/{arm}-{fraction}-s{seed}"
-                yield Job("table.py", (item,), 180, sources, needs=needs, wave=2)
+    yield Job("table.py", ("table/few_label",), 600, sources, tuple(entries), (_shards(edge),), wave=1)
 
 
 def _shards(edge: str) -> str:

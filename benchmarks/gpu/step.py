@@ -62,7 +62,7 @@ def settings(edge: int, variant: str, steps: int, tiny: bool) -> Config:
     values |= {"pretrain.steps": steps, "pretrain.log_every": 1 if tiny else 10, "budget.fraction": 0.05}
     values |= {"pretrain.gradient_norms_every": 0}  # of a plain step
     values |= SETTINGS[edge] | VARIANTS[variant]
-    return load(recipe="openkbp", overrides=[(key, str(value)) for key, value in values.items()])
+    return load(recipe="few_label", overrides=[(key, str(value)) for key, value in values.items()])
 
 
 class Watch:

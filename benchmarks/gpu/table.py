@@ -1,63 +1,80 @@
-"""The few-label table by the product's own commands: shards, one pre-training for each seed, and trials beside it."""
+"""The few-label table by the product's own command, for as long as there is time; and shards for it and for others."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from worker import work  # first, as it makes what follows importable
 
 # isort: split
-from mixcl_dist import cli
-from mixcl_dist.run import read_metrics
+from stages import SIDE_BY_SIDE
 
-SPACING = "4.0,4.0,2.5"  #: mm, as the recipe's shards have it; trials from scratch have no shards to take it from
+from mixcl_dist import cli
+from mixcl_dist.report import table_text, write_report
+
 MARGIN = {16: 24, 48: 64, 96: 112}  #: edge of a patch that views of an edge are drawn from
+ENDING = 15  #: seconds for the report, and for copying what is kept
+#: What comes back of a table: all that its report is made from, and that says what is done; no networks.
+KEPT = (
+    "*.json*", "*.csv", "config.yaml", "report/*.html", "pretrain/*/probe.json", "probe/*/probe.json",
+    "trial/**/dice.json", "trial/**/run.json", "trial/**/curve.jsonl",
+)  # fmt: skip
 #: With `--tiny`: of everything as little as runs at all.
-TINY_NETWORK = ["--network.filters", "4,8,16", "--network.voxel_dim", "16"]
-TINY_VIEWS = ["--views.size", "16,16,16", "--rows.per_view_pair", "8", "--pretrain.batch_size", "2"]
-TINY_TRIAL = [*TINY_NETWORK, "--finetune.steps", "2", "--finetune.patch_size", "16,16,16", "--finetune.batch_size", "1"]
+TINY = (
+    "--network.filters", "4,8,16", "--network.voxel_dim", "16", "--views.size", "16,16,16", "--rows.per_view_pair", "8",
+    "--pretrain.batch_size", "2", "--pretrain.steps", "2", "--finetune.steps", "2", "--finetune.patch_size", "16,16,16",
+    "--finetune.batch_size", "1", "--table.baselines", "random", "--table.margin", "-1",
+    "--table.stages.mixcl.settings", "{pretrain.steps: 2}", "--only", "trial/[ms]*c[hl]-n1-s0",
+)  # fmt: skip
 TINY_CASES = {"training": 6, "validation": 1}
 
 
 def measure(item: str, options: argparse.Namespace) -> dict:
-    kind, *rest = item.partition("/")[2].split("-")
-    measures = {"shards": build_shards, "pretraining": pretrain, "scratch": trial, "pretrained": trial}
-    return measures[kind](item.partition("/")[2], options, *rest)
+    kind, _, edge = item.partition("/")[2].partition("-")
+    return build_shards(item.partition("/")[2], options, int(edge)) if kind == "shards" else few_label(options)
 
 
-def build_shards(name: str, options: argparse.Namespace, edge: str) -> dict:
+def build_shards(name: str, options: argparse.Namespace, edge: int) -> dict:
     """Shards for views of an edge; `name` is their folder's, too."""
-    patch = ",".join([str(MARGIN[int(edge)])] * 3)
+    patch = ",".join([str(MARGIN[edge])] * 3)
     workers = str(len(os.sched_getaffinity(0)))
-    settings = ["--recipe", "openkbp", "--build.patch_size", patch, "--build.workers", workers]
-    mixcl("shards", "build", str(cases(options)), "--out", str(options.work / name), *settings)
-    return {"text": f"patches of {MARGIN[int(edge)]}³"}
+    settings = ["--recipe", "few_label", "--build.patch_size", patch, "--build.workers", workers]
+    if code := cli.main(["shards", "build", str(cases(options)), "--out", str(options.work / name), *settings]):
+        raise SystemExit(code)
+    return {"text": f"patches of {MARGIN[edge]}³"}
 
 
-def pretrain(name: str, options: argparse.Namespace, seed: str) -> dict:
-    run = options.work / "runs" / f"pretrained-{seed}"
-    steps = 2 if options.tiny else 2000
-    settings = ["--recipe", "openkbp", "--budget.seed", seed[1:], "--pretrain.steps", str(steps)]
-    settings += [*TINY_NETWORK, *TINY_VIEWS] if options.tiny else ["--views.size", "48,48,48"]
-    resume = ["--resume", "latest"] if (run / "run.json").exists() else []
+def few_label(options: argparse.Namespace) -> dict:
+    """All trials for which there is time, many on one GPU; an earlier table in OUT is gone on with."""
+    table, kept = options.work / "few_label", options.out / "few_label"
+    if kept.exists() and not table.exists():
+        copy(kept, table, KEPT)
     shards = options.work / f"shards-{16 if options.tiny else 48}"
-    mixcl("pretrain", "--data", str(shards), "--run", str(run), *resume, *settings)
-    last = read_metrics(run / "metrics.jsonl")[-1]
-    return {"text": f"{steps} steps, loss {last['loss']:.3f}, {last['samples_per_s']:.0f} samples/s at the end"}
+    words = ["--data", str(cases(options)), "--shards", str(shards), "--out", str(table), "--recipe", "few_label"]
+    words += ["--workers", str(2 if options.tiny else SIDE_BY_SIDE), "--seconds", str(options.seconds - ENDING)]
+    settings = [*TINY, "--budget.development", development(options)] if options.tiny else ["--views.size", "48,48,48"]
+    try:
+        code = cli.main(["table", *words, *settings])
+        write_report(table)
+    finally:
+        copy(table, kept, KEPT)
+    found = json.loads((kept / "table.json").read_text())
+    counts = {"done": found["done"], "planned": found["planned"]}
+    text = f"{found['done']} of {found['planned']} planned trials: {found['headline']}"
+    partial = found["done"] < (2 if options.tiny else found["planned"])
+    return {"passed": code == 0, "partial": partial, "text": text, "table": table_text(table), **counts}
 
 
-def trial(name: str, options: argparse.Namespace, fraction: str, seed: str) -> dict:
-    start = str(options.work / "runs" / f"pretrained-{seed}") if name.startswith("pretrained") else "none"
-    run = options.work / "runs" / name
-    data = ["--data", str(cases(options)), "--from", start, "--labels", fraction, "--seed", seed[1:], "--run", str(run)]
-    settings = ["--recipe", "openkbp", "--finetune.spacing_mm", SPACING, *(TINY_TRIAL if options.tiny else [])]
-    if not (run / "dice.json").exists():  # written last
-        mixcl("finetune", *data, *settings)
-    dice = json.loads((run / "dice.json").read_text())
-    return {"dice": dice["mean"], "classes": dice["class_mean"], "text": f"mean Dice {100 * dice['mean']:.1f}"}
+def copy(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    for path in (path for pattern in patterns for path in source.glob(pattern)):
+        there = target / path.relative_to(source)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, there)
 
 
 def cases(options: argparse.Namespace) -> Path:
@@ -71,9 +88,10 @@ def cases(options: argparse.Namespace) -> Path:
     return few
 
 
-def mixcl(*words: str) -> None:
-    if code := cli.main(list(words)):
-        raise SystemExit(code)
+def development(options: argparse.Namespace) -> str:
+    """With `--tiny` the last three of its training cases."""
+    listed = json.loads(cases(options).read_text())
+    return ",".join(Path(entry["image"]).name.partition(".")[0] for entry in listed["training"][-3:])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "kernel")]
 
 
 def work(description: str | None, measure: Callable[[str, argparse.Namespace], dict]) -> None:
-    """Measure item by item. `measure` returns figures, among them "text" for people; `passed: False` says it is wrong.
+    """Measure item by item. `measure` returns figures, among them "text" for people; `passed: False` says it is wrong,
+    `partial: True` that the next run has to go on with it.
 
     An item that raises ends the program, as the GPU may have faulted: the driver starts it again for those that remain.
     """

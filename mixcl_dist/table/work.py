@@ -27,11 +27,12 @@ def work(table: Path, name: str) -> None:
 
 
 def _pretrain(config: Config, question: dict[str, Any], item: dict[str, Any], start: Path | None, run: Path) -> None:
+    from mixcl_dist.cluster import checkpoint
     from mixcl_dist.pretrain import pretrain
 
-    resume = (run / "run.json").exists()
+    resume = checkpoint.newest(run / "checkpoints") is not None
     if not resume:
-        shutil.rmtree(run, ignore_errors=True)  # killed before it had begun
+        shutil.rmtree(run, ignore_errors=True)
     pretrain(config, shards=question["shards"], run=run, start=start, resume=resume)
 
 

@@ -232,15 +232,20 @@ def test_the_summary_says_what_is_current_missing_and_wrong():
     assert "Not measured in time: kernel/c." in text and "WRONG: check/b." in text
 
 
-def test_a_partial_table_says_how_much_of_it_there_is():
-    dice = {"scratch-0.05-s0": 0.5, "pretrained-0.05-s0": 0.6, "scratch-0.05-s1": 0.7}
-    planned = [f"table/{arm}-{f}-s{s}" for arm in ("scratch", "pretrained") for f in ("0.05", "0.15") for s in (0, 1)]
-    states = {item: "done" if item[6:] in dice else "missing" for item in planned}
-    records = {f"table/{name}": {"dice": value} for name, value in dice.items()}
-    text = "\n".join(load("summary").few_label_table(states, records))
-    assert "3 of 8 planned trials" in text
-    assert "| 5% | 60.0 (2) | 60.0 (1) | +10.0 |" in text
-    assert "| 15% | – | – | – |" in text
+def test_the_summary_shows_the_rows_of_a_table_and_says_that_it_is_partial():
+    records = {"table/few_label": {"text": "3 of 8 planned trials", "table": "scans  arm\n    1  scratch"}}
+    text = load("summary").write("a card", {"table/few_label": "partial"}, records, [])
+    assert "```\nscans  arm\n    1  scratch\n```" in text
+    assert "Not measured in time: table/few_label." in text
+
+
+def test_what_is_partial_is_gone_on_with_and_is_not_wrong(queue):
+    body = "tell(partial=not pathlib.Path('half').exists(), text='3 of 8'); pathlib.Path('half').touch()"
+    one = job(queue, body, "x/a")
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "partial"} and not queue.wrong
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "done"}
 
 
 def test_records_are_plain_json(queue):

@@ -7,7 +7,7 @@ PROGRAM = """
 import sys
 for name in ("SimpleITK", "ray", "highdicom", "pydicom"):
     sys.modules[name] = None  # an import of it fails
-import mixcl_dist.pretrain, mixcl_dist.finetune
+import mixcl_dist.cli, mixcl_dist.pretrain, mixcl_dist.finetune, mixcl_dist.report, mixcl_dist.table.runner
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import open_source, read_case
 from pathlib import Path
