@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ import pytest
 
 from mixcl_dist import ledger
 from mixcl_dist.config import ConfigError, from_dict, load, replace, to_dict
+from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.report import write_report
 from mixcl_dist.run import RunError
 from mixcl_dist.table import runner
 from mixcl_dist.table.plan import plan
 from mixcl_dist.table.runner import run_table
+from mixcl_dist.table.work import work
 
 STAGES = {
     "reconstruction": {"settings": {"objective.voxel_label": 0}},
@@ -358,3 +362,56 @@ def until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# A real one
+
+REAL = {
+    "scans": [1],
+    "seeds": [0],
+    "stages": {
+        "reconstruction": {"settings": {"objective.voxel_identity": 0, "objective.crop_identity": 0}},
+        "mixcl": {"start": "reconstruction", "labels": "budget"},
+    },
+    "arms": {"scratch": {}, "mixcl": {"stage": "mixcl"}},
+    "baselines": ["random"],
+    "margin": -1.0,
+    "resamples": 100,
+}
+
+
+@pytest.fixture
+def real(small_config, cohort):
+    """A tiny table of the phantom cohort, with three training scans kept back to probe on."""
+    kept_back = [case.name for case in open_source(cohort[0]).cases if case.split == "training"][-3:]
+    changes = {"table": REAL, "pretrain.steps": 1, "finetune.steps": 1, "budget.development": kept_back}
+    return replace(small_config, changes)
+
+
+def test_a_trial_is_run_as_a_process_and_reported(real, cohort, shards, tmp_path):
+    out = tmp_path / "table"
+    ending = run_table(real, data=cohort[0], shards=shards, out=out, only="trial/scratch*")
+    assert (ending.done, ending.planned, ending.failed) == (1, 2, ()), (out / "logs").iterdir()
+    scored = json.loads((out / "trial" / "scratch-n1-s0" / "dice.json").read_text())["cases"]
+    assert set(scored) == {case.name for case in open_source(cohort[0]).cases if case.split == "validation"}
+    write_report(out)
+    assert json.loads((out / "table.json").read_text())["done"] == 1
+
+
+def test_every_kind_of_item_does_its_work(real, cohort, shards, tmp_path):
+    """In this process, item by item; a pre-training that was cut off leaves no half in the way."""
+    out = tmp_path / "table"
+    run_table(real, data=cohort[0], shards=shards, out=out, seconds=0)
+    (out / "pretrain" / "mixcl-n1-s0").mkdir(parents=True)
+    (out / "pretrain" / "mixcl-n1-s0" / "run.json").write_text('{"kind": "pretrain"')
+    for name in plan(real):
+        work(out, name)
+    facts = {name: json.loads((out / name / "run.json").read_text()) for name in plan(real) if "probe" not in name}
+    trial, start = facts["trial/mixcl-n1-s0"], facts["pretrain/mixcl-n1-s0"]
+    assert trial["start"] == str(out / "pretrain" / "mixcl-n1-s0")
+    assert start["start"] == str(out / "pretrain" / "reconstruction")
+    assert trial["label_cases"] == start["label_cases"] == facts["trial/scratch-n1-s0"]["label_cases"]
+    assert len(trial["label_cases"]) == 1 and not set(trial["label_cases"]) & set(real.budget.development)
+    assert trial["spacing_mm"] == facts["trial/scratch-n1-s0"]["spacing_mm"]
+    for probed in ("probe/random", "pretrain/mixcl-n1-s0"):
+        assert "mean" in json.loads((out / probed / "probe.json").read_text())["linear"]
