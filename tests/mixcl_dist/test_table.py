@@ -276,7 +276,8 @@ def test_what_runs_over_the_time_is_ended_and_begun_anew(go, small_table, stub, 
     ending = go(config, stub("time.sleep(60)"), seconds=1)
     assert ending.left == ("trial/scratch-n1-s0",)
     assert go(config, stub()).done == 1
-    assert order(tmp_path) == ["trial/scratch-n1-s0"] * 2
+    statuses = [record["status"] for record in ledger.read(tmp_path / "table" / "ledger.jsonl")]
+    assert statuses == ["begun", "begun", "done"]
 
 
 def test_only_what_is_asked_for_is_run_with_what_it_needs(go, small_table, stub, tmp_path):
