@@ -79,7 +79,8 @@ class TableTrial:
     dice: dict[str, Any]
     curve: list[tuple[int, float]]
     """Step and mean Dice on development scans."""
-    label_cases: list[str] | None
+    unshown: tuple[str, ...]
+    """Classes that none of its labelled scans shows; there was nothing to learn of them."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> Ta
         seconds=record.get("seconds"),
         dice=(dice or {}) if status == "done" else {},
         curve=[(row["step"], row["mean"]) for row in _read_metrics(run / "curve.jsonl") if row.get("mean") is not None],
-        label_cases=facts.get("label_cases"),
+        unshown=tuple(facts.get("unshown_classes", ())),
     )
 
 

@@ -117,7 +117,7 @@ def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int, resample
     means = [trial.dice["mean"] for trial in done.values()]
     pairs = [(done[seed], scratch[seed]) for seed in sorted(done.keys() & scratch.keys())]
     classes = list(dict.fromkeys(name for trial in done.values() for name in trial.dice["classes"]))
-    by_class = {name: [trial.dice["class_mean"].get(name) for trial in done.values()] for name in classes}
+    by_class = {name: [_class_means(trial, "dice").get(name) for trial in done.values()] for name in classes}
     return Row(
         fold=fold,
         arm=arm,
@@ -145,18 +145,26 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(kept) if kept else None
 
 
+def _class_means(trial: TableTrial, name: str) -> dict[str, float | None]:
+    """Of each class that the trial could learn the mean over cases of Dice, or of another score by its name."""
+    means = (trial.dice if name == "dice" else trial.dice.get(name, {})).get("class_mean", {})
+    return {key: value for key, value in means.items() if key not in trial.unshown}
+
+
 def _summary(trial: TableTrial, name: str) -> float | None:
-    return trial.dice.get(name, {}).get("mean")
+    return _mean(_class_means(trial, name).values())
 
 
 def _differences(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> np.ndarray:
-    """(seeds, cases, classes) Dice of an arm minus that of scratch, NaN where either has none."""
+    """(seeds, cases, classes) Dice of an arm minus that of scratch, NaN where there is none or nothing to learn."""
     cases = list(dict.fromkeys(case for trial, _ in pairs for case in trial.dice["cases"]))
     classes = list(dict.fromkeys(name for trial, _ in pairs for name in trial.dice["classes"]))
 
     def scores(trial: TableTrial) -> np.ndarray:
         found = [[trial.dice["cases"].get(case, {}).get(name) for name in classes] for case in cases]
-        return np.array(found, dtype=float)  # None becomes NaN
+        values = np.array(found, dtype=float)  # None becomes NaN
+        values[:, [name in trial.unshown for name in classes]] = np.nan
+        return values
 
     if not pairs:
         return np.empty((0, 0, 0))
@@ -218,7 +226,7 @@ def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any
     rows = []
     for trial in table.trials:
         dice = trial.dice if trial.status == "done" else None
-        class_mean = dice["class_mean"] if dice else {}
+        class_mean = _class_means(trial, "dice")
         other = scratch.get((trial.fold, trial.scans, trial.seed))
         goal = plateau(other.curve) if other else None
         rows.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import fnmatch
 import os
@@ -16,9 +17,10 @@ from subprocess import Popen
 from typing import Any
 
 from mixcl_dist import programs
-from mixcl_dist.config import Config, replace, to_dict, to_yaml
+from mixcl_dist.budget import budget_cases, check_development
+from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.manifest import Manifest
-from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.ledger import Ledger, digest_of
 from mixcl_dist.run import RunError, machine, now, read_json, write_atomic, write_json
 from mixcl_dist.table.plan import Item, plan
@@ -113,17 +115,24 @@ def _question(config: Config, data: Path, shards: Path, manifest_digest: str) ->
     source = open_source(data)
     if source.problems:
         raise source.problems[0]
-    _check_scans(config, source.cases)
+    _check_data(config, source)
     cases = [[case.name, case.split, *sorted(case.reliable)] for case in source.cases]
     return {"data": str(data), "shards": str(shards), "digest": digest_of(ROOT, (), cases, manifest_digest)}
 
 
-def _check_scans(config: Config, cases: Sequence[Any]) -> None:
-    kept_back = getattr(config.budget, "development", ())
-    labelled = [case for case in cases if case.split == "training" and case.reliable and case.name not in kept_back]
-    most = max((*config.table.scans, *(config.table.other_organs.scans if config.table.other_organs.folds else ())))
-    if most > len(labelled):
-        raise RunError(f"table.scans: {most} is more than the {len(labelled)} labelled training scans; give fewer")
+def _check_data(config: Config, source: Source) -> None:
+    """Raise `ConfigError` where the data set has too few labelled scans, or not the organs of a fold."""
+    check_development(source.cases, config.budget.development)
+    others = config.table.other_organs
+    wanted = [(config.table.scans, config.finetune.classes)]
+    for name, fold in others.folds.items():
+        if unknown := [organ for organ in (*fold.known, *fold.new) if organ not in source.classes]:
+            known = ", ".join(source.classes)
+            raise ConfigError(f"table.other_organs.folds.{name}: there is no class {unknown[0]}; classes: {known}")
+        wanted.append((others.scans, fold.new))
+    for scans, classes in wanted:
+        budget = dataclasses.replace(config.budget, fraction=0.0, scans=max(scans), classes=classes)
+        budget_cases(source.cases, budget)
 
 
 def _begin(out: Path, config: Config, question: dict[str, Any], items: Mapping[str, Item]) -> None:

@@ -31,7 +31,9 @@ def _pretrain(config: Config, question: dict[str, Any], item: dict[str, Any], st
     from mixcl_dist.pretrain import pretrain
 
     resume = checkpoint.newest(run / "checkpoints") is not None
-    if not resume:
+    if resume:  # as it was begun: by the ledger's digest all that matters is the same
+        config, start = load(run / "config.yaml"), None
+    else:
         shutil.rmtree(run, ignore_errors=True)
     pretrain(config, shards=question["shards"], run=run, start=start, resume=resume)
 

@@ -43,7 +43,8 @@ def dice_of(arm: str, scans: int, seed: int) -> dict:
     }
     means = {name: float(np.mean([row[name] for row in found.values() if row[name] is not None])) for name in CLASSES}
     summary = {"classes": CLASSES, "cases": found, "class_mean": means, "mean": float(np.mean(list(means.values())))}
-    return summary | {"hd95_mm": {"mean": 12.5}, "surface_dice": {"mean": 0.7}}
+    other = {name: dict.fromkeys(CLASSES, value) for name, value in (("hd95_mm", 12.5), ("surface_dice", 0.7))}
+    return summary | {name: {"class_mean": values} for name, values in other.items()}
 
 
 @pytest.fixture
@@ -122,6 +123,18 @@ def test_classes_that_were_not_learnt_are_counted(table):
     results = table_results(open_table(table()))
     assert row(results, "scratch", 1).zeros == {"brainstem": 0, "larynx": 0, "esophagus": 2}
     assert row(results, "mixcl", 1).zeros["esophagus"] == 0
+
+
+def test_a_class_that_no_labelled_scan_shows_is_in_no_figure(table):
+    folder = table()
+    for run in folder.glob("trial/*-n1-s1"):
+        write_json(run / "run.json", {"unshown_classes": ["esophagus"]})
+    results = table_results(open_table(folder))
+    assert row(results, "scratch", 1).zeros["esophagus"] == 1  # that of seed 3; seed 1 could not learn it
+    ours, scratch = ([dice_of(arm, 1, 1)["class_mean"][name] for name in CLASSES[:2]] for arm in ("mixcl", "scratch"))
+    whole = [np.subtract(*(dice_of(arm, 1, s)["mean"] for arm in ("mixcl", "scratch"))) for s in (0, 2, 3)]
+    expected = np.mean([*whole, np.mean(np.subtract(ours, scratch))])
+    assert row(results, "mixcl", 1).difference.mean == pytest.approx(expected)
 
 
 def test_steps_to_scratchs_plateau_are_a_share_of_its_own(table):

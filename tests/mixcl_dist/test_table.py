@@ -317,9 +317,15 @@ def test_a_folder_of_another_table_is_refused(go, small_table, stub, cohort, sha
         run_table(small_table(), data=cohort[0], shards=shards, out=tmp_path / "full", command=stub())
 
 
-def test_more_scans_than_are_labelled_are_refused(go, small_table, stub):
-    with pytest.raises(RunError, match=r"table.scans: 9 is more than the \d labelled training scans"):
+def test_what_the_data_cannot_give_is_refused_before_anything_is_run(go, small_table, stub, tmp_path):
+    with pytest.raises(ConfigError, match=r"budget.scans 9: .* has \d labelled training scans .*; give at most \d"):
         go(small_table(scans=[1, 9]), stub())
+    others = {"folds": {"A": {"known": ["liver"], "new": ["gizzard"]}}, "arms": {"scratch": {}}}
+    with pytest.raises(ConfigError, match=r"folds.A: there is no class gizzard; classes: .*liver"):
+        go(small_table(other_organs=others), stub())
+    with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
+        go(replace(small_table(), {"budget.development": ["nobody"]}), stub())
+    assert order(tmp_path) == []
 
 
 def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, cohort, shards, tmp_path):
