@@ -159,7 +159,7 @@ def _surface_score(
         return SurfaceScore(round(float(np.linalg.norm(np.multiply(drawn.shape, spacing_mm))), 3), 0.0)
     box = _bounding_box(predicted | drawn)
     edges = get_mask_edges(predicted[box], drawn[box])
-    distances = [get_surface_distance(*pair, spacing=tuple(spacing_mm)) for pair in (edges, edges[::-1])]
+    distances = [get_surface_distance(a, b, spacing=tuple(spacing_mm)) for a, b in (edges, edges[::-1])]
     hd95_mm = max(float(np.percentile(each, 95)) for each in distances)
     near = float(np.mean(np.concatenate(distances) <= tolerance_mm))
     return SurfaceScore(round(hd95_mm, 3), round(near, 5))
@@ -189,8 +189,8 @@ def summarise_surfaces(
     cases: Mapping[str, Mapping[str, SurfaceScore | None]], classes: Sequence[str]
 ) -> dict[str, dict]:
     """What `dice.json` holds beside Dice: `hd95_mm` and `surface_dice`, each with the entries of `summarise`."""
-    hd95_mm = {case: {name: s and s.hd95_mm for name, s in scores.items()} for case, scores in cases.items()}
-    dice = {case: {name: s and s.dice for name, s in scores.items()} for case, scores in cases.items()}
+    hd95_mm = {case: {k: None if s is None else s.hd95_mm for k, s in of.items()} for case, of in cases.items()}
+    dice = {case: {k: None if s is None else s.dice for k, s in of.items()} for case, of in cases.items()}
     return {"hd95_mm": summarise(hd95_mm, classes), "surface_dice": summarise(dice, classes)}
 
 

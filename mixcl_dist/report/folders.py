@@ -165,7 +165,9 @@ def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> Ta
         text=record.get("text", ""),
         seconds=record.get("seconds"),
         dice=(dice or {}) if status == "done" else {},
-        curve=[(row["step"], row["mean"]) for row in _read_metrics(run / "curve.jsonl") if row.get("mean") is not None],
+        curve=[
+            (int(row["step"]), row["mean"]) for row in _read_metrics(run / "curve.jsonl") if row.get("mean") is not None
+        ],
         unshown=tuple(facts.get("unshown_classes", ())),
     )
 

@@ -70,7 +70,7 @@ def table_page(table: TableFolder, results: TableResults) -> str:
     curves = {
         fold: figures.table_curves([t for t in table.trials if t.fold == fold], colours, fold) for fold in by_block
     }
-    machines = (record.get("machine") for record in table.records.values() if record.get("machine"))
+    machines = [record["machine"] for record in table.records.values() if "machine" in record]
     return _render(
         "table.html",
         title=table.facts.get("name", table.path.name),

@@ -100,7 +100,7 @@ def run_table(
         return queue.ending(chosen)
 
 
-def _chosen(items: Mapping[str, Item], only: str | None) -> list[str]:
+def _chosen(items: dict[str, Item], only: str | None) -> list[str]:
     if only is None:
         return [name for name, item in items.items() if item.kind == "trial"]
     names = fnmatch.filter(items, only)
@@ -135,7 +135,7 @@ def _check_data(config: Config, source: Source) -> None:
         budget_cases(source.cases, budget)
 
 
-def _begin(out: Path, config: Config, question: dict[str, Any], items: Mapping[str, Item]) -> None:
+def _begin(out: Path, config: Config, question: dict[str, Any], items: dict[str, Item]) -> None:
     """Write down the question, or compare it with that of an earlier call; raises `RunError` for another one."""
     known = out / "plan.json"
     head = {"kind": "table", "name": out.resolve().name, "started": now()}
@@ -180,7 +180,7 @@ class Queue:
     def __init__(
         self,
         config: Config,
-        items: Mapping[str, Item],
+        items: dict[str, Item],
         out: Path,
         workers: int,
         data_digest: str,
