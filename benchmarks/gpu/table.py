@@ -29,7 +29,7 @@ TINY = (
     "--network.filters", "4,8,16", "--network.voxel_dim", "16", "--views.size", "16,16,16", "--rows.per_view_pair", "8",
     "--pretrain.batch_size", "2", "--pretrain.steps", "2", "--finetune.steps", "2", "--finetune.patch_size", "16,16,16",
     "--finetune.batch_size", "1", "--table.baselines", "random", "--table.margin", "-1",
-    "--table.stages.mixcl.settings", "{pretrain.steps: 2}", "--only", "trial/[ms]*c[hl]-n1-s0",
+    "--table.scans", "1", "--table.other_organs.scans", "[1]", "--table.stages.mixcl.settings", "{pretrain.steps: 2}", "--only", "trial/[ms]*c[hl]-n1-s0",
 )  # fmt: skip
 TINY_CASES = {"training": 6, "validation": 1}
 
@@ -58,11 +58,11 @@ def few_label(options: argparse.Namespace) -> dict:
     words = ["--data", str(cases(options)), "--shards", str(shards), "--out", str(table), "--recipe", "few_label"]
     words += ["--workers", str(2 if options.tiny else SIDE_BY_SIDE), "--seconds", str(options.seconds - ENDING)]
     settings = [*TINY, "--budget.development", development(options)] if options.tiny else ["--views.size", "48,48,48"]
-    try:
-        code = cli.main(["table", *words, *settings])
-        write_report(table)
-    finally:
-        copy(table, kept, KEPT)
+    code = cli.main(["table", *words, *settings])
+    if not (table / "plan.json").exists():  # refused
+        raise SystemExit(code)
+    write_report(table)
+    copy(table, kept, KEPT)
     found = json.loads((kept / "table.json").read_text())
     counts = {"done": found["done"], "planned": found["planned"]}
     text = f"{found['done']} of {found['planned']} planned trials: {found['headline']}"
