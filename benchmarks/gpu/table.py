@@ -29,7 +29,8 @@ TINY = (
     "--network.filters", "4,8,16", "--network.voxel_dim", "16", "--views.size", "16,16,16", "--rows.per_view_pair", "8",
     "--pretrain.batch_size", "2", "--pretrain.steps", "2", "--finetune.steps", "2", "--finetune.patch_size", "16,16,16",
     "--finetune.batch_size", "1", "--table.baselines", "random", "--table.margin", "-1",
-    "--table.scans", "1", "--table.other_organs.scans", "[1]", "--table.stages.mixcl.settings", "{pretrain.steps: 2}", "--only", "trial/[ms]*c[hl]-n1-s0",
+    "--table.scans", "1", "--table.other_organs.scans", "[1]",
+    "--table.stages.mixcl.settings", "{pretrain.steps: 2}", "--only", "trial/[ms]*c[hl]-n1-s0",
 )  # fmt: skip
 TINY_CASES = {"training": 6, "validation": 1}
 

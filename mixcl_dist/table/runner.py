@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +50,11 @@ SETTINGS = {
     "probe": ("network", "budget"),
 }
 """Sections on which they depend."""
-WITHOUT_EFFECT = {"data": ("workers", "cache", "max_bad_fraction"), "pretrain": ("log_every", "sample_every")}
+WITHOUT_EFFECT = {
+    "data": ("workers", "cache", "max_bad_fraction"),
+    "pretrain": ("log_every", "sample_every", "probe_every", "gradient_norms_every"),
+    "finetune": ("log_every",),
+}
 LOOK_EVERY = 0.2
 """Seconds between two looks at the running processes."""
 
