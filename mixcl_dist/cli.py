@@ -129,12 +129,16 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _probe(options: argparse.Namespace) -> None:
+    from mixcl_dist.config import load, replace, to_dict
     from mixcl_dist.probe import FILE_NAME, probe_run, run_of
     from mixcl_dist.run import write_json
 
+    config = _config(options)
     if options.run is not None:
-        options.config.insert(0, run_of(options.run) / "config.yaml")
-    found = probe_run(options.run, _config(options), shards=options.data)
+        known = load(run_of(options.run) / "config.yaml")
+        development = config.budget.development or known.budget.development
+        config = replace(config, {"network": to_dict(known)["network"], "budget.development": development})
+    found = probe_run(options.run, config, shards=options.data)
     out = options.out or (options.run and options.run / FILE_NAME)
     print(f"{'Dice, frozen features':<24} linear  k-NN")
     for name in found["linear"]["dice"]:

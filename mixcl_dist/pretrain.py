@@ -101,7 +101,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
             engine.step()
             recorder.add(loss, terms)
         if _is_due(step, config.pretrain.probe_every, last):
-            recorder.probe(network.backbone, shards)
+            recorder.probe(shards)
         if _is_due(step, config.pretrain.log_every, last):
             recorder.log(step)
         if _is_due(step, config.pretrain.sample_every, last):

@@ -23,13 +23,15 @@ from torch.nn import functional as F
 
 from mixcl_dist.config import Config, ConfigError
 from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.dedup import scans_of_shards
 from mixcl_dist.data_shards.manifest import CASES_FILE, Manifest
 from mixcl_dist.data_shards.reader import SampleReader, Wanted
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.intensity import normalise
 from mixcl_dist.networks import Backbone, voxels_of
 from mixcl_dist.precision import autocast
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.run import RunError
+from mixcl_dist.seen import Seen, shared_scans
 
 FILE_NAME = "probe.json"
 """In a run's folder."""
@@ -59,9 +61,12 @@ class Patches:
     case: np.ndarray
     """(N,) number of the scan."""
 
-    def of(self, cases: np.ndarray) -> Patches:
+    def of(self, cases: np.ndarray, divisor: int) -> Patches:
+        """Those of some scans, with edges cut off to multiples of `divisor`."""
         chosen = np.isin(self.case, cases)
-        return Patches(self.hu[chosen], self.label[chosen], self.known[chosen], self.case[chosen])
+        x, y, z = (edge // divisor * divisor for edge in self.hu.shape[1:])
+        hu, label = (array[chosen, :x, :y, :z] for array in (self.hu, self.label))
+        return Patches(hu, label, self.known[chosen], self.case[chosen])
 
 
 def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[
     torch.manual_seed(0)
     backbone = Backbone(config.network)
     if path is not None:
-        _refuse_seen(path, development)
+        _refuse_seen(path, shards, development)
         load_backbone(backbone, path)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.monotonic()
@@ -94,11 +99,14 @@ def run_of(path: Path) -> Path:
     return path if (path / "run.json").exists() else path.parent.parent
 
 
-def _refuse_seen(path: Path, development: Sequence[str]) -> None:
-    facts = read_json(run_of(path) / "run.json")
-    seen = sorted(set(development).intersection([*facts["training_cases"], *facts["label_cases"]]))
-    if seen:
-        raise RunError(f"{path}: was pre-trained on development scan {seen[0]}; pre-train with budget.development set")
+def _refuse_seen(path: Path, shards: Path | str, development: Sequence[str]) -> None:
+    scans = [scan for scan in scans_of_shards(shards) if scan.name in development]
+    if shared := shared_scans(Seen.load(run_of(path)), scans):
+        name, seen_as = shared[0].case, shared[0].scan.name
+        alias = "" if name == seen_as else f" (there {seen_as})"
+        raise RunError(
+            f"{path}: was pre-trained on development scan {name}{alias}; pre-train with budget.development set"
+        )
 
 
 def load_backbone(backbone: Backbone, path: Path) -> None:
@@ -143,10 +151,24 @@ def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_h
     The linear probe is judged on every voxel, k-NN on sampled ones that stand for all. Raises `RunError` where the
     features are not finite or all alike.
     """
+    scans = np.unique(patches.case)
+    fitted, judged = (patches.of(scans[part::2], backbone.level_divisor) for part in (0, 1))
     training = backbone.training
     backbone.eval()
-    scans = np.unique(patches.case)
-    fitted, judged = patches.of(scans[::2]), patches.of(scans[1::2])
+    try:
+        counts = _judge(backbone, fitted, judged, window_hu)
+    finally:
+        backbone.train(training)
+    found = {kind: _dice(of_kind, judged, classes) for kind, of_kind in counts.items()}
+    if found["linear"]["mean"] is None:
+        raise RunError("no judged development scan shows a class that is annotated there; name others")
+    return found | {"scans": {"fitted": len(scans[::2]), "judged": len(scans[1::2])}}
+
+
+def _judge(
+    backbone: Backbone, fitted: Patches, judged: Patches, window_hu: tuple[float, float]
+) -> dict[str, np.ndarray]:
+    """Of each probe (N, 3, C + 1) voxels of each class of each judged patch that are found, drawn, and both."""
     sample = _joined([_sample(fitted, *part) for part in _pyramids(backbone, fitted, window_hu)])
     mean, deviation = sample.features.mean(0), sample.features.std(0)
     if not torch.isfinite(mean).all() or (deviation > 1e-6).sum() < 2:
@@ -159,12 +181,7 @@ def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_h
         linear += _judge_linear(judged, *part, weight * scale, bias - (weight * scale) @ mean)
         queries.append(_sample(judged, *part))
     neighbours = _judge_neighbours(standard, _joined(queries).standardised(mean, scale), judged)
-    backbone.train(training)
-    return {
-        "linear": _dice(np.array(linear), judged, classes),
-        "knn": _dice(neighbours, judged, classes),
-        "scans": {"fitted": len(scans[::2]), "judged": len(scans[1::2])},
-    }
+    return {"linear": np.array(linear), "knn": neighbours}
 
 
 @dataclass(frozen=True)
@@ -237,7 +254,8 @@ def _pyramids(
     for first in range(0, len(patches.hu), PATCHES_AT_ONCE):
         hu = torch.from_numpy(patches.hu[first : first + PATCHES_AT_ONCE, None]).to(device)
         with autocast(device):
-            yield first, backbone(normalise(hu, window_hu))
+            pyramid = backbone(normalise(hu, window_hu))
+        yield first, pyramid  # outside, so that what is made of it is computed in float32
 
 
 @torch.enable_grad()
@@ -308,7 +326,8 @@ def _count(found: np.ndarray, drawn: np.ndarray, weight: np.ndarray, classes: in
 
 
 def _dice(counts: np.ndarray, patches: Patches, classes: Sequence[str]) -> dict[str, Any]:
-    """Mean over scans of each class, of those in which it is known and drawn; and the mean over classes."""
+    """Mean over scans of each class, of those in which it is known and drawn; the mean over classes; and that of each
+    scan by itself, in the order of their numbers."""
     scans = np.unique(patches.case)
     per_scan = np.array([counts[patches.case == scan].sum(0) for scan in scans])
     known = np.array([patches.known[patches.case == scan][0] for scan in scans])
@@ -320,4 +339,5 @@ def _dice(counts: np.ndarray, patches: Patches, classes: Sequence[str]) -> dict[
         for name, column in zip(classes, dice.T[1:], strict=True)
     }
     shown = [value for value in of_class.values() if value is not None]
-    return {"mean": round(float(np.mean(shown)), 4) if shown else None, "dice": of_class}
+    of_scan = [None if np.isnan(row).all() else round(float(np.nanmean(row)), 4) for row in dice]
+    return {"mean": round(float(np.mean(shown)), 4) if shown else None, "dice": of_class, "scans": of_scan}

@@ -175,35 +175,42 @@ class Recorder:
         np.savez_compressed(file, allow_pickle=False, **{name: _compact(array) for name, array in arrays.items()})
         write_atomic(self._run.path / "samples.npz", file.getvalue())
 
-    def probe(self, backbone: Backbone, shards: Path | str) -> None:
+    def probe(self, shards: Path | str) -> None:
         """Probe the network's features for the next log, and leave the figures in `probe.json`."""
-        with self._engine.whole_parameters():
-            if not self._run:
-                return
-            if self._probe_patches is None:
-                self._probe_patches = read_patches(shards, self._config.budget.development)
-            found = probe(backbone, *self._probe_patches, self._config.network.window_hu)
+        weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
+        if not self._run:
+            return
+        if self._probe_patches is None:
+            self._probe_patches = read_patches(shards, self._config.budget.development)
+        # A network of its own: at ZeRO stage 3 the engine's cannot run on one rank alone.
+        backbone = Backbone(self._config.network)
+        backbone.load_state_dict(weights)
+        try:
+            found = probe(backbone.to(self._engine.device), *self._probe_patches, self._config.network.window_hu)
+        except RunError as error:
+            self._run.warn("probe", str(error))
+            return
         self._probed = {f"probe_{kind}": found[kind]["mean"] for kind in ("linear", "knn")}
         write_json(self._run.path / PROBE, found | {"cases": list(self._config.budget.development)})
 
     def save_backbone(self, folder: Path) -> None:
         """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`."""
+        weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
+        if self._run:
+            write_atomic(folder / "network.safetensors", save(weights))
+
+    def _weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """In main memory; every rank has to call."""
         with self._engine.whole_parameters():
-            if self._run:
-                weights = cast(PretrainNetwork, self._engine.module).backbone.state_dict()
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-                write_atomic(folder / "network.safetensors", save(tensors))
+            return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
 
     def finish(self) -> None:
         """Write the backbone, what it is and, to begin a pre-training with, all heads; mark the run as finished."""
         self.save_backbone(self._path)
-        with self._engine.whole_parameters():
-            if not self._run:
-                return
-            tensors = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in self._engine.module.state_dict().items()
-            }
-            write_atomic(self._path / WHOLE_NETWORK, save(tensors))
+        weights = self._weights(self._engine.module)
+        if not self._run:
+            return
+        write_atomic(self._path / WHOLE_NETWORK, save(weights))
         write_json(
             self._path / "network.json",
             {

@@ -15,7 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mixcl_dist.ledger import digest_of
 from mixcl_dist.run import machine, read_json, read_metrics
+from mixcl_dist.table.runner import ROOT, SOURCES
 
 LABELLED = {"budget.scans": "4", "data.labelled_fraction": "0.5", "objective.voxel_label": "1"}
 OFF = {f"objective.{term}": "0" for term in ("voxel_identity", "voxel_label", "crop_identity", "reconstruction")}
@@ -44,6 +46,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "labels of 4 scans, identity, spacing 2": IDENTITY | LABELLED | {"rows.min_spacing": "2"},
 }
 """Name → settings beside the recipe `few_label`."""
+SOURCES_DIGEST = digest_of(ROOT, (*SOURCES["pretrain"], *SOURCES["probe"], "recipes/few_label.yaml"))
+"""Rows of other sources stay in the table, but are not taken for these."""
 LOGGED = ("voxel_identity", "voxel_label", "reconstruction", "voxel_label_anchors", "gradient_norm")
 
 
@@ -52,7 +56,7 @@ def main() -> int:
     parser.add_argument("--shards", required=True, help="made with the recipe few_label")
     parser.add_argument("--out", type=Path, required=True, help="folder; variants.csv in it has a row for each variant")
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -65,12 +69,17 @@ def main() -> int:
 
 
 def is_done(name: str, options: argparse.Namespace) -> bool:
-    key = {"variant": name, **asked(options)}
+    """Whether there is a row of these settings and of the sources as they are now."""
+    key = {"variant": name, **asked(options), "settings": spelled(name), "sources": SOURCES_DIGEST}
     return any(key.items() <= row.items() for row in rows(options.out))
 
 
 def asked(options: argparse.Namespace) -> dict[str, str]:
     return {"steps": str(options.steps), "batch_size": str(options.batch_size), "seed": str(options.seed)}
+
+
+def spelled(name: str) -> str:
+    return " ".join(f"{key}={value}" for key, value in VARIANTS[name].items())
 
 
 def measure(name: str, options: argparse.Namespace) -> bool:
@@ -99,7 +108,7 @@ def measure(name: str, options: argparse.Namespace) -> bool:
     row |= {key: last.get(key, "") for key in LOGGED}
     here = machine()
     row |= {"seconds": round(facts["seconds"]), "machine": here["gpu"] or f"{here['cpu']}, {os.cpu_count()} cores"}
-    row |= {"settings": " ".join(f"{key}={value}" for key, value in VARIANTS[name].items())}
+    row |= {"settings": spelled(name), "sources": SOURCES_DIGEST}
     append(options.out / "variants.csv", row)
     return True
 

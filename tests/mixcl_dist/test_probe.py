@@ -12,7 +12,7 @@ from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.networks import Backbone
 from mixcl_dist.pretrain import pretrain
 from mixcl_dist.probe import Patches, probe, probe_run, read_patches
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.run import RunError, read_json, read_metrics
 
 WINDOW_HU = (-1000.0, 1000.0)
 DEVELOPMENT = ("abdomen_000", "abdomen_001", "renal_000", "renal_001")
@@ -21,8 +21,11 @@ DEVELOPMENT = ("abdomen_000", "abdomen_001", "renal_000", "renal_001")
 class Oracle(torch.nn.Module):
     """A backbone whose finest features are what the image shows, one channel for each of three grey values."""
 
-    def __init__(self, informative: bool = True):
+    level_divisor = 2
+
+    def __init__(self, informative: bool = True, offset: float = 0.0):
         super().__init__()
+        self.offset = offset
         self.scale = torch.nn.Parameter(torch.tensor(1.0))
         self.informative = informative
 
@@ -31,7 +34,7 @@ class Oracle(torch.nn.Module):
         features = (
             torch.exp(-((image - levels) ** 2) / 0.01) if self.informative else torch.randn(len(image), 3, 8, 8, 8)
         )
-        return [torch.nn.functional.avg_pool3d(image, 2) * self.scale, features]
+        return [torch.nn.functional.avg_pool3d(image, 2) * self.scale, features + self.offset]
 
 
 def patches(known=((False, True, True),) * 4):
@@ -52,7 +55,26 @@ def test_features_that_tell_the_classes_apart_score_one_and_noise_does_not():
     for kind in ("linear", "knn"):
         assert good[kind]["mean"] > 0.99 and good[kind]["dice"].keys() == {"a", "b"}
         assert noise[kind]["mean"] < 0.6
-    assert good["scans"] == {"fitted": 2, "judged": 2}
+    assert good["scans"] == {"fitted": 2, "judged": 2} and len(good["linear"]["scans"]) == 2
+
+
+def test_patches_that_the_network_cannot_halve_are_cut(shards):
+    some = patches()
+    odd = Patches(*(np.pad(array, [(0, 0)] + [(0, 1)] * 3) for array in (some.hu, some.label)), some.known, some.case)
+    assert probe(Oracle(), odd, ("a", "b"), WINDOW_HU) == probe(Oracle(), some, ("a", "b"), WINDOW_HU)
+
+
+def test_the_classifier_is_computed_in_float32_where_the_network_runs_in_bfloat16(monkeypatch):
+    """Features far from 0 differ little: bfloat16 would lose what tells them apart."""
+    expected = probe(Oracle(), patches(), ("a", "b"), WINDOW_HU)
+    monkeypatch.setattr("mixcl_dist.precision.has_bfloat16", lambda device: True)
+    assert probe(Oracle(offset=100.0), patches(), ("a", "b"), WINDOW_HU)["linear"] == expected["linear"]
+
+
+def test_scans_that_show_no_class_cannot_be_judged_by():
+    known = [[False, True, True], [False, False, False]] * 2
+    with pytest.raises(RunError, match="no judged development scan shows a class"):
+        probe(Oracle(), patches(known), ("a", "b"), WINDOW_HU)
 
 
 def test_a_class_that_a_scan_leaves_unknown_is_neither_learnt_as_background_nor_judged():
@@ -115,10 +137,32 @@ def test_the_verb_probes_a_run_a_checkpoint_and_a_random_network(shards, small_c
     assert main(["probe", "none", "--data", str(shards), "--out", str(out), *settings]) == 0
 
 
+def test_a_probe_at_intervals_works_where_parameters_are_scattered(shards, small_config, tmp_path):
+    settings = {"budget.development": DEVELOPMENT, "pretrain.steps": 2, "pretrain.probe_every": 1}
+    settings |= {"engine.zero_stage": 3, "pretrain.gradient_norms_every": 0}
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(entry["probe_linear"] >= 0 for entry in metrics)
+
+
+def test_a_probe_that_cannot_be_made_is_warned_of_and_the_run_goes_on(
+    shards, small_config, tmp_path, capsys, monkeypatch
+):
+    settings = {"budget.development": ("abdomen_000", "renal_000"), "pretrain.steps": 1, "pretrain.probe_every": 1}
+    monkeypatch.setattr("mixcl_dist.recorder.probe", _collapsed)
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    assert "the network has collapsed" in capsys.readouterr().err
+    assert read_json(tmp_path / "run" / "run.json")["finished"] and not (tmp_path / "run" / "probe.json").exists()
+
+
+def _collapsed(*arguments):
+    raise RunError("the network has collapsed")
+
+
 def test_a_run_that_saw_the_development_scans_is_refused(shards, small_config, tmp_path):
     run, config = tmp_path / "run", replace(small_config, {"pretrain.steps": 1})
     pretrain(config, shards=shards, run=run)
-    with pytest.raises(RunError, match="was pre-trained on development scan abdomen_000; pre-train with"):
+    with pytest.raises(RunError, match=r"was pre-trained on development scan abdomen_000.*; pre-train with"):
         probe_run(run, replace(config, {"budget.development": DEVELOPMENT}), shards=shards)
     with pytest.raises(ConfigError, match="names no two scans"):
         probe_run(run, config, shards=shards)
