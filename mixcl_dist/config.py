@@ -292,7 +292,7 @@ class TableConfig:
     margin: float = 0.02
     """Dice of the linear probe by which it has to be beaten."""
     resamples: Count = 10_000
-    """Bootstrap resamples of an interval."""
+    """Bootstrap resamples, of seeds and of cases, for the standard error of a difference."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from mixcl_dist.statistics import (
 
 AT_ZERO = 0.01
 """A class whose mean Dice in a trial is below this was not learnt at all."""
+LEAST_SEEDS = 5
+"""With fewer the headline calls nothing sure."""
 
 
 @dataclass(frozen=True)
@@ -214,10 +216,12 @@ def _sentence(row: Row, so_far: str) -> str:
         f"{CONFIDENCE:.0%} interval {points(found.low)} to {points(found.high)} over {found.seeds} subset seeds and "
         f"{found.cases} cases"
     ).replace("%", " %")
-    sure = found.excludes_zero and row.p_holm is not None and row.p_holm < 1 - CONFIDENCE
-    if sure:
-        return f"{where}, {change} ({interval}){so_far}."
-    return f"{where}, {change} ({interval}){so_far}, which cannot tell whether pre-training helps."
+    told = f"{where}, {change} ({interval}){so_far}"
+    if found.seeds < LEAST_SEEDS:
+        return f"{told}; fewer than {LEAST_SEEDS} seeds cannot tell whether pre-training helps."
+    if found.excludes_zero and row.p_holm is not None and row.p_holm < 1 - CONFIDENCE:
+        return f"{told}."
+    return f"{told}, which cannot tell whether pre-training helps."
 
 
 def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any]]:
