@@ -85,7 +85,7 @@ class TableTrial:
 
 @dataclass(frozen=True)
 class TableFolder:
-    """A few-label table: its plan, the newest record of every item, its trials in the order in which they are run."""
+    """A few-label table: its plan, each item's record as now planned, its trials in the order in which they are run."""
 
     path: Path
     facts: dict[str, Any]
@@ -144,12 +144,23 @@ def open_table(path: Path) -> TableFolder:
     file = path / "plan.json"
     facts = read_json(file)
     _require(file, facts, ("table", "items"))
-    records = {record["item"]: record for record in ledger.read(path / "ledger.jsonl")}
+    records = _current_records(path, facts["items"])
     trials = [
         _table_trial(path, item, records.get(item["name"], {})) for item in facts["items"] if item["kind"] == "trial"
     ]
     config = path / "config.yaml"
     return TableFolder(path, facts, config.read_text() if config.is_file() else "", records, trials)
+
+
+def _current_records(path: Path, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The newest record of each planned item, unless other settings or sources have made it, by its digest; a plan
+    without digests takes all."""
+    newest = {record["item"]: record for record in ledger.read(path / "ledger.jsonl")}
+    return {
+        item["name"]: record
+        for item in items
+        if (record := newest.get(item["name"])) and item.get("digest", record["digest"]) == record["digest"]
+    }
 
 
 def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> TableTrial:

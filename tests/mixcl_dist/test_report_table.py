@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from dataclasses import replace as changed
 
@@ -13,6 +14,7 @@ from mixcl_dist.config import from_dict, to_dict, to_yaml
 from mixcl_dist.ledger import Ledger
 from mixcl_dist.report import table_text, write_report
 from mixcl_dist.report.folders import open_table
+from mixcl_dist.report.page import probe_figures
 from mixcl_dist.report.table import _sentence, table_results
 from mixcl_dist.run import write_json
 from mixcl_dist.statistics import mean_difference
@@ -47,6 +49,14 @@ def dice_of(arm: str, scans: int, seed: int) -> dict:
     return summary | {name: {"class_mean": values} for name, values in other.items()}
 
 
+def digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def planned(item):
+    return item.as_json() | {"digest": digest(item.name)}
+
+
 @pytest.fixture
 def table(tmp_path):
     """A function that makes the folder of a table, of which the trials that `done` accepts are done."""
@@ -62,7 +72,7 @@ def table(tmp_path):
             "data": "ct",
             "shards": "s",
         }
-        facts |= {"digest": "0", "table": to_dict(config)["table"], "items": [i.as_json() for i in items.values()]}
+        facts |= {"digest": "0", "table": to_dict(config)["table"], "items": [planned(i) for i in items.values()]}
         folder.mkdir(exist_ok=True)
         write_json(folder / "plan.json", facts)
         (folder / "config.yaml").write_text(to_yaml(config))
@@ -71,9 +81,23 @@ def table(tmp_path):
         for item in items.values():
             how = {"seconds": 60.0, "steps": 100, "machine": machine}
             if item.kind == "probe":
-                ledger.add(item.name, "0", "done", linear=0.5 if "mixcl" in item.name else 0.2, knn=0.1, text="", **how)
+                ledger.add(
+                    item.name,
+                    digest(item.name),
+                    "done",
+                    linear=0.5 if "mixcl" in item.name else 0.2,
+                    knn=0.1,
+                    text="",
+                    **how,
+                )
             elif item.kind == "trial" and status(item):
-                ledger.add(item.name, "0", status(item), text=f"barred: {item.name} 0.210 is not 0.02 above", **how)
+                ledger.add(
+                    item.name,
+                    digest(item.name),
+                    status(item),
+                    text=f"barred: {item.name} 0.210 is not 0.02 above",
+                    **how,
+                )
             elif item.kind == "trial" and done(item):
                 run = folder / item.name
                 run.mkdir(parents=True, exist_ok=True)
@@ -83,7 +107,7 @@ def table(tmp_path):
                 fast = 3 if item.arm == "mixcl" else 1
                 curve = [{"step": s, "mean": min(0.5, 0.5 * s * fast / 300), "dice": {}} for s in range(100, 1300, 100)]
                 (run / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
-                ledger.add(item.name, "0", "done", mean=0.5, text="Dice 0.5", **how)
+                ledger.add(item.name, digest(item.name), "done", mean=0.5, text="Dice 0.5", **how)
         return folder
 
     return make
@@ -117,6 +141,34 @@ def test_only_seeds_that_both_arms_have_are_compared(table):
     assert mixcl.paired_scratch == pytest.approx(np.mean([dice_of("scratch", 1, s)["mean"] for s in (0, 1)]))
     assert results.done == 10 + 2 * 2 * 2 and results.planned == 30
     assert "by 18 of 30 planned trials so far" in results.headline
+
+
+def test_what_other_settings_made_counts_as_planned(table):
+    """Also where its files are still there; a probe or a bar of other settings is not shown."""
+    folder = table(status=lambda item: "barred" if item.arm == "reconstruction" else None)
+    plan_file = folder / "plan.json"
+    content = json.loads(plan_file.read_text())
+    for item in content["items"]:
+        if item["name"] in ("trial/mixcl-n1-s0", "trial/reconstruction-n1-s0", "probe/random"):
+            item["digest"] = "another"
+    write_json(plan_file, content)
+    found = open_table(folder)
+    status = {trial.name: trial.status for trial in found.trials}
+    assert status["trial/mixcl-n1-s0"] == status["trial/reconstruction-n1-s0"] == "planned"
+    assert status["trial/mixcl-n1-s1"] == "done" and status["trial/reconstruction-n1-s1"] == "barred"
+    mixcl = row(table_results(found), "mixcl", 1)
+    assert (mixcl.done, mixcl.planned, mixcl.difference.seeds) == (4, 5, 4)
+    names = {probe["name"] for probe in probe_figures(found)}
+    assert "random" not in names and "mixcl-n1-s0" in names
+
+
+def test_of_a_plan_without_digests_every_record_counts(table):
+    folder = table()
+    content = json.loads((folder / "plan.json").read_text())
+    for item in content["items"]:
+        del item["digest"]
+    write_json(folder / "plan.json", content)
+    assert table_results(open_table(folder)).done == 30
 
 
 def test_classes_that_were_not_learnt_are_counted(table):
