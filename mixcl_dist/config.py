@@ -270,6 +270,8 @@ class OtherOrgansConfig:
     folds: dict[str, FoldConfig] = field(default_factory=dict)
     scans: tuple[Count, ...] = (1, 2)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    compared: tuple[tuple[str, str], ...] = ()
+    """Pairs [arm, reference] that are compared, beside every arm with scratch."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,8 @@ class TableConfig:
     """Subsets of scans, fixed beforehand."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    compared: tuple[tuple[str, str], ...] = ()
+    """Pairs [arm, reference] that are compared, beside every arm with scratch."""
     other_organs: OtherOrgansConfig = field(default_factory=OtherOrgansConfig)
     first_scans: tuple[Count, ...] = (1, 2)
     first_arms: tuple[str, ...] = ("scratch", "mixcl")

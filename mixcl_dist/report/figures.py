@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from mixcl_dist.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
 from mixcl_dist.report.folders import TableTrial
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
-from mixcl_dist.report.table import Row
+from mixcl_dist.report.table import Pair
 from mixcl_dist.statistics import Difference
 
 ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900", "#56b4e9", "#7a5c3e")
@@ -177,10 +177,10 @@ def class_dumbbells(results: StudyResults, fraction: float, start: str) -> Marku
     return _figure(f"class-{fraction}-{start}", size, draw, f"Dice by class at {percent(fraction)} of the labels")
 
 
-def table_differences(rows: Sequence[Row], colours: dict[str, str], name: str) -> Markup | None:
+def table_differences(pairs: Sequence[Pair], colours: dict[str, str], name: str) -> Markup | None:
     """Each arm minus scratch with its interval, a panel for each number of labelled scans."""
-    shown = [row for row in rows if row.difference and row.difference.mean is not None]
-    scans, arms = sorted({row.scans for row in shown}), list(dict.fromkeys(row.arm for row in shown))
+    shown = [pair for pair in pairs if pair.reference == SCRATCH and pair.difference.mean is not None]
+    scans, arms = sorted({pair.scans for pair in shown}), list(dict.fromkeys(pair.arm for pair in shown))
     if not shown:
         return None
 
@@ -188,8 +188,8 @@ def table_differences(rows: Sequence[Row], colours: dict[str, str], name: str) -
         panels = figure.subplots(1, len(scans), sharex=True, sharey=True, squeeze=False)[0]
         for axes, count in zip(panels, scans, strict=True):
             axes.axvline(0, color=colours[SCRATCH], linewidth=1.5)
-            for row in (row for row in shown if row.scans == count):
-                _draw_difference(axes, arms.index(row.arm), row.difference, colours[row.arm])  # type: ignore[arg-type]
+            for pair in (pair for pair in shown if pair.scans == count):
+                _draw_difference(axes, arms.index(pair.arm), pair.difference, colours[pair.arm])
             axes.set_yticks(range(len(arms)), [_class_label(arm) for arm in arms])
             axes.set_ylim(len(arms) - 0.5, -0.5)
             axes.set_title(f"{count} {'scan' if count == 1 else 'scans'}")

@@ -79,13 +79,17 @@ def table_page(table: TableFolder, results: TableResults) -> str:
         results=results,
         folds=table.facts["table"]["other_organs"]["folds"],
         colours=colours,
-        difference_figures={f: figures.table_differences(rows, colours, f) for f, rows in by_block.items()},
+        from_scratch={(p.fold, p.scans, p.arm): p for p in results.pairs if p.reference == SCRATCH},
+        other_pairs={f: [p for p in results.pairs if p.fold == f and p.reference != SCRATCH] for f in by_block},
+        difference_figures={
+            f: figures.table_differences([p for p in results.pairs if p.fold == f], colours, f) for f in by_block
+        },
         curve_figures={fold: figure for fold, figure in curves.items() if figure},
         widths={fold: 80 + 250 * len({row.scans for row in rows}) for fold, rows in by_block.items()},
         block_classes={
             f: list(dict.fromkeys(n for row in rows for n in row.class_mean)) for f, rows in by_block.items()
         },
-        comparisons=sum(row.p_holm is not None for row in results.rows),
+        comparisons=sum(pair.p_holm is not None for pair in results.pairs),
         probes=probe_figures(table),
         trials=table.trials,
         counts=Counter(trial.status for trial in table.trials),

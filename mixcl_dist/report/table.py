@@ -1,4 +1,4 @@
-"""What a few-label table found: differences from scratch by arm and number of scans, and a row for every trial."""
+"""What a few-label table found: differences of arms by number of scans, and a row for every trial."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LEAST_SEEDS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """Steps that an arm needs to scratch's plateau Dice of the same scans and seed, as a share of scratch's."""
+    """Steps that an arm needs to its reference's plateau Dice of the same scans and seed, as a share of its own."""
 
     ratio: float | None
     """Median over seeds; None where at least half of them do not reach it."""
@@ -58,18 +58,30 @@ class Row:
     """Class → trials in which it was not learnt."""
     hd95_mm: float | None
     surface_dice: float | None
-    paired_mean: float | None
-    paired_scratch: float | None
-    """Over the seeds that both arms have."""
-    difference: Difference | None
-    """None for scratch itself."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An arm minus its reference at one number of labelled scans, in the few-label block or a fold."""
+
+    fold: str
+    arm: str
+    reference: str
+    scans: int
+    arm_mean: float | None
+    reference_mean: float | None
+    """Mean Dice over the seeds that both have."""
+    difference: Difference
     p_holm: float | None
+    """Adjusted for all comparisons of the table."""
     speed: Speed | None
 
 
 @dataclass(frozen=True)
 class TableResults:
     rows: list[Row]
+    pairs: list[Pair]
+    """Every arm with scratch, then `compared`, of each block."""
     classes: list[str]
     arms: list[str]
     scans: list[int]
@@ -81,25 +93,21 @@ class TableResults:
 
 
 def table_results(table: TableFolder) -> TableResults:
-    resamples = table.facts["table"]["resamples"]
     keys = list(dict.fromkeys((trial.fold, trial.arm, trial.scans) for trial in table.trials))
-    rows = [_row(table.trials, *key, resamples) for key in keys]
-    compared = [i for i, row in enumerate(rows) if row.difference and row.difference.p is not None]
-    adjusted = holm([rows[i].difference.p for i in compared])  # type: ignore[union-attr,misc]
-    for i, p in zip(compared, adjusted, strict=True):
-        rows[i] = dataclasses.replace(rows[i], p_holm=p)
     block_order, arms = ["", *table.facts["table"]["other_organs"]["folds"]], _arms(table)
-    rows.sort(key=lambda row: (block_order.index(row.fold), row.scans, arms.index(row.arm)))
+    keys.sort(key=lambda key: (block_order.index(key[0]), key[2], arms.index(key[1])))
+    rows, pairs = [_row(table.trials, *key) for key in keys], _pairs(table, keys)
     done, planned = sum(trial.status == "done" for trial in table.trials), len(table.trials)
     return TableResults(
         rows=rows,
+        pairs=pairs,
         classes=list(dict.fromkeys(name for trial in table.trials for name in (trial.dice or {}).get("classes", []))),
         arms=arms,
         scans=sorted({row.scans for row in rows}),
         blocks=[block for block in block_order if any(row.fold == block for row in rows)],
         done=done,
         planned=planned,
-        headline=_headline(table, rows, done, planned),
+        headline=_headline(table, rows, pairs, done, planned),
     )
 
 
@@ -108,18 +116,12 @@ def _arms(table: TableFolder) -> list[str]:
     return list(dict.fromkeys([SCRATCH, *section["arms"], *section["other_organs"]["arms"]]))
 
 
-def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int, resamples: int) -> Row:
+def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int) -> Row:
     own = [trial for trial in trials if (trial.fold, trial.arm, trial.scans) == (fold, arm, scans)]
-    done = {trial.seed: trial for trial in own if trial.status == "done"}
-    scratch = {
-        trial.seed: trial
-        for trial in trials
-        if (trial.fold, trial.arm, trial.scans, trial.status) == (fold, SCRATCH, scans, "done")
-    }
-    means = [trial.dice["mean"] for trial in done.values()]
-    pairs = [(done[seed], scratch[seed]) for seed in sorted(done.keys() & scratch.keys())]
-    classes = list(dict.fromkeys(name for trial in done.values() for name in trial.dice["classes"]))
-    by_class = {name: [_class_means(trial, "dice").get(name) for trial in done.values()] for name in classes}
+    done = [trial for trial in own if trial.status == "done"]
+    means = [trial.dice["mean"] for trial in done]
+    classes = list(dict.fromkeys(name for trial in done for name in trial.dice["classes"]))
+    by_class = {name: [_class_means(trial, "dice").get(name) for trial in done] for name in classes}
     return Row(
         fold=fold,
         arm=arm,
@@ -132,13 +134,44 @@ def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int, resample
         sd=stdev(means) if len(means) > 1 else None,
         class_mean={name: _mean(values) for name, values in by_class.items()},
         zeros={name: sum(v is not None and v < AT_ZERO for v in values) for name, values in by_class.items()},
-        hd95_mm=_mean(_summary(trial, "hd95_mm") for trial in done.values()),
-        surface_dice=_mean(_summary(trial, "surface_dice") for trial in done.values()),
-        paired_mean=_mean(trial.dice["mean"] for trial, _ in pairs),
-        paired_scratch=_mean(other.dice["mean"] for _, other in pairs),
-        difference=None if arm == SCRATCH else mean_difference(_differences(pairs), resamples),
+        hd95_mm=_mean(_summary(trial, "hd95_mm") for trial in done),
+        surface_dice=_mean(_summary(trial, "surface_dice") for trial in done),
+    )
+
+
+def _pairs(table: TableFolder, keys: Sequence[tuple[str, str, int]]) -> list[Pair]:
+    section = table.facts["table"]
+    pairs = []
+    for fold, scans in dict.fromkeys((fold, scans) for fold, _, scans in keys):
+        arms = [arm for block, arm, count in keys if (block, count) == (fold, scans)]
+        listed = (section["other_organs"] if fold else section).get("compared", ())
+        compared = [(arm, SCRATCH) for arm in arms if arm != SCRATCH] + [(arm, other) for arm, other in listed]
+        for arm, reference in dict.fromkeys(compared):
+            pairs.append(_pair(table.trials, fold, arm, reference, scans, section["resamples"]))
+    known = [i for i, pair in enumerate(pairs) if pair.difference.p is not None]
+    adjusted = holm([pairs[i].difference.p for i in known])  # type: ignore[misc]
+    for i, p in zip(known, adjusted, strict=True):
+        pairs[i] = dataclasses.replace(pairs[i], p_holm=p)
+    return pairs
+
+
+def _pair(trials: Sequence[TableTrial], fold: str, arm: str, reference: str, scans: int, resamples: int) -> Pair:
+    def done(which: str) -> dict[int, TableTrial]:
+        wanted = (fold, which, scans, "done")
+        return {t.seed: t for t in trials if (t.fold, t.arm, t.scans, t.status) == wanted}
+
+    own, other = done(arm), done(reference)
+    both = [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+    return Pair(
+        fold=fold,
+        arm=arm,
+        reference=reference,
+        scans=scans,
+        arm_mean=_mean(trial.dice["mean"] for trial, _ in both),
+        reference_mean=_mean(trial.dice["mean"] for _, trial in both),
+        difference=mean_difference(_differences(both), resamples),
         p_holm=None,
-        speed=None if arm == SCRATCH else _speed(pairs),
+        speed=_speed(both),
     )
 
 
@@ -158,7 +191,7 @@ def _summary(trial: TableTrial, name: str) -> float | None:
 
 
 def _differences(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> np.ndarray:
-    """(seeds, cases, classes) Dice of an arm minus that of scratch, NaN where there is none or nothing to learn."""
+    """(seeds, cases, classes) Dice of an arm minus its reference's, NaN where there is none or nothing to learn."""
     cases = list(dict.fromkeys(case for trial, _ in pairs for case in trial.dice["cases"]))
     classes = list(dict.fromkeys(name for trial, _ in pairs for name in trial.dice["classes"]))
 
@@ -175,9 +208,9 @@ def _differences(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> np.ndarray:
 
 def _speed(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> Speed | None:
     ratios: list[float | None] = []
-    for trial, scratch in pairs:
-        goal = plateau(scratch.curve)
-        needed = None if goal is None else steps_to(scratch.curve, goal)
+    for trial, reference in pairs:
+        goal = plateau(reference.curve)
+        needed = None if goal is None else steps_to(reference.curve, goal)
         if goal is not None and needed and trial.curve:
             steps = steps_to(trial.curve, goal)
             ratios.append(None if steps is None else steps / needed)
@@ -186,28 +219,27 @@ def _speed(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> Speed | None:
     return Speed(median_with_unreached(ratios), sum(ratio is not None for ratio in ratios), len(ratios))
 
 
-def _headline(table: TableFolder, rows: Sequence[Row], done: int, planned: int) -> str:
+def _headline(table: TableFolder, rows: Sequence[Row], pairs: Sequence[Pair], done: int, planned: int) -> str:
     """One sentence: the arm that the table is about, at the fewest scans that tell of it."""
-    section = table.facts["table"]
-    arm = next((name for name in section["first_arms"] if name != SCRATCH), None)
-    own = sorted((row for row in rows if not row.fold and row.arm == arm), key=lambda row: row.scans)
+    arm = next((name for name in table.facts["table"]["first_arms"] if name != SCRATCH), None)
+    own = [pair for pair in pairs if (pair.fold, pair.arm, pair.reference) == ("", arm, SCRATCH)]
     so_far = "" if done == planned else f", by {done} of {planned} planned trials so far"
-    told = next((row for row in own if row.difference and row.difference.mean is not None), None)
+    told = next((pair for pair in own if pair.difference.mean is not None), None)
     if told is not None:
         return _sentence(told, so_far)
-    if barred := next((row.barred for row in own if row.barred), None):
+    if barred := next((row.barred for row in rows if (row.fold, row.arm) == ("", arm) and row.barred), None):
         return (
             f"No trial of {arm} was run, as its pre-training did not pass the gate ({barred.removeprefix('barred: ')})."
         )
     return f"No pair of trials of {arm} and scratch has finished yet{so_far}."
 
 
-def _sentence(row: Row, so_far: str) -> str:
-    found = row.difference
-    assert found is not None and row.paired_mean is not None and row.paired_scratch is not None
-    where = f"With {row.scans} labelled {'scan' if row.scans == 1 else 'scans'}"
+def _sentence(pair: Pair, so_far: str) -> str:
+    found = pair.difference
+    assert found.mean is not None and pair.arm_mean is not None and pair.reference_mean is not None
+    where = f"With {pair.scans} labelled {'scan' if pair.scans == 1 else 'scans'}"
     change = (
-        f"mean Dice was {100 * row.paired_scratch:.1f} from scratch and {100 * row.paired_mean:.1f} with {row.arm}: "
+        f"mean Dice was {100 * pair.reference_mean:.1f} from scratch and {100 * pair.arm_mean:.1f} with {pair.arm}: "
         f"{points(found.mean)} points"
     )
     if found.low is None:
@@ -219,7 +251,7 @@ def _sentence(row: Row, so_far: str) -> str:
     told = f"{where}, {change} ({interval}){so_far}"
     if found.seeds < LEAST_SEEDS:
         return f"{told}; fewer than {LEAST_SEEDS} seeds cannot tell whether pre-training helps."
-    if found.excludes_zero and row.p_holm is not None and row.p_holm < 1 - CONFIDENCE:
+    if found.excludes_zero and pair.p_holm is not None and pair.p_holm < 1 - CONFIDENCE:
         return f"{told}."
     return f"{told}, which cannot tell whether pre-training helps."
 
@@ -246,16 +278,26 @@ def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any
 
 
 def text_rows(results: TableResults) -> str:
-    """Mean Dice and difference of every arm, as lines for a terminal."""
+    """Mean Dice and difference of every arm, then every other comparison, as lines for a terminal."""
     lines = [f"{'scans':>5}  {'arm':<16} {'trials':>8}  {'mean Dice':>11}  difference from scratch (95 % interval)"]
+    from_scratch = {(p.fold, p.scans, p.arm): p for p in results.pairs if p.reference == SCRATCH}
     for row in results.rows:
         dice = (
             "–" if row.mean is None else f"{100 * row.mean:.1f}" + ("" if row.sd is None else f" ± {100 * row.sd:.1f}")
         )
-        found = row.difference
-        gain = "" if found is None or found.mean is None else points(found.mean)
-        if found and found.low is not None:
-            gain += f" ({points(found.low)} to {points(found.high)})"
+        pair = from_scratch.get((row.fold, row.scans, row.arm))
         name = f"{row.fold}/{row.arm}" if row.fold else row.arm
-        lines.append(f"{row.scans:>5}  {name:<16} {row.done:>3} of {row.planned:<3} {dice:>11}  {row.barred or gain}")
+        told = row.barred or (_gain(pair) if pair else "")
+        lines.append(f"{row.scans:>5}  {name:<16} {row.done:>3} of {row.planned:<3} {dice:>11}  {told}")
+    for pair in results.pairs:
+        if pair.reference != SCRATCH and pair.difference.mean is not None:
+            name = f"{pair.fold}/{pair.arm}" if pair.fold else pair.arm
+            lines.append(f"{pair.scans:>5}  {name} − {pair.reference}: {_gain(pair)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _gain(pair: Pair) -> str:
+    found = pair.difference
+    if found.mean is None:
+        return ""
+    return points(found.mean) + ("" if found.low is None else f" ({points(found.low)} to {points(found.high)})")

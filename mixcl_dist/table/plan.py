@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -164,10 +164,12 @@ def _check(table: TableConfig) -> None:
     if not table.arms and not table.other_organs.arms:
         raise ConfigError("table.arms is empty, so there is nothing to compare; give --recipe few_label")
     _check_stages(table)
-    for block, arms, known in (
-        ("table.arms", table.arms, "all"),
-        ("table.other_organs.arms", table.other_organs.arms, "budget"),
+    others = table.other_organs
+    for section, arms, compared, known in (
+        ("table", table.arms, table.compared, "all"),
+        ("table.other_organs", others.arms, others.compared, "budget"),
     ):
+        block = f"{section}.arms"
         if arms and "scratch" not in arms:
             raise ConfigError(
                 f"{block}: arm scratch is missing, from which all differences are taken; add scratch: {{}}"
@@ -175,6 +177,7 @@ def _check(table: TableConfig) -> None:
         for name, arm in arms.items():
             for stage in filter(None, (arm.stage, arm.voxels_of)):
                 _check_arm(f"{block}.{name}", table.stages, stage, known)
+        _check_pairs(f"{section}.compared", compared, arms)
     for name in table.first_arms:
         if name not in table.arms:
             raise ConfigError(f"table.first_arms: {name} is no arm; arms: {', '.join(table.arms)}")
@@ -205,6 +208,15 @@ def _check_arm(where: str, stages: Mapping[str, StageConfig], stage: str, forbid
     if _reach(stages, stage) == forbidden:
         reads = {"all": "the labels of all scans", "budget": "labels of new organs"}[forbidden]
         raise ConfigError(f"{where}: stage {stage} reads {reads}, which exceeds its trials' budget; give another stage")
+
+
+def _check_pairs(where: str, pairs: Sequence[tuple[str, str]], arms: Mapping[str, ArmConfig]) -> None:
+    for pair in pairs:
+        for arm in pair:
+            if arm not in arms:
+                raise ConfigError(f"{where}: {arm} is no arm; arms: {', '.join(arms)}")
+        if len(set(pair)) == 1:
+            raise ConfigError(f"{where}: {pair[0]} cannot be compared with itself; give another arm")
 
 
 def _check_fold(name: str, fold: FoldConfig) -> None:

@@ -28,6 +28,7 @@ SECTION = {
     "seeds": [0, 1, 2, 3, 4],
     "stages": {"reconstruction": {}, "identity": {}, "mixcl": {"start": "identity", "labels": "budget"}},
     "arms": {"scratch": {}, "mixcl": {"stage": "mixcl"}, "reconstruction": {"stage": "reconstruction"}},
+    "compared": [["mixcl", "reconstruction"]],
     "resamples": 500,
 }
 
@@ -117,28 +118,45 @@ def row(results, arm, scans):
     return next(r for r in results.rows if (r.arm, r.scans) == (arm, scans))
 
 
+def pair(results, arm, scans, reference="scratch"):
+    return next(p for p in results.pairs if (p.arm, p.scans, p.reference) == (arm, scans, reference))
+
+
 def test_differences_are_those_of_the_same_scans_seed_case_and_class(table):
     results = table_results(open_table(table()))
-    by_hand = []
-    for seed in range(5):
-        ours, scratch = (dice_of(arm, 1, seed)["cases"] for arm in ("mixcl", "scratch"))
-        values = [
-            [(ours[c][k] or np.nan) - (np.nan if scratch[c][k] is None else scratch[c][k]) for k in CLASSES]
-            for c in CASES
-        ]
-        by_hand.append(values)
-    found = row(results, "mixcl", 1).difference
-    assert found == mean_difference(np.array(by_hand, dtype=float), 500)
-    means = [dice_of("mixcl", 1, seed)["mean"] - dice_of("scratch", 1, seed)["mean"] for seed in range(5)]
-    assert found.mean == pytest.approx(np.mean(means)) and found.seeds == 5 and found.cases == 12
-    assert row(results, "scratch", 1).difference is None
+    for reference in ("scratch", "reconstruction"):
+        by_hand = []
+        for seed in range(5):
+            ours, other = (dice_of(arm, 1, seed)["cases"] for arm in ("mixcl", reference))
+            values = [
+                [(ours[c][k] or np.nan) - (np.nan if other[c][k] is None else other[c][k]) for k in CLASSES]
+                for c in CASES
+            ]
+            by_hand.append(values)
+        found = pair(results, "mixcl", 1, reference).difference
+        assert found == mean_difference(np.array(by_hand, dtype=float), 500)
+        means = [dice_of("mixcl", 1, seed)["mean"] - dice_of(reference, 1, seed)["mean"] for seed in range(5)]
+        assert found.mean == pytest.approx(np.mean(means)) and found.seeds == 5 and found.cases == 12
+
+
+def test_every_arm_is_compared_with_scratch_and_with_what_is_asked_for(table):
+    results = table_results(open_table(table()))
+    one = [("mixcl", "scratch"), ("reconstruction", "scratch"), ("mixcl", "reconstruction")]
+    assert [(p.arm, p.reference) for p in results.pairs] == 2 * one
+    folder = table()
+    page = write_report(folder).read_text()
+    assert page.count("mixcl − reconstruction") == 2 and "all 6 comparisons" in page
+    told = json.loads((folder / "table.json").read_text())["results"]["pairs"][2]
+    assert (told["arm"], told["reference"]) == ("mixcl", "reconstruction")
+    assert 0 < told["difference"]["p"] <= told["p_holm"] and told["difference"]["low"] < told["difference"]["high"]
+    assert "1  mixcl − reconstruction: +" in table_text(folder)
 
 
 def test_only_seeds_that_both_arms_have_are_compared(table):
     results = table_results(open_table(table(lambda item: item.arm == "scratch" or item.seed < 2)))
-    mixcl = row(results, "mixcl", 1)
-    assert (mixcl.done, mixcl.planned, mixcl.difference.seeds) == (2, 5, 2)
-    assert mixcl.paired_scratch == pytest.approx(np.mean([dice_of("scratch", 1, s)["mean"] for s in (0, 1)]))
+    mixcl, compared = row(results, "mixcl", 1), pair(results, "mixcl", 1)
+    assert (mixcl.done, mixcl.planned, compared.difference.seeds) == (2, 5, 2)
+    assert compared.reference_mean == pytest.approx(np.mean([dice_of("scratch", 1, s)["mean"] for s in (0, 1)]))
     assert results.done == 10 + 2 * 2 * 2 and results.planned == 30
     assert "by 18 of 30 planned trials so far" in results.headline
 
@@ -156,8 +174,8 @@ def test_what_other_settings_made_counts_as_planned(table):
     status = {trial.name: trial.status for trial in found.trials}
     assert status["trial/mixcl-n1-s0"] == status["trial/reconstruction-n1-s0"] == "planned"
     assert status["trial/mixcl-n1-s1"] == "done" and status["trial/reconstruction-n1-s1"] == "barred"
-    mixcl = row(table_results(found), "mixcl", 1)
-    assert (mixcl.done, mixcl.planned, mixcl.difference.seeds) == (4, 5, 4)
+    results = table_results(found)
+    assert row(results, "mixcl", 1).done == pair(results, "mixcl", 1).difference.seeds == 4
     names = {probe["name"] for probe in probe_figures(found)}
     assert "random" not in names and "mixcl-n1-s0" in names
 
@@ -186,19 +204,18 @@ def test_a_class_that_no_labelled_scan_shows_is_in_no_figure(table):
     ours, scratch = ([dice_of(arm, 1, 1)["class_mean"][name] for name in CLASSES[:2]] for arm in ("mixcl", "scratch"))
     whole = [np.subtract(*(dice_of(arm, 1, s)["mean"] for arm in ("mixcl", "scratch"))) for s in (0, 2, 3, 4)]
     expected = np.mean([*whole, np.mean(np.subtract(ours, scratch))])
-    assert row(results, "mixcl", 1).difference.mean == pytest.approx(expected)
+    assert pair(results, "mixcl", 1).difference.mean == pytest.approx(expected)
 
 
 def test_steps_to_scratchs_plateau_are_a_share_of_its_own(table):
-    speed = row(table_results(open_table(table())), "mixcl", 1).speed
+    speed = pair(table_results(open_table(table())), "mixcl", 1).speed
     assert (speed.ratio, speed.reached, speed.pairs) == (pytest.approx(1 / 3), 5, 5)
 
 
 def test_p_values_are_adjusted_for_all_comparisons_of_the_table(table):
     results = table_results(open_table(table()))
-    compared = [r for r in results.rows if r.difference]
-    assert len(compared) == 4 and all(r.p_holm >= r.difference.p for r in compared)
-    assert max(r.p_holm / r.difference.p for r in compared) == pytest.approx(4)
+    assert len(results.pairs) == 6 and all(p.p_holm >= p.difference.p for p in results.pairs)
+    assert max(p.p_holm / p.difference.p for p in results.pairs) == pytest.approx(6)
 
 
 def test_the_headline_is_one_sentence_with_its_interval(table):
@@ -206,14 +223,14 @@ def test_the_headline_is_one_sentence_with_its_interval(table):
     assert results.headline.startswith("With 1 labelled scan, mean Dice was ")
     assert "95 % interval" in results.headline and "5 subset seeds and 12 cases" in results.headline
     assert results.headline.count(". ") == 0 and "cannot tell" not in results.headline
-    unsure = changed(row(results, "mixcl", 1), p_holm=0.2)
+    unsure = changed(pair(results, "mixcl", 1), p_holm=0.2)
     assert _sentence(unsure, "").endswith("which cannot tell whether pre-training helps.")
 
 
 def test_of_few_seeds_the_headline_claims_nothing(table):
     """However far from 0 the interval is."""
     results = table_results(open_table(table(lambda item: item.seed < 4)))
-    assert row(results, "mixcl", 1).p_holm < 0.05
+    assert pair(results, "mixcl", 1).p_holm < 0.05
     assert results.headline.endswith("; fewer than 5 seeds cannot tell whether pre-training helps.")
 
 

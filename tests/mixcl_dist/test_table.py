@@ -124,6 +124,9 @@ def test_the_recipe_has_the_arms_of_the_question():
     assert len(trials(items, fold="")) == 7 * 4 * 10
     for fold in ("A", "B"):
         assert len(trials(items, fold=fold)) == 3 * 2 * 10
+    pairs = {(arm, reference) for arm, reference in config.table.compared}
+    assert pairs == {("mixcl", each) for each in arms - {"mixcl", "scratch"}}
+    assert config.table.other_organs.compared == (("mixcl", "supervised"),)
     for item in items.values():
         replace(config, {k: v for k, v in item.settings.items() if not k.endswith(".classes")})  # no unknown key
 
@@ -136,6 +139,9 @@ def test_the_recipe_has_the_arms_of_the_question():
         ({"arms": ARMS | {"x": {"stage": "nothing"}}}, "table.arms.x: nothing is no stage; stages: reconstruction"),
         ({"arms": ARMS | {"x": {"stage": "known"}}}, "table.arms.x: stage known reads .*exceeds its trials' budget"),
         ({"first_arms": ["scratch", "mixxcl"]}, "table.first_arms: mixxcl is no arm; arms: scratch"),
+        ({"compared": [["mixcl", "nobody"]]}, "table.compared: nobody is no arm; arms: scratch, mixcl"),
+        ({"compared": [["mixcl", "mixcl"]]}, "table.compared: mixcl cannot be compared with itself"),
+        ({"other_organs": OTHERS | {"compared": [["mixcl", "scratch"]]}}, "other_organs.compared: mixcl is no arm"),
         ({"baselines": ["supervised"]}, "table.baselines: supervised reads labels"),
         ({"stages": STAGES | {"mixcl": {"start": "nowhere"}}}, "stages.mixcl: starts from nowhere"),
         ({"stages": STAGES | {"identity": {"start": "mixcl"}}}, "starts from itself, by"),
