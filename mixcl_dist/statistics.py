@@ -125,9 +125,17 @@ def plateau(curve: Curve) -> float | None:
     return fmean(dice for step, dice in curve if step >= (1 - PLATEAU) * curve[-1][0]) if curve else None
 
 
-def steps_to(curve: Curve, dice: float) -> int | None:
-    """The first measured step with at least that Dice; None where it was not reached."""
-    return next((step for step, value in curve if value >= dice), None)
+def steps_to(curve: Curve, dice: float) -> float | None:
+    """Steps until a curve first has that Dice, by a straight line between two of its points; None where it never has.
+
+    A curve that begins with it counts as having it at its first point.
+    """
+    before = None
+    for step, value in curve:
+        if value >= dice:
+            return step if before is None else before[0] + (step - before[0]) * (dice - before[1]) / (value - before[1])
+        before = step, value
+    return None
 
 
 def median_with_unreached(values: Sequence[float | None]) -> float | None:

@@ -264,13 +264,14 @@ def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any
         dice = trial.dice if trial.status == "done" else None
         class_mean = _class_means(trial, "dice")
         other = scratch.get((trial.fold, trial.scans, trial.seed))
-        goal = plateau(other.curve) if other else None
+        goal = plateau(other.curve) if dice and other else None
+        needed = None if goal is None else steps_to(trial.curve, goal)
         rows.append(
             {"trial": trial.name, "fold": trial.fold, "arm": trial.arm, "scans": trial.scans, "seed": trial.seed}
             | {"status": trial.status, "dice": dice and dice["mean"]}
             | {"hd95_mm": dice and _summary(trial, "hd95_mm"), "surface_dice": dice and _summary(trial, "surface_dice")}
             | {"classes_at_zero": sum(v is not None and v < AT_ZERO for v in class_mean.values()) if dice else None}
-            | {"steps_to_scratch_plateau": steps_to(trial.curve, goal) if dice and goal is not None else None}
+            | {"steps_to_scratch_plateau": None if needed is None else round(needed)}
             | {"seconds": trial.seconds, "text": trial.text}
             | {f"dice_{name}": class_mean.get(name) for name in classes}
         )

@@ -128,7 +128,9 @@ def test_holm_is_the_closed_test_of_bonferroni(p):
 
 def test_steps_to_a_dice_are_read_from_the_curve():
     curve = [(100, 0.2), (200, 0.5), (300, 0.45), (400, 0.6)]
-    assert [steps_to(curve, dice) for dice in (0.1, 0.5, 0.55, 0.7)] == [100, 200, 400, None]
+    assert [steps_to(curve, dice) for dice in (0.1, 0.5, 0.7)] == [100, 200, None]
+    assert steps_to(curve, 0.3) == pytest.approx(100 + 100 / 3)  # a third of the way from 0.2 to 0.5
+    assert steps_to(curve, 0.55) == pytest.approx(300 + 100 * 2 / 3)  # after the dip, not before it
     assert plateau(curve) == pytest.approx((0.45 + 0.6) / 2)
     assert plateau([]) is None and steps_to([], 0.1) is None
 

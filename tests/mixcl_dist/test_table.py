@@ -124,6 +124,7 @@ def test_the_recipe_has_the_arms_of_the_question():
     assert len(trials(items, fold="")) == 7 * 4 * 10
     for fold in ("A", "B"):
         assert len(trials(items, fold=fold)) == 3 * 2 * 10
+    assert config.finetune.steps >= 20 * config.finetune.curve_every  # a third of them can be told from a half
     pairs = {(arm, reference) for arm, reference in config.table.compared}
     assert pairs == {("mixcl", each) for each in arms - {"mixcl", "scratch"}}
     assert config.table.other_organs.compared == (("mixcl", "supervised"),)
