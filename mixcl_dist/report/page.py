@@ -316,6 +316,7 @@ def _render(template: str, **context: Any) -> str:
         "time": _time,
         "dice": _dice,
         "p": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
+        "billions": lambda number: f"{number / 1e9:.2f}" if number else "0",
         "plain": lambda name: "mean of classes" if name == MEAN else str(name).replace("_", " "),
     }
     style = Markup(resources.files("mixcl_dist.report").joinpath("style.css").read_text())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import yaml
 
+from mixcl_dist.config import from_dict, replace
 from mixcl_dist.report.folders import TableFolder, TableTrial
 from mixcl_dist.report.results import SCRATCH, points
 from mixcl_dist.statistics import (
@@ -21,6 +23,7 @@ from mixcl_dist.statistics import (
     plateau,
     steps_to,
 )
+from mixcl_dist.table.plan import shown
 
 AT_ZERO = 0.01
 """A class whose mean Dice in a trial is below this was not learnt at all."""
@@ -78,10 +81,24 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What the networks of an arm have been shown by each trial's end, in the few-label block or a fold."""
+
+    fold: str
+    arm: str
+    pretrain_steps: int
+    """Of all stages before the trial, one after the other."""
+    pretrain_voxels: int
+    finetune_steps: int
+    finetune_voxels: int
+
+
+@dataclass(frozen=True)
 class TableResults:
     rows: list[Row]
     pairs: list[Pair]
     """Every arm with scratch, then `compared`, of each block."""
+    training: list[Training]
     classes: list[str]
     arms: list[str]
     scans: list[int]
@@ -101,6 +118,7 @@ def table_results(table: TableFolder) -> TableResults:
     return TableResults(
         rows=rows,
         pairs=pairs,
+        training=_training(table),
         classes=list(dict.fromkeys(name for trial in table.trials for name in (trial.dice or {}).get("classes", []))),
         arms=arms,
         scans=sorted({row.scans for row in rows}),
@@ -173,6 +191,29 @@ def _pair(trials: Sequence[TableTrial], fold: str, arm: str, reference: str, sca
         p_holm=None,
         speed=_speed(both),
     )
+
+
+def _training(table: TableFolder) -> list[Training]:
+    """By the first trial of each arm, as all have equally many steps; nothing of a folder without config.yaml."""
+    if not table.config:
+        return []
+    config = from_dict(yaml.safe_load(table.config))
+    items = {item["name"]: item for item in table.facts["items"]}
+    first = {(trial.fold, trial.arm): trial.name for trial in reversed(table.trials)}
+    told = []
+    for (fold, arm), name in reversed(first.items()):
+        (steps, voxels), *before = (
+            shown(replace(config, item["settings"]), item["kind"]) for item in _with_starts(items, name)
+        )
+        told.append(Training(fold, arm, sum(s for s, _ in before), sum(v for _, v in before), steps, voxels))
+    return told
+
+
+def _with_starts(items: Mapping[str, dict[str, Any]], name: str | None) -> Iterator[dict[str, Any]]:
+    """An item, that from which it starts, and so on."""
+    while name:
+        yield items[name]
+        name = items[name]["start"]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -56,6 +56,15 @@ def plan(config: Config) -> dict[str, Item]:
     return planner.items
 
 
+def shown(config: Config, kind: str) -> tuple[int, int]:
+    """Steps of an item of that kind, and the voxels that they show its network, of both views or of crops."""
+    if kind == "pretrain":
+        steps = config.pretrain.steps
+        return steps, steps * config.pretrain.batch_size * 2 * math.prod(config.views.size)
+    steps = config.finetune.steps
+    return steps, steps * config.finetune.batch_size * math.prod(config.finetune.patch_size)
+
+
 Cell = tuple[str, str, int, int]
 """Fold (empty in the few-label block), arm, scans, seed."""
 
@@ -130,7 +139,8 @@ class _Planner:
             return {}
         more, stage = 0.0, arm.voxels_of
         while stage:
-            more += _voxels(replace(self.config, self.table.stages[stage].settings), self.table.stages[stage])
+            kind = "supervised" if self.table.stages[stage].supervised else "pretrain"
+            more += shown(replace(self.config, self.table.stages[stage].settings), kind)[1]
             stage = self.table.stages[stage].start or ""
         batch = self.config.finetune.batch_size * math.prod(self.config.finetune.patch_size)
         return {"finetune.steps": self.config.finetune.steps + math.ceil(more / batch)}
@@ -144,13 +154,6 @@ def _labels(whose: str, scans: int, seed: int) -> dict[str, Any]:
     if whose == "budget":
         return {"budget.fraction": 0.0, "budget.scans": scans, "budget.seed": seed}
     return {"budget.fraction": float(whose == "all"), "budget.scans": None}
-
-
-def _voxels(config: Config, stage: StageConfig) -> int:
-    """Voxels that a stage shows its network, of both views or of crops."""
-    if stage.supervised:
-        return config.finetune.steps * config.finetune.batch_size * math.prod(config.finetune.patch_size)
-    return config.pretrain.steps * config.pretrain.batch_size * 2 * math.prod(config.views.size)
 
 
 def _reach(stages: Mapping[str, StageConfig], name: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace as changed
 
 import numpy as np
 import pytest
+import yaml
 
 from mixcl_dist.config import from_dict, to_dict, to_yaml
 from mixcl_dist.ledger import Ledger
@@ -187,6 +188,30 @@ def test_of_a_plan_without_digests_every_record_counts(table):
         del item["digest"]
     write_json(folder / "plan.json", content)
     assert table_results(open_table(folder)).done == 30
+
+
+def test_it_is_said_what_each_arm_was_shown_before_and_in_fine_tuning(table):
+    """Of a stage that goes on from another, the steps of both."""
+    stages = SECTION["stages"] | {
+        "mixcl": {"start": "identity", "labels": "budget", "settings": {"pretrain.steps": 70}},
+        "supervised": {"labels": "budget", "supervised": True},
+    }
+    arms = SECTION["arms"] | {"supervised": {"stage": "supervised"}, "longer": {"voxels_of": "mixcl"}}
+    folder = table(lambda item: False, SECTION | {"stages": stages, "arms": arms})
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    batch = {"pretrain": {"steps": 300, "batch_size": 4}, "finetune": {"steps": 50, "batch_size": 2}}
+    for section, changes in batch.items():
+        tree[section] |= changes
+    tree["views"]["size"], tree["finetune"]["patch_size"] = [8, 8, 8], [16, 16, 16]
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    found = {t.arm: t for t in table_results(open_table(folder)).training}
+    step, crops = 4 * 2 * 8**3, 2 * 16**3
+    assert (found["mixcl"].pretrain_steps, found["mixcl"].pretrain_voxels) == (370, 370 * step)
+    assert (found["supervised"].pretrain_steps, found["supervised"].pretrain_voxels) == (50, 50 * crops)
+    assert (found["scratch"].pretrain_steps, found["scratch"].finetune_voxels) == (0, 50 * crops)
+    page = write_report(folder).read_text()
+    assert "What each arm’s networks were shown" in page and '<td class="n">370</td>' in page
+    assert json.loads((folder / "table.json").read_text())["results"]["training"][1]["pretrain_steps"] == 370
 
 
 def test_classes_that_were_not_learnt_are_counted(table):

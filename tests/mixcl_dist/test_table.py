@@ -132,6 +132,23 @@ def test_the_recipe_has_the_arms_of_the_question():
         replace(config, {k: v for k, v in item.settings.items() if not k.endswith(".classes")})  # no unknown key
 
 
+@pytest.mark.parametrize("smaller", [None, Path(__file__).parents[2] / "benchmarks" / "few_label" / "cpu.yaml"])
+def test_the_recipe_gives_a_single_term_as_many_steps_as_all_terms_have(smaller):
+    """Also with the settings for a CPU, which leave all else of the stages as it is."""
+    config = load(*filter(None, [smaller]), recipe="few_label")
+    items = plan(config)
+    steps = {
+        name: replace(config, items[name].settings).pretrain.steps
+        for name in ("pretrain/identity", "pretrain/mixcl-n1-s0", "pretrain/label-n1-s0")
+    }
+    assert items["pretrain/mixcl-n1-s0"].start == "pretrain/identity" and items["pretrain/label-n1-s0"].start is None
+    assert steps["pretrain/label-n1-s0"] == steps["pretrain/identity"] + steps["pretrain/mixcl-n1-s0"]
+    whole = load(recipe="few_label").table.stages
+    assert {name: stage.settings.keys() for name, stage in config.table.stages.items()} == {
+        name: stage.settings.keys() for name, stage in whole.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
