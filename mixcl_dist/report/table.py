@@ -267,7 +267,7 @@ def _headline(table: TableFolder, rows: Sequence[Row], pairs: Sequence[Pair], do
     so_far = "" if done == planned else f", by {done} of {planned} planned trials so far"
     told = next((pair for pair in own if pair.difference.mean is not None), None)
     if told is not None:
-        return _sentence(told, so_far)
+        return _sentence(told, so_far, one_start=_shares_pretraining(table, told.arm))
     if barred := next((row.barred for row in rows if (row.fold, row.arm) == ("", arm) and row.barred), None):
         return (
             f"No trial of {arm} was run, as its pre-training did not pass the gate ({barred.removeprefix('barred: ')})."
@@ -275,7 +275,16 @@ def _headline(table: TableFolder, rows: Sequence[Row], pairs: Sequence[Pair], do
     return f"No pair of trials of {arm} and scratch has finished yet{so_far}."
 
 
-def _sentence(pair: Pair, so_far: str) -> str:
+def _shares_pretraining(table: TableFolder, arm: str) -> bool:
+    """Whether all seeds of an arm go on from one pre-training, which reads no labels and so is run once."""
+    section = table.facts["table"]
+    stage = section["stages"].get(section["arms"][arm]["stage"])
+    while stage and stage["start"]:
+        stage = section["stages"][stage["start"]]
+    return bool(stage) and stage["labels"] == "none"
+
+
+def _sentence(pair: Pair, so_far: str, *, one_start: bool) -> str:
     found = pair.difference
     assert found.mean is not None and pair.arm_mean is not None and pair.reference_mean is not None
     where = f"With {pair.scans} labelled {'scan' if pair.scans == 1 else 'scans'}"
@@ -287,7 +296,7 @@ def _sentence(pair: Pair, so_far: str) -> str:
         return f"{where}, {change} in {found.seeds} pair of trials, too few for an interval{so_far}."
     interval = (
         f"{CONFIDENCE:.0%} interval {points(found.low)} to {points(found.high)} over {found.seeds} subset seeds and "
-        f"{found.cases} cases"
+        f"{found.cases} cases{', given one label-free pre-training' if one_start else ''}"
     ).replace("%", " %")
     told = f"{where}, {change} ({interval}){so_far}"
     if found.seeds < LEAST_SEEDS:

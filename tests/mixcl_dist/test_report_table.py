@@ -249,7 +249,16 @@ def test_the_headline_is_one_sentence_with_its_interval(table):
     assert "95 % interval" in results.headline and "5 subset seeds and 12 cases" in results.headline
     assert results.headline.count(". ") == 0 and "cannot tell" not in results.headline
     unsure = changed(pair(results, "mixcl", 1), p_holm=0.2)
-    assert _sentence(unsure, "").endswith("which cannot tell whether pre-training helps.")
+    assert _sentence(unsure, "", one_start=True).endswith("which cannot tell whether pre-training helps.")
+
+
+def test_an_interval_is_said_to_be_of_one_pretraining_where_all_seeds_share_it(table):
+    folder = table()
+    assert "12 cases, given one label-free pre-training)" in table_results(open_table(folder)).headline
+    page = write_report(folder).read_text()
+    assert "given the pre-training that all seeds of an arm share" in page
+    own = SECTION | {"stages": SECTION["stages"] | {"mixcl": {"labels": "budget"}}}
+    assert "pre-training)" not in table_results(open_table(table(section=own))).headline
 
 
 def test_of_few_seeds_the_headline_claims_nothing(table):
