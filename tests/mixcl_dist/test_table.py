@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 import subprocess
@@ -176,6 +177,47 @@ def test_arms_that_make_no_table_are_refused_in_one_line(changes, line):
 def test_a_misspelt_key_of_an_arm_is_refused():
     with pytest.raises(ConfigError, match=r"table\.arms\.mixcl\.stagee"):
         table(arms={"scratch": {}, "mixcl": {"stagee": "mixcl"}})
+
+
+# What an item's digest is of
+
+TELL = "tells of a run"
+REFUSE = "refuses a run, or lets it be"
+SHARDS = "shards are made before, and the digest is of their manifest, which has the digest of every byte"
+APART = {
+    "config.py": "its values are in the digest",
+    **dict.fromkeys(("run.py", "progress.py", "recorder.py", "alarms.py", "diagnostics.py"), TELL),
+    **dict.fromkeys(("seen.py", "data_shards/dedup.py"), REFUSE),
+    **dict.fromkeys(("data_shards/build.py", "data_shards/storage.py"), SHARDS),
+    "cluster/checkpoint.py": "stores what it is given, and knows whether that is whole",
+}
+"""Modules on which no figure depends, nor on what they import."""
+BEGUN_WITH = {"pretrain": "pretrain", "supervised": "finetune", "trial": "finetune", "probe": "probe"}
+
+
+def first_party(path: Path) -> set[Path]:
+    """Modules of the package that a module imports, also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mixcl_dist":
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = [runner.ROOT.parent / name.replace(".", "/") for name in found]
+    return {f for file in files for f in (file.with_suffix(".py"), file / "__init__.py") if f.exists()}
+
+
+@pytest.mark.parametrize("kind", BEGUN_WITH)
+def test_the_digest_is_of_every_module_that_a_figure_depends_on(kind):
+    apart = set(APART) | ({"probe.py"} if kind == "pretrain" else set())  # there it tells of a run
+    reached, to_read = set(), [runner.ROOT / f"{BEGUN_WITH[kind]}.py"]
+    while to_read:
+        path = to_read.pop()
+        name = str(path.relative_to(runner.ROOT))
+        if name not in reached | apart:
+            reached.add(name)
+            to_read += first_party(path)
+    listed = {str(path.relative_to(runner.ROOT)) for glob in runner.SOURCES[kind] for path in runner.ROOT.glob(glob)}
+    assert {name for name in reached if (runner.ROOT / name).read_text()} - {"__init__.py"} <= listed
+    assert all((runner.ROOT / name).exists() for name in apart)
 
 
 # The runner, with items that take no time
