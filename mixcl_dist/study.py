@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixcl_dist.cluster.trials import Outcome, draw, run_trials
-from mixcl_dist.config import Config, from_dict, replace, to_dict
+from mixcl_dist.config import Config, ConfigError, from_dict, replace, to_dict
 from mixcl_dist.finetune import Task, budgeted, finetune, like, open_task
 from mixcl_dist.run import RunError, machine, now, read_json, write_json
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, shared_scans
@@ -30,6 +30,11 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     `study.json` in the folder `study` is written anew after every trial; called again, the study goes on.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure, before any trial is run.
     """
+    if config.study.search and not config.budget.development:
+        raise ConfigError(
+            "study.search: the best draw would be chosen on validation scans; name training scans to choose on in "
+            "budget.development, or leave the search out"
+        )
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
     task = open_task(data, config)
     config = _common_network(config, starts)

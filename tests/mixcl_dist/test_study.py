@@ -96,6 +96,13 @@ def test_a_search_chooses_on_development_cases(config, data, at_once, tmp_path):
     assert list(dice["cases"]) == training[:1]
 
 
+def test_a_search_that_would_choose_on_validation_cases_is_refused(config, data, at_once, tmp_path):
+    searched = replace(config, {"study.search": {"finetune.learning_rate": {"grid": [1e-3, 1e-2]}}})
+    with pytest.raises(ConfigError, match=r"study.search: .* validation scans; .*budget.development"):
+        run_study(searched, data=data, starts=[], study=tmp_path / "study")
+    assert at_once[0] == [] and not (tmp_path / "study").exists()
+
+
 def test_called_again_a_study_runs_only_what_is_missing(config, data, at_once, tmp_path):
     ran, broken = at_once
     broken.add("scratch-1-s0")
