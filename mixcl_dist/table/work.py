@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def _pretrain(config: Config, question: dict[str, Any], item: dict[str, Any], st
         config, start = load(run / "config.yaml"), None
     else:
         shutil.rmtree(run, ignore_errors=True)
+        often = min(config.checkpoint.every, math.ceil(config.pretrain.steps / 10))  # a call may end at any time
+        config = replace(config, {"checkpoint.every": often})
     pretrain(config, shards=question["shards"], run=run, start=start, resume=resume)
 
 
@@ -42,7 +45,9 @@ def _finetune(config: Config, question: dict[str, Any], item: dict[str, Any], st
     from mixcl_dist.finetune import finetune
 
     shutil.rmtree(run, ignore_errors=True)
-    finetune(config, data=Path(question["data"]), start=start, run=run, final=item["kind"] == "trial")
+    finetune(
+        config, data=Path(question["data"]), start=start, run=run, final=item["kind"] == "trial" and config.table.final
+    )
 
 
 def _probe(config: Config, question: dict[str, Any], item: dict[str, Any], start: Path | None, run: Path) -> None:
