@@ -192,6 +192,7 @@ def _table(options: argparse.Namespace) -> int:
         workers=options.workers,
         seconds=options.seconds,
         only=options.only,
+        pretrainings=options.pretrainings,
     )
     print(table_text(options.out))
     print(f"{options.out}: {ending.done} of {ending.planned} planned trials; next: mixcl report {options.out}")
@@ -364,6 +365,8 @@ def _add_training(verbs: Any) -> None:
     add("--shards", type=Path, required=True, metavar="SHARDS", help="its training images, by `mixcl shards build`")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of this table; going on where it stopped")
     add("--workers", type=_positive, default=1, metavar="N", help="items that are run side by side (default 1)")
+    most = "pre-trainings among them at most, which fill a GPU by few (default: no other bound)"
+    add("--pretrainings", type=_positive, metavar="N", help=most)
     add("--seconds", type=float, metavar="S", help="stop after about so long (default: once all is done)")
     add("--only", metavar="PATTERN", help="names of items to run, with what they need, e.g. 'trial/mixcl-n1-*'")
 

@@ -83,14 +83,16 @@ def run_table(
     workers: int = 1,
     seconds: float | None = None,
     only: str | None = None,
+    pretrainings: int | None = None,
     command: Callable[[Path, str], Sequence[str]] | None = None,
 ) -> Ending:
     """Run what the table in the folder `out` lacks, `workers` items side by side, for at most `seconds`.
 
-    `only` is a pattern of names (`trial/mixcl-n1-*`); what those items need is run, too. Every item is a process, begun
-    by `command(out, name)` and recorded in `out/ledger.jsonl` as soon as it has ended. The folder may be gone on with
-    at any time, after SIGKILL, too: a pre-training goes on from its checkpoint, any other item begins anew. No item
-    is begun that is expected to last longer than the time left, except a pre-training, which loses nothing.
+    `only` is a pattern of names (`trial/mixcl-n1-*`); what those items need is run, too. At most `pretrainings` (None:
+    `workers`) of the items side by side are pre-trainings. Every item is a process, begun by `command(out, name)` and
+    recorded in `out/ledger.jsonl` as soon as it has ended. The folder may be gone on with at any time, after SIGKILL,
+    too: a pre-training goes on from its checkpoint, any other item begins anew. No item is begun that is expected to
+    last longer than the time left, except a pre-training, which loses nothing.
     Raises `ConfigError`, `RunError`, `CaseError` or `ManifestError`, in one line, before anything is run.
     """
     manifest = Manifest.load(shards)
@@ -100,8 +102,9 @@ def run_table(
     chosen = _chosen(items, only)
     question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
     with _alone(out):
-        _begin(out, config, question, items)
-        queue = Queue(config, items, out.resolve(), workers, question["digest"], command or _command)
+        digests = _digests(config, items, question["digest"])
+        _begin(out, config, question, items, digests)
+        queue = Queue(config, items, digests, out.resolve(), workers, pretrainings or workers, command or _command)
         queue.run(chosen, seconds)
         return queue.ending(chosen)
 
@@ -141,14 +144,34 @@ def _check_data(config: Config, source: Source) -> None:
         budget_cases(source.cases, budget)
 
 
-def _begin(out: Path, config: Config, question: dict[str, Any], items: dict[str, Item]) -> None:
-    """Write down the question, or compare it with that of an earlier call; raises `RunError` for another one."""
+def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:
+    """Of all that each item's figures depend on."""
+    digests: dict[str, str] = {}
+    for item in items.values():  # each after that which it starts from
+        tree = to_dict(replace(config, item.settings))
+        settings: list[Any] = [
+            {key: value for key, value in tree.get(section, {}).items() if key not in WITHOUT_EFFECT.get(section, ())}
+            for section in SETTINGS[item.kind]
+        ]
+        before = digests[item.start] if item.start else None
+        digests[item.name] = digest_of(ROOT, SOURCES[item.kind], settings, before, data_digest)
+    return digests
+
+
+def _begin(
+    out: Path, config: Config, question: dict[str, Any], items: dict[str, Item], digests: dict[str, str]
+) -> None:
+    """Write down the question, or compare it with that of an earlier call; raises `RunError` for another one.
+
+    Digests may have changed since: what they are of is made again.
+    """
     known = out / "plan.json"
     head = {"kind": "table", "name": out.resolve().name, "started": now()}
     listed = [item.as_json() for item in items.values()]
     if known.exists():
         earlier = read_json(known)
-        if (earlier["digest"], earlier["items"]) != (question["digest"], listed):
+        planned = [{key: value for key, value in item.items() if key != "digest"} for item in earlier["items"]]
+        if (earlier["digest"], planned) != (question["digest"], listed):
             what = "trials" if earlier["digest"] == question["digest"] else "cases or shards"
             raise RunError(
                 f"{out}: holds a table of other {what}; give another --out, or the settings in its config.yaml"
@@ -157,7 +180,8 @@ def _begin(out: Path, config: Config, question: dict[str, Any], items: dict[str,
     elif any(path for path in out.iterdir() if path.name != ".lock"):
         raise RunError(f"{out}: holds other files; give an empty or new folder")
     write_atomic(out / "config.yaml", to_yaml(config).encode())
-    write_json(known, head | question | {"table": to_dict(config)["table"], "items": listed})
+    current = [item | {"digest": digests[item["name"]]} for item in listed]
+    write_json(known, head | question | {"table": to_dict(config)["table"], "items": current})
 
 
 @contextmanager
@@ -187,32 +211,20 @@ class Queue:
         self,
         config: Config,
         items: dict[str, Item],
+        digests: dict[str, str],
         out: Path,
         workers: int,
-        data_digest: str,
+        pretrainings: int,
         command: Callable[[Path, str], Sequence[str]],
     ) -> None:
-        self.items, self.out, self.workers, self.command = items, out, workers, command
+        self.items, self.digests, self.out, self.command = items, digests, out, command
+        self.workers, self.pretrainings = workers, pretrainings
         self.margin, self.machine = config.table.margin, machine()
         self.ledger = Ledger(out / "ledger.jsonl")
-        self.steps: dict[str, int] = {}
-        self.digests: dict[str, str] = {}
-        for item in items.values():  # each after those that it needs
-            self._measure(item, replace(config, item.settings), data_digest)
+        self.steps = {name: _steps(replace(config, item.settings), item) for name, item in items.items()}
         self.running: list[Running] = []
         self.tried: set[str] = set()
-
-    def _measure(self, item: Item, config: Config, data_digest: str) -> None:
-        """How long an item is, in steps, and the digest of all that its figures depend on."""
-        lengths = {"pretrain": config.pretrain.steps, "probe": 1}
-        self.steps[item.name] = lengths.get(item.kind, config.finetune.steps)
-        tree = to_dict(config)
-        settings = [
-            {key: value for key, value in tree.get(section, {}).items() if key not in WITHOUT_EFFECT.get(section, ())}
-            for section in SETTINGS[item.kind]
-        ]
-        before = self.digests[item.start] if item.start else None
-        self.digests[item.name] = digest_of(ROOT, SOURCES[item.kind], settings, before, data_digest)
+        self.wait_for: list[str] = []
 
     def state(self, name: str) -> str:
         """One of `STATES`; what is done, but whose files are gone though others need them, is missing."""
@@ -222,20 +234,27 @@ class Queue:
         return "missing" if state == "done" and not there else state
 
     def wanted(self, chosen: Sequence[str]) -> list[str]:
-        """The chosen items that are not done and all that they need, in the order in which they are run."""
+        """The chosen items that are not done and all that they need now, in the order in which they are run.
+
+        A trial needs first the probes of its gate, and what it starts from only once they have let it through.
+        """
         names: set[str] = set()
         for name in reversed(self.items):  # an item's needs come before it
+            item = self.items[name]
             if (name in chosen or name in names) and self.state(name) != "done":
-                names |= {name, *self.items[name].needs}
+                names |= {name, *item.gate}
+                if item.start and self._passes(item):
+                    names.add(item.start)
         return [name for name in self.items if name in names and self.state(name) != "done"]
 
     def run(self, chosen: Sequence[str], seconds: float | None) -> None:
         end = None if seconds is None else time.monotonic() + seconds
-        self.wait_for = self.wanted(chosen)
+        self._look_ahead(chosen)
         self._tell_of_stale()
         try:
             while self._start_what_can_be(end) or self.running:
-                self._collect()
+                if self._collect():
+                    self._look_ahead(chosen)
                 if end is not None and time.monotonic() >= end:
                     break
                 time.sleep(LOOK_EVERY)
@@ -244,6 +263,15 @@ class Queue:
                 programs.kill(running.process)
                 running.process.wait()
             self.running = []
+
+    def _look_ahead(self, chosen: Sequence[str]) -> None:
+        """What there is to do, and has been done; bars the trials that their gates have not let through."""
+        wanted = set(self.wanted(chosen))
+        self.wait_for = [n for n in self.items if n in wanted or (n in self.wait_for and self.state(n) == "done")]
+        for name in self.wait_for:
+            if self._passes(self.items[name]) is False and name not in self.tried:
+                self.tried.add(name)
+                self._bar(self.items[name])
 
     def _tell_of_stale(self) -> None:
         stale = [name for name in self.wait_for if self.ledger.state(name, self.digests[name]) == "stale"]
@@ -257,14 +285,15 @@ class Queue:
             if len(self.running) == self.workers or (end is not None and time.monotonic() >= end):
                 break
             item = self.items[name]
-            if any(self.state(need) != "done" for need in item.needs):
+            if any(self.state(need) != "done" for need in item.needs) or self._is_one_too_many(item):
                 continue
-            if self._is_barred(item):
-                self.tried.add(name)
-            elif end is None or item.kind == "pretrain" or self.expected(item) <= end - time.monotonic():
+            if end is None or item.kind == "pretrain" or self.expected(item) <= end - time.monotonic():
                 self._start(item)
                 begun = True
         return begun
+
+    def _is_one_too_many(self, item: Item) -> bool:
+        return item.kind == "pretrain" and self.pretrainings <= sum(r.item.kind == "pretrain" for r in self.running)
 
     def _start(self, item: Item) -> None:
         self.tried.add(item.name)
@@ -283,21 +312,27 @@ class Queue:
         """Put aside what an earlier call left of other sources or settings: nothing that took time is deleted."""
         folder, record = self.out / item.name, self.ledger.records.get(item.name)
         if record and record["digest"] != self.digests[item.name] and folder.exists():
-            aside = self.out / "superseded" / f"{item.name.replace('/', '-')}-{record['digest']}"
-            aside.parent.mkdir(exist_ok=True)
-            folder.rename(aside)
+            aside = self.out / "superseded"
+            aside.mkdir(exist_ok=True)
+            name = f"{item.name.replace('/', '-')}-{record['digest']}"
+            times = len(list(aside.glob(f"{name}*")))  # settings may have been changed to and fro
+            folder.rename(aside / (f"{name}-{times + 1}" if times else name))
 
-    def _collect(self) -> None:
-        """Record the items whose processes have ended."""
-        for running in [running for running in self.running if running.process.poll() is not None]:
+    def _collect(self) -> bool:
+        """Record the items whose processes have ended; returns whether one had."""
+        ended = [running for running in self.running if running.process.poll() is not None]
+        for running in ended:
             self.running.remove(running)
             item, seconds = running.item, time.monotonic() - running.begun
             ran = self.out / ((item.kind == "probe" and item.start) or item.name)
-            if running.process.returncode == 0 and (ran / FINISHED[item.kind]).exists():
+            try:
+                if running.process.returncode or not (ran / FINISHED[item.kind]).exists():
+                    last = _last_line(running.log)
+                    raise RunError(last or f"exit code {running.process.returncode}, no output")
                 self._record(item, "done", seconds, **_figures(item, ran))
-            else:
-                last = _last_line(running.log) or f"exit code {running.process.returncode}, no output"
-                self._record(item, "failed", seconds, text=last)
+            except RunError as error:
+                self._record(item, "failed", seconds, text=str(error))
+        return bool(ended)
 
     def _record(self, item: Item, status: str, seconds: float, **figures: Any) -> None:
         facts = {"seconds": round(seconds, 1), "steps": self.steps[item.name], "date": now(), "machine": self.machine}
@@ -305,18 +340,23 @@ class Queue:
         done = sum(self.state(name) == "done" for name in self.wait_for)
         self._say(f"{item.name}: {record['text']} ({seconds:.0f} s; {done}/{len(self.wait_for)} items)")
 
-    def _is_barred(self, item: Item) -> bool:
-        """Whether a probe of the pre-training that a trial starts from does not clear all baselines."""
+    def _passes(self, item: Item) -> bool | None:
+        """Whether the probe of what a trial starts from clears all baselines; None while a probe is missing."""
         if not item.gate:
-            return False
+            return True
+        if any(self.state(probe) != "done" for probe in item.gate):
+            return None
+        own, *baselines = (self.ledger.records[probe]["linear"] for probe in item.gate)
+        return own >= max(baselines) + self.margin
+
+    def _bar(self, item: Item) -> None:
+        """Record that a trial is not run, and why, unless it is known."""
         figures = {probe: self.ledger.records[probe]["linear"] for probe in item.gate}
         own, *baselines = item.gate
         best = max(baselines, key=figures.__getitem__)
-        if figures[own] >= figures[best] + self.margin:
-            return False
         text = f"barred: {own} {figures[own]:.3f} is not {self.margin:g} above {best} {figures[best]:.3f}"
-        self._record(item, "barred", 0.0, text=text, probes=figures)
-        return True
+        if self.state(item.name) != "barred" or self.ledger.records[item.name]["text"] != text:
+            self._record(item, "barred", 0.0, text=text, probes=figures)
 
     def expected(self, item: Item) -> float:
         """Seconds that an item is expected to take, by what its kind took a step so far; 0 where nothing is known."""
@@ -342,11 +382,18 @@ class Queue:
         print(text, file=sys.stderr, flush=True)
 
 
+def _steps(config: Config, item: Item) -> int:
+    """How long an item is."""
+    return {"pretrain": config.pretrain.steps, "probe": 1}.get(item.kind, config.finetune.steps)
+
+
 def _figures(item: Item, ran: Path) -> dict[str, Any]:
-    """What the ledger keeps of an item's result."""
+    """What the ledger keeps of an item's result; raises `RunError` where that is broken, or a probe judged nothing."""
     if item.kind == "probe":
         probe = read_json(ran / FINISHED["probe"])
         linear, nearest = probe["linear"]["mean"], probe["knn"]["mean"]
+        if linear is None or nearest is None:
+            raise RunError("no class was probed: none is both annotated and drawn in the development scans judged")
         return {"linear": linear, "knn": nearest, "text": f"linear probe {linear:.3f}, k-NN {nearest:.3f}"}
     if item.kind == "pretrain":
         return {"text": "pre-trained"}

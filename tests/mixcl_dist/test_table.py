@@ -324,7 +324,39 @@ def test_no_trial_runs_from_a_pretraining_that_its_probe_does_not_speak_for(go, 
     probes = records["trial/mixcl-n1-s0"]["probes"]
     assert probes == {"probe/mixcl-n1-s0": 0.31, "probe/random": 0.3, "probe/reconstruction": 0.3}
     assert "barred: probe/mixcl-n1-s0 0.310 is not 0.02 above" in capsys.readouterr().err
-    assert go(small_table(), stub()).barred == ("trial/mixcl-n1-s0",)  # and is told of again
+    assert go(small_table(), stub()).barred == ("trial/mixcl-n1-s0",)  # and is told of again, but recorded once
+    statuses = [record["status"] for record in ledger.read(tmp_path / "table" / "ledger.jsonl")]
+    assert statuses.count("barred") == 1
+
+
+def test_a_barred_arm_pays_for_its_gate_alone(go, small_table, stub, tmp_path):
+    """Three seeds: that of the first is judged; the others' pre-trainings would be for trials that never run."""
+    below, above = "probe['linear']['mean'] = 0.3", ""
+    config = small_table(seeds=[0, 1, 2])
+    ending = go(config, stub(below), workers=4)
+    assert len(ending.barred) == 3 and ending.done == 3 and not ending.left
+    assert [name for name in order(tmp_path) if name.startswith("pretrain/mixcl")] == ["pretrain/mixcl-n1-s0"]
+    (tmp_path / "table" / "ledger.jsonl").unlink()
+    assert go(config, stub(above), workers=4).done == 6  # where it is let through, all of them are made
+
+
+def test_no_more_pretrainings_than_asked_for_run_at_once(go, small_table, stub, tmp_path):
+    body = """
+    if kind == "pretrain":
+        (out / f"at-{stage}").touch()
+        time.sleep(0.3)
+        (out / "most").open("a").write(f"{len(list(out.glob('at-*')))} ")
+        (out / f"at-{stage}").unlink()
+    """
+    go(small_table(), stub(body), workers=4, pretrainings=1)
+    assert set((tmp_path / "table" / "most").read_text().split()) == {"1"}
+
+
+def test_a_probe_that_judged_no_class_has_failed_and_stops_no_other(go, small_table, stub, tmp_path):
+    ending = go(small_table(), stub("probe['linear']['mean'] = None if stage == 'random' else 0.3"))
+    assert ending.failed == ("probe/random",) and ending.done == 1 and ending.left == ("trial/mixcl-n1-s0",)
+    records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
+    assert "no class was probed" in records["probe/random"]["text"]
 
 
 def test_nothing_is_begun_that_would_outlast_the_time(go, small_table, stub, tmp_path):
@@ -360,6 +392,21 @@ def test_what_other_settings_made_is_made_again_and_the_old_put_aside(go, small_
     assert go(config, stub()).done == 1
     assert len(order(tmp_path)) == 2
     assert len(list((tmp_path / "table" / "superseded").iterdir())) == 1
+
+
+def test_settings_may_be_changed_to_and_fro(go, small_table, stub, tmp_path, capsys):
+    """And the plan has the digests of those that are in force, so that a report knows what is stale."""
+    config = small_table(arms={"scratch": {}}, first_arms=[])
+    digests = []
+    for steps in (4, 5, 4, 5):
+        assert go(replace(config, {"finetune.steps": steps}), stub()).done == 1
+        (item,) = json.loads((tmp_path / "table" / "plan.json").read_text())["items"]
+        newest = list(ledger.read(tmp_path / "table" / "ledger.jsonl"))[-1]
+        assert newest["digest"] == item["digest"]
+        digests.append(item["digest"])
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+    assert len(list((tmp_path / "table" / "superseded").iterdir())) == 3
+    assert capsys.readouterr().err.count("1 items were made by other sources or settings and are made again") == 3
 
 
 def test_a_pretraining_whose_files_are_gone_is_made_again_only_where_a_trial_needs_it(go, small_table, stub, tmp_path):
@@ -481,6 +528,9 @@ def test_every_kind_of_item_does_its_work(real, cohort, shards, tmp_path):
         work(out, name)
     facts = {name: json.loads((out / name / "run.json").read_text()) for name in plan(real) if "probe" not in name}
     trial, start = facts["trial/mixcl-n1-s0"], facts["pretrain/mixcl-n1-s0"]
+    assert (
+        load(out / "pretrain" / "mixcl-n1-s0" / "config.yaml").checkpoint.every == 1
+    )  # of 1 step, so as to lose little
     assert trial["start"] == str(out / "pretrain" / "mixcl-n1-s0")
     assert start["start"] == str(out / "pretrain" / "reconstruction")
     assert trial["label_cases"] == start["label_cases"] == facts["trial/scratch-n1-s0"]["label_cases"]
