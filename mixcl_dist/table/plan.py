@@ -113,6 +113,8 @@ class _Planner:
         if stage.labels == "all":
             key = "finetune.classes" if stage.supervised else "budget.classes"
             labels[key] = list(self.table.other_organs.folds[fold].known)
+        elif stage.labels == "budget" and self.config.finetune.classes is not None:
+            labels["budget.classes"] = list(self.config.finetune.classes)  # on which the order of scans depends
         if reach == "budget":
             labels["pretrain.seed"] = seed
         kind: Any = "supervised" if stage.supervised else "pretrain"

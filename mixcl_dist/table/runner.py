@@ -17,10 +17,10 @@ from subprocess import Popen
 from typing import Any
 
 from mixcl_dist import programs
-from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
+from mixcl_dist.finetune import budgeted, open_task
 from mixcl_dist.ledger import Ledger, digest_of
 from mixcl_dist.run import RunError, machine, now, read_json, write_atomic, write_json
 from mixcl_dist.table.plan import Item, plan
@@ -124,24 +124,23 @@ def _question(config: Config, data: Path, shards: Path, manifest_digest: str) ->
     source = open_source(data)
     if source.problems:
         raise source.problems[0]
-    _check_data(config, source)
+    _check_data(config, data, source)
     cases = [[case.name, case.split, *sorted(case.reliable)] for case in source.cases]
     return {"data": str(data), "shards": str(shards), "digest": digest_of(ROOT, (), cases, manifest_digest)}
 
 
-def _check_data(config: Config, source: Source) -> None:
-    """Raise `ConfigError` where the data set has too few labelled scans, or not the organs of a fold."""
-    check_development(source.cases, config.budget.development)
+def _check_data(config: Config, data: Path, source: Source) -> None:
+    """Raise `ConfigError` or `CaseError` for what would fail in a trial, after its pre-training: too few labelled
+    scans, or classes and development scans that are not in the data set."""
     others = config.table.other_organs
-    wanted = [(config.table.scans, config.finetune.classes)]
+    blocks = [(config.table.scans, config)] if config.table.arms else []
     for name, fold in others.folds.items():
         if unknown := [organ for organ in (*fold.known, *fold.new) if organ not in source.classes]:
             known = ", ".join(source.classes)
             raise ConfigError(f"table.other_organs.folds.{name}: there is no class {unknown[0]}; classes: {known}")
-        wanted.append((others.scans, fold.new))
-    for scans, classes in wanted:
-        budget = dataclasses.replace(config.budget, fraction=0.0, scans=max(scans), classes=classes)
-        budget_cases(source.cases, budget)
+        blocks.append((others.scans, replace(config, {"finetune.classes": list(fold.new)})))
+    for scans, block in blocks:
+        budgeted(open_task(data, block), dataclasses.replace(config.budget, fraction=0.0, scans=max(scans)))
 
 
 def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:

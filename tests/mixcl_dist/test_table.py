@@ -83,6 +83,13 @@ def test_a_trial_and_its_label_stage_have_one_budget_and_a_label_free_stage_has_
     assert {"budget.scans": None, "budget.fraction": 0.0}.items() <= items["pretrain/identity"].settings.items()
 
 
+def test_a_label_stage_orders_scans_by_the_classes_that_its_trials_learn():
+    items = plan(replace(table(), {"finetune.classes": ["liver"]}))
+    assert items["pretrain/mixcl-n1-s0"].settings["budget.classes"] == ["liver"]
+    assert "budget.classes" not in items["pretrain/identity"].settings
+    assert "budget.classes" not in plan(table())["pretrain/mixcl-n1-s0"].settings
+
+
 def test_of_other_organs_pretraining_knows_some_and_fine_tuning_learns_the_rest():
     items = plan(table(other_organs=OTHERS))
     trial = items["trial/A/transfer-n1-s0"]
@@ -438,6 +445,8 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_run(go, small_t
         go(small_table(other_organs=others), stub())
     with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
         go(replace(small_table(), {"budget.development": ["nobody"]}), stub())
+    with pytest.raises(ConfigError, match=r"finetune.classes: no label of gizzard may be read"):
+        go(replace(small_table(), {"finetune.classes": ["gizzard"]}), stub())
     assert order(tmp_path) == []
 
 
