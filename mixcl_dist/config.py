@@ -295,6 +295,9 @@ class TableConfig:
     none lifts the gate."""
     margin: float = 0.02
     """Dice of the linear probe by which it has to be beaten."""
+    final: bool = True
+    """Score the trials on validation scans, after which nothing is chosen; false scores them on the development scans,
+    for choosing between recipes."""
     resamples: Count = 10_000
     """Bootstrap resamples, of seeds and of cases, for the standard error of a difference."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from mixcl_dist.report import page
 from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
-from mixcl_dist.report.table import table_results, text_rows, trial_rows
+from mixcl_dist.report.table import not_final, table_results, text_rows, trial_rows
 from mixcl_dist.run import RunError, write_atomic
 
 
@@ -62,7 +62,8 @@ def _write(index: Path, html: str, numbers: Path, summary: dict[str, Any], rows:
 
 def table_text(path: Path) -> str:
     """The table's mean Dice and differences, as lines for a terminal. Raises `RunError`."""
-    return text_rows(table_results(open_table(path)))
+    table = open_table(path)
+    return "\n".join(filter(None, [not_final(table), text_rows(table_results(table))]))
 
 
 def study_table(path: Path) -> str:

@@ -125,8 +125,14 @@ def table_results(table: TableFolder) -> TableResults:
         blocks=[block for block in block_order if any(row.fold == block for row in rows)],
         done=done,
         planned=planned,
-        headline=_headline(table, rows, pairs, done, planned),
+        headline=" ".join(filter(None, [not_final(table), _headline(table, rows, pairs, done, planned)])),
     )
+
+
+def not_final(table: TableFolder) -> str:
+    """A sentence where the trials were scored for choosing, else nothing."""
+    choosing = not table.facts["table"].get("final", True)
+    return "Scored on development scans, for choosing between recipes: no final figures." if choosing else ""
 
 
 def _arms(table: TableFolder) -> list[str]:

@@ -141,6 +141,8 @@ def _check_data(config: Config, data: Path, source: Source) -> None:
         blocks.append((others.scans, replace(config, {"finetune.classes": list(fold.new)})))
     for scans, block in blocks:
         budgeted(open_task(data, block), dataclasses.replace(config.budget, fraction=0.0, scans=max(scans)))
+    if not config.table.final and not config.budget.development:
+        raise ConfigError("table.final is false, but budget.development names no scans to score; name some")
 
 
 def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:
@@ -152,6 +154,8 @@ def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[s
             {key: value for key, value in tree.get(section, {}).items() if key not in WITHOUT_EFFECT.get(section, ())}
             for section in SETTINGS[item.kind]
         ]
+        if item.kind == "trial":
+            settings.append(config.table.final)
         before = digests[item.start] if item.start else None
         digests[item.name] = digest_of(ROOT, SOURCES[item.kind], settings, before, data_digest)
     return digests

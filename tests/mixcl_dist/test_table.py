@@ -16,7 +16,7 @@ import pytest
 from mixcl_dist import ledger
 from mixcl_dist.config import ConfigError, from_dict, load, replace, to_dict
 from mixcl_dist.data_shards.sources import open_source
-from mixcl_dist.report import write_report
+from mixcl_dist.report import table_text, write_report
 from mixcl_dist.run import RunError
 from mixcl_dist.table import runner
 from mixcl_dist.table.plan import plan
@@ -447,6 +447,8 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_run(go, small_t
         go(replace(small_table(), {"budget.development": ["nobody"]}), stub())
     with pytest.raises(ConfigError, match=r"finetune.classes: no label of gizzard may be read"):
         go(replace(small_table(), {"finetune.classes": ["gizzard"]}), stub())
+    with pytest.raises(ConfigError, match=r"table.final is false, but budget.development names no scans"):
+        go(small_table(final=False), stub())
     assert order(tmp_path) == []
 
 
@@ -525,6 +527,22 @@ def test_a_trial_is_run_as_a_process_and_reported(real, cohort, shards, tmp_path
     assert set(scored) == {case.name for case in open_source(cohort[0]).cases if case.split == "validation"}
     write_report(out)
     assert json.loads((out / "table.json").read_text())["done"] == 1
+
+
+def test_a_table_for_choosing_between_recipes_scores_development_scans(real, cohort, shards, tmp_path):
+    out = tmp_path / "table"
+    choosing = replace(real, {"table.final": False})
+    run_table(choosing, data=cohort[0], shards=shards, out=out, only="trial/scratch*", seconds=0)
+    work(out, "trial/scratch-n1-s0")
+    dice = json.loads((out / "trial" / "scratch-n1-s0" / "dice.json").read_text())
+    assert set(dice["cases"]) == set(real.budget.development) and dice["scored"] == "development"
+    write_report(out)
+    said = "Scored on development scans, for choosing between recipes"
+    assert said in (out / "report" / "index.html").read_text() and said in table_text(out)
+    run_table(real, data=cohort[0], shards=shards, out=tmp_path / "final", seconds=0)
+    assert said not in table_text(tmp_path / "final")
+    digests = [json.loads((o / "plan.json").read_text())["items"][0]["digest"] for o in (out, tmp_path / "final")]
+    assert digests[0] != digests[1]
 
 
 def test_every_kind_of_item_does_its_work(real, cohort, shards, tmp_path):
