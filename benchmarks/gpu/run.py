@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # isort: split
 from mixcl_dist import programs
-from mixcl_dist.ledger import STATES, Ledger, digest_of
+from mixcl_dist.ledger import STATES, Ledger, digest_of, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.pack.exists():
         pack.unpack(options.pack, options.work)
     machine = describe_machine(options.tiny)
-    ledger = Ledger(options.out / "ledger.jsonl", machine["card"], sorted(options.results.glob("*/ledger.jsonl")))
+    earlier = sorted(options.results.glob("*/ledger.jsonl"))
+    ledger = Ledger(options.out / "ledger.jsonl", machine["card"], earlier)
+    bring_table(earlier, machine["card"], options.out)
     queue = Queue(ledger, options.work.resolve(), options.out.resolve(), options.tiny)
     queue.say(f"{machine['text']}; begun after {time.monotonic() - begin:.0f} s")
     plans = {stage: stages.plan(stage, machine["entries"], options.tiny) for stage in options.stages}
@@ -203,6 +206,14 @@ def main(argv: list[str] | None = None) -> int:
         write_summary(options.out, machine["text"], queue, plans)
     print(write_summary(options.out, machine["text"], queue, plans))
     return 1 if queue.wrong else 0
+
+
+def bring_table(earlier: Iterable[Path], card: str, out: Path) -> None:
+    """Copy to OUT, where it has none, the few-label table that is kept beside a committed ledger of this card."""
+    for path in earlier:
+        kept = path.with_name(stages.KEPT_TABLE)
+        if kept.exists() and not (out / kept.name).exists() and any(record["card"] == card for record in read(path)):
+            shutil.copy(kept, out)
 
 
 def write_summary(out: Path, machine: str, queue: Queue, plans: dict[str, list[Job]]) -> str:

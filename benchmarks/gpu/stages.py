@@ -26,6 +26,7 @@ SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward", "forward-triangle"), (128,
 STEPS, TINY_STEPS = ("48", "96", "96-compile"), ("16",)  #: edges of views, and a variant of the step
 TINY_WIDTH, PATIENCE = 256, 6
 SIDE_BY_SIDE = 16  #: jobs of a wave, and items of the few-label table
+KEPT_TABLE = "few_label.tar.xz"  #: what is kept of the few-label table, beside the ledger
 
 
 @dataclass(frozen=True)
