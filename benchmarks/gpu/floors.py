@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixcl_dist import constants
 from mixcl_dist.config import Config
 from mixcl_dist.networks import PretrainNetwork
 
@@ -51,6 +52,7 @@ def floors(config: Config) -> dict[str, Work]:
 
 def network(config: Config, views: int) -> tuple[Work, Work, int]:
     """Forward and backward of the network, its convolutions alone, and its number of parameters."""
+    constants.forget()
     with FakeTensorMode():  # shapes without numbers
         model = PretrainNetwork(config.network)
         image = torch.empty(views, 1, *config.views.size)
@@ -59,6 +61,7 @@ def network(config: Config, views: int) -> tuple[Work, Work, int]:
             output = model(image, index)
             forward = Work(flop.get_total_flops(), traffic.bytes)
             sum(part.float().sum() for part in output).backward()
+    constants.forget()
     backward = Work(flop.get_total_flops() - forward.flop, traffic.bytes - forward.bytes)
     return forward, backward, sum(parameter.numel() for parameter in model.parameters())
 

@@ -11,6 +11,7 @@ import torch
 
 from mixcl_dist.config import load
 from mixcl_dist.kernels import tuning
+from mixcl_dist.networks import PretrainNetwork
 
 FOLDERS = [Path(__file__).resolve().parents[2] / "benchmarks" / name for name in ("gpu", "kernel")]
 
@@ -36,6 +37,9 @@ def test_the_floor_of_a_network_grows_with_its_voxels(benchmark):
     assert more.flop == pytest.approx(8 * forward.flop, rel=0.05)
     assert more_backward.flop == pytest.approx(2 * more.flop, rel=0.15)  # no gradient of the image is wanted
     assert more.bytes == pytest.approx(8 * forward.bytes, rel=0.05)
+    network = PretrainNetwork(load(overrides=tiny).network)
+    output = network(torch.zeros(1, 1, 16, 16, 16), torch.zeros(1, 4, dtype=torch.int64))
+    assert output.voxel.isfinite().all(), "what only had a shape is not met by the step that is timed next"
 
 
 def test_one_convolution_has_the_flop_and_bytes_of_its_definition(benchmark):
