@@ -85,7 +85,7 @@ def table_page(table: TableFolder, results: TableResults) -> str:
             f: figures.table_differences([p for p in results.pairs if p.fold == f], colours, f) for f in by_block
         },
         curve_figures={fold: figure for fold, figure in curves.items() if figure},
-        widths={fold: 80 + 250 * len({row.scans for row in rows}) for fold, rows in by_block.items()},
+        widths={fold: 80 + 250 * len({row.scans for row in rows if row.done}) for fold, rows in by_block.items()},
         block_classes={
             f: list(dict.fromkeys(n for row in rows for n in row.class_mean)) for f, rows in by_block.items()
         },
