@@ -62,8 +62,6 @@ class NetworkConfig:
     """Channels of each resolution level; each level halves the resolution of the one before."""
     voxel_dim: Count = 64
     """Width D of a voxel row's embedding."""
-    voxel_levels: Count | None = None
-    """Levels of the decoder, from the finest, that a voxel row is made of; None is all of them."""
     crop_dim: Count = 64
     """Width of a crop row's embedding."""
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
@@ -111,9 +109,6 @@ class ObjectiveConfig:
     voxel_label: NonNegative = 1.0
     crop_identity: NonNegative = 0.25
     reconstruction: NonNegative = 1.0
-    identity_negatives: Literal["batch", "patch"] = "batch"
-    """Which voxels a voxel is told from: those of the whole batch, or those of its own patch alone, as the same organ
-    of another patient would otherwise repel."""
     voxel_temperature: Positive = 0.1
     crop_temperature: Positive = 0.2
     reconstruction_beta: Positive = 0.05

@@ -85,8 +85,7 @@ class PretrainNetwork(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.backbone = Backbone(config)
-        self.voxel_levels = config.voxel_levels or len(config.filters)
-        self.voxel_head = _mlp(sum(config.filters[: self.voxel_levels]), config.voxel_dim)
+        self.voxel_head = _mlp(sum(config.filters), config.voxel_dim)
         self.crop_head = _mlp(2 * self.backbone.bottleneck_channels, config.crop_dim)
         self.reconstruction_head = nn.Conv3d(self.backbone.voxel_channels, 1, kernel_size=1)
 
@@ -101,9 +100,7 @@ class PretrainNetwork(nn.Module):
             # Instance normalisation fixes a channel's average up to the activation, so the maximum is pooled, too.
             pooled = torch.cat([bottleneck.mean(dim=(2, 3, 4)), bottleneck.amax(dim=(2, 3, 4))], dim=1)
             return NetworkOutput(
-                voxel=_directions(self.voxel_head(voxels_of(pyramid[-self.voxel_levels :], voxel_index))).to(
-                    row_dtype(image.device)
-                ),
+                voxel=_directions(self.voxel_head(voxels_of(pyramid, voxel_index))).to(row_dtype(image.device)),
                 crop=_directions(self.crop_head(pooled)),
                 reconstruction=self.reconstruction_head(features),
             )

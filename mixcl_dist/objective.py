@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mixcl_dist.config import ObjectiveConfig
 from mixcl_dist.constants import constant
-from mixcl_dist.kernels import MixedContrastiveOutput, mixed_contrastive_loss
+from mixcl_dist.kernels import mixed_contrastive_loss
 from mixcl_dist.networks import NetworkOutput
 from mixcl_dist.rows import Rows
 from mixcl_dist.views import Views
@@ -26,7 +26,7 @@ def mixcl_loss(
     total = constant(0.0, output.voxel.dtype, output.voxel.device)
     terms: dict[str, torch.Tensor] = {}
     if config.voxel_identity or config.voxel_label:
-        loss, voxel_terms = _voxel_consistency(output, rows, config)
+        loss, voxel_terms = _voxel_consistency(output.voxel, rows, config)
         total, terms = total + loss, terms | voxel_terms
     if config.crop_identity:
         loss, crop_terms = _crop_identity(output.crop, config)
@@ -38,49 +38,30 @@ def mixcl_loss(
 
 
 def _voxel_consistency(
-    output: NetworkOutput, rows: Rows, config: ObjectiveConfig
+    embeddings: torch.Tensor, rows: Rows, config: ObjectiveConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    def contrast(embeddings: torch.Tensor, identity_weight: float, label_weight: float) -> MixedContrastiveOutput:
-        return mixed_contrastive_loss(
-            embeddings,
-            rows.identity,
-            rows.candidate_set,
-            rows.set_table,
-            group=rows.group,
-            present=rows.present,
-            temperature=config.voxel_temperature,
-            identity_weight=identity_weight,
-            label_weight=label_weight,
-        )
-
-    if config.identity_negatives == "patch" and config.voxel_identity:
-        identity = contrast(_with_patch(output.voxel, rows, len(output.crop) // 2), config.voxel_identity, 0.0)
-        label = contrast(output.voxel, 0.0, config.voxel_label)
-        total, shift = identity.loss + label.loss, 1.0
-    else:
-        identity = label = contrast(output.voxel, config.voxel_identity, config.voxel_label)
-        total, shift = identity.loss, 0.0
+    out = mixed_contrastive_loss(
+        embeddings,
+        rows.identity,
+        rows.candidate_set,
+        rows.set_table,
+        group=rows.group,
+        present=rows.present,
+        temperature=config.voxel_temperature,
+        identity_weight=config.voxel_identity,
+        label_weight=config.voxel_label,
+    )
     terms = {}
     if config.voxel_identity:
-        terms["voxel_identity"] = identity.identity_loss
-        terms["voxel_identity_floor"] = identity.identity_floor
-        terms["voxel_identity_similarity"] = identity.identity_similarity - shift
+        terms["voxel_identity"] = out.identity_loss
+        terms["voxel_identity_floor"] = out.identity_floor
+        terms["voxel_identity_similarity"] = out.identity_similarity
     if config.voxel_label:
-        terms["voxel_label"] = label.label_loss
-        terms["voxel_label_floor"] = label.label_floor
-        terms["voxel_label_similarity"] = label.label_similarity
-        terms["voxel_label_anchors"] = label.label_anchors
-    return total, terms
-
-
-def _with_patch(embeddings: torch.Tensor, rows: Rows, patches: int) -> torch.Tensor:
-    """(R, D + patches): with their patch as further coordinates, rows of one patch are all more alike by 1.
-
-    Within a patch that cancels in the loss; rows of other patches weigh e^(-1/temperature) of what they did, as good as
-    nothing. So the kernel, which knows no patches, contrasts each with itself.
-    """
-    patch = rows.voxel_index[:, :1] % patches
-    return torch.cat([embeddings, patch == torch.arange(patches, device=patch.device)], dim=1)
+        terms["voxel_label"] = out.label_loss
+        terms["voxel_label_floor"] = out.label_floor
+        terms["voxel_label_similarity"] = out.label_similarity
+        terms["voxel_label_anchors"] = out.label_anchors
+    return out.loss, terms
 
 
 def _crop_identity(embeddings: torch.Tensor, config: ObjectiveConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

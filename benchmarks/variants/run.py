@@ -26,8 +26,6 @@ RECONSTRUCTION = OFF | {"objective.reconstruction": "1"}
 BOTH = IDENTITY | {"objective.reconstruction": "1"}
 VARIANTS: dict[str, dict[str, str]] = {
     "identity": IDENTITY,
-    "identity, negatives of the patch": IDENTITY | {"objective.identity_negatives": "patch"},
-    "identity, last level alone": IDENTITY | {"network.voxel_levels": "1"},
     "identity, temperature 0.05": IDENTITY | {"objective.voxel_temperature": "0.05"},
     "identity, temperature 0.2": IDENTITY | {"objective.voxel_temperature": "0.2"},
     "identity, half the rows": IDENTITY | {"rows.per_view_pair": "128"},

@@ -163,16 +163,3 @@ def test_no_row_present_gives_a_finite_loss():
 def test_an_objective_without_any_term_is_refused():
     with pytest.raises(ValueError, match="every weight is 0"):
         ObjectiveConfig(**OFF)
-
-
-def test_identity_within_patches_is_the_mean_of_each_patchs_own_contrast():
-    """Independent truth: every patch by itself; there are no labels, and every row has a twin."""
-    z, table = unit(24, 16), [[True] * 4]
-    rows = rows_with([*range(12)] * 2, [0] * 24, table)
-    view = torch.arange(3).repeat_interleave(4)
-    rows.voxel_index[:, 0] = torch.cat([view, view + 3])
-    objective = ObjectiveConfig(**{**OFF, "voxel_identity": 1.0}, identity_negatives="patch", voxel_temperature=0.05)
-    total, terms = mixcl_loss(output_of(z, crop=torch.zeros(6, 4)), None, rows, objective)
-    of_patch = [info_nce(z[torch.cat([view, view]) == patch], 0.05) for patch in range(3)]
-    torch.testing.assert_close(total, torch.stack(of_patch).mean(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(terms["voxel_identity_similarity"], (z[:12] * z[12:]).sum(1).mean())
