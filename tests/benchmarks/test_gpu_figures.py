@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
 
 from mixcl_dist.config import load
 from mixcl_dist.kernels import tuning
 from mixcl_dist.networks import PretrainNetwork
-
-FOLDERS = [Path(__file__).resolve().parents[2] / "benchmarks" / name for name in ("gpu", "kernel")]
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    for folder in reversed(FOLDERS):
-        monkeypatch.syspath_prepend(folder)
-    before, path = set(sys.modules), list(sys.path)
-    yield import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
-            del sys.modules[name]
 
 
 def test_the_floor_of_a_network_grows_with_its_voxels(benchmark):

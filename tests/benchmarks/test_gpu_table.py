@@ -6,8 +6,6 @@ import argparse
 import fnmatch
 import json
 import os
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,22 +15,7 @@ from mixcl_dist.config import load
 from mixcl_dist.ledger import Ledger
 from mixcl_dist.table.plan import plan
 
-FOLDERS = [Path(__file__).resolve().parents[2] / "benchmarks" / name for name in ("gpu", "kernel")]
 BYTES = 20_000  #: of a network
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    for folder in reversed(FOLDERS):
-        monkeypatch.syspath_prepend(folder)
-    before, path = set(sys.modules), list(sys.path)
-    yield import_module
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
-            del sys.modules[name]
-
-
 DONE = ("pretrain/identity", "pretrain/mixcl-n1-s0", "probe/random", "trial/scratch-n1-s0")
 
 
