@@ -16,8 +16,19 @@ PLATEAU = 0.25
 """Last share of a training whose mean Dice is its plateau."""
 
 
+class _Bounded:
+    """Has an interval, or None for both its ends."""
+
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
 @dataclass(frozen=True)
-class Interval:
+class Interval(_Bounded):
     """Mean of `n` values with its two-sided 95 % Student t-interval; `sd`, `low`, `high` are None below two values."""
 
     n: int
@@ -25,10 +36,6 @@ class Interval:
     sd: float | None
     low: float | None
     high: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -40,12 +47,17 @@ def t_interval(values: Sequence[float]) -> Interval:
     if n == 1:
         return Interval(1, mean, None, None, None)
     sd = stdev(values)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / n**0.5
+    half = _half_width(sd / n**0.5, n - 1)
     return Interval(n, mean, sd, mean - half, mean + half)
 
 
+def _half_width(error: float, freedom: int) -> float:
+    """Of Student's interval about a mean with that standard error and degrees of freedom."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+
+
 @dataclass(frozen=True)
-class Difference:
+class Difference(_Bounded):
     """Mean paired difference of two arms with its two-sided 95 % interval over seeds and cases.
 
     `low`, `high` and `p` (that of no difference, two-sided) are None below two seeds or two cases.
@@ -57,10 +69,6 @@ class Difference:
     low: float | None
     high: float | None
     p: float | None
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def mean_difference(differences: np.ndarray, resamples: int) -> Difference:
@@ -91,7 +99,7 @@ def mean_difference(differences: np.ndarray, resamples: int) -> Difference:
     over_cases = _means(kept, np.ones((1, seeds)), drawn[1])
     error = float(np.sqrt(np.mean((over_seeds - mean) ** 2) + np.mean((over_cases - mean) ** 2)))
     freedom = min(seeds, cases) - 1
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half = _half_width(error, freedom)
     p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
     return Difference(seeds, cases, mean, mean - half, mean + half, p)
 
