@@ -359,7 +359,7 @@ def _add_training(verbs: Any) -> None:
     add("--from", dest="start", type=Path, nargs="+", required=True, metavar="RUN", help=starts)
     add("--study", type=Path, required=True, metavar="STUDY", help="folder of this study; going on where it stopped")
 
-    example = "mixcl table --data ct/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
+    example = "mixcl table --data openkbp/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
     add = _verb(verbs, "table", _table, "pre-train and fine-tune for the few-label table, resumably", example)
     add("--data", type=Path, required=True, metavar="SOURCE", help="labelled cases with a validation split")
     add("--shards", type=Path, required=True, metavar="SHARDS", help="its training images, by `mixcl shards build`")

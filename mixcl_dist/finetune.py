@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +35,7 @@ from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.scoring import Overlays, dice_per_class, segment, summarise, summarise_surfaces, surfaces_per_class
 from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
+from mixcl_dist.weights import load_weights
 
 GRADIENT_NORM = 1.0
 WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
@@ -224,13 +224,8 @@ def build(config: Config, start: Path | None, n_classes: int) -> SegmentationNet
     if start is not None:
         weights = start / WEIGHTS[read_json(start / "run.json")["kind"]]
         prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""
-        try:
-            stored = load_file(weights).items()
-            backbone = {name.removeprefix(prefix): tensor for name, tensor in stored if name.startswith(prefix)}
-            network.backbone.load_state_dict(backbone)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise RunError(f"{weights}: does not fit {start / 'network.json'} ({reason}); train it again") from None
+        problem = f"does not fit {start / 'network.json'}"
+        load_weights(network.backbone, weights, problem=problem, cure="train it again", prefix=prefix)
     return network
 
 
@@ -282,6 +277,7 @@ def _train(
     crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed, device)
     optimizer, schedule = _optimizer(network, settings)
     kept = copy.deepcopy(network).requires_grad_(False)
+    weights = list(kept.parameters()), list(network.parameters())
     network.train()
     seconds, begin = 0.0, time.monotonic()
     steps = range(1, settings.steps + 1)
@@ -290,7 +286,7 @@ def _train(
         loss = train_step(network, optimizer, crops.batch(settings.batch_size))
         # At first the average is of few steps, so that the random start is soon forgotten.
         average = get_ema_multi_avg_fn(min(settings.average_decay, (1 + step) / (10 + step)))
-        average(list(kept.parameters()), list(network.parameters()), step)
+        average(*weights, step)
         last = step == settings.steps
         if last or step % settings.log_every == 0:
             rate = float(schedule.get_last_lr()[0])
@@ -314,10 +310,7 @@ def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, devi
     def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
         scores = {}
         for case, volume in scans:
-            prediction = _predict(network, config, volume, device)
-            assert volume.label is not None, "a development case has a label"
-            truth = task.target(case, volume.label)
-            scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
+            *_, scores[case.name] = _segmented(network, config, task, case, volume, device)
         if scores:
             dice = summarise(scores, task.classes)["class_mean"]
             point = {"step": step, "seconds": round(seconds, 2), "mean": mean_dice(dice, unshown), "dice": dice}
@@ -388,10 +381,7 @@ def _score(
     scores, surfaces, overlays = {}, {}, Overlays()
     for case in progress(cases, total=len(cases), desc="score", unit="case"):
         volume = read_case(case, task.catalogue)
-        prediction = _predict(network, config, volume, device)
-        assert volume.label is not None, "only labelled cases are scored"
-        truth = task.target(case, volume.label)
-        scores[case.name] = dice_per_class(prediction, truth, task.classes, case.reliable)
+        prediction, truth, scores[case.name] = _segmented(network, config, task, case, volume, device)
         surfaces[case.name] = surfaces_per_class(
             prediction,
             truth,
@@ -404,8 +394,11 @@ def _score(
     return summarise(scores, task.classes) | summarise_surfaces(surfaces, task.classes), overlays
 
 
-def _predict(network: SegmentationNetwork, config: Config, volume: Volume, device: torch.device) -> np.ndarray:
-    return segment(
+def _segmented(
+    network: SegmentationNetwork, config: Config, task: Task, case: Case, volume: Volume, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, dict[str, float | None]]:
+    """What the network finds in a labelled case and what was drawn, both in its own voxels, and Dice per class."""
+    prediction = segment(
         network,
         volume,
         spacing_mm=config.finetune.spacing_mm,
@@ -414,3 +407,6 @@ def _predict(network: SegmentationNetwork, config: Config, volume: Volume, devic
         overlap=config.finetune.sliding_overlap,
         device=device,
     )
+    assert volume.label is not None, "only labelled cases are scored"
+    truth = task.target(case, volume.label)
+    return prediction, truth, dice_per_class(prediction, truth, task.classes, case.reliable)

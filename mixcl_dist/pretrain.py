@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.budget import budget_cases, check_development, readable
@@ -34,6 +32,7 @@ from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
 from mixcl_dist.seen import Seen
 from mixcl_dist.views import make_views
+from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
@@ -201,12 +200,7 @@ def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
     fields = [field.name for field in dataclasses.fields(ours)]
     if changed := [f"network.{name}" for name in fields if getattr(theirs, name) != getattr(ours, name)]:
         raise RunError(f"{start}: differs in {', '.join(changed)}; give the same settings, or another --start")
-    weights = start / WHOLE_NETWORK
-    try:
-        network.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RunError(f"{weights}: cannot be begun from ({reason}); pre-train the start again") from None
+    load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure="pre-train the start again")
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:

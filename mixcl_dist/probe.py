@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +30,7 @@ from mixcl_dist.networks import Backbone, voxels_of
 from mixcl_dist.precision import autocast
 from mixcl_dist.run import RunError
 from mixcl_dist.seen import Seen, shared_scans
+from mixcl_dist.weights import load_weights
 
 FILE_NAME = "probe.json"
 """In a run's folder."""
@@ -83,7 +82,8 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[
     backbone = Backbone(config.network)
     if path is not None:
         _refuse_seen(path, shards, development)
-        load_backbone(backbone, path)
+        cure = "give a finished run or a whole checkpoint"
+        load_weights(backbone, path / "network.safetensors", problem="cannot be loaded", cure=cure)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.monotonic()
     patches, classes = read_patches(shards, development)
@@ -107,16 +107,6 @@ def _refuse_seen(path: Path, shards: Path | str, development: Sequence[str]) -> 
         raise RunError(
             f"{path}: was pre-trained on development scan {name}{alias}; pre-train with budget.development set"
         )
-
-
-def load_backbone(backbone: Backbone, path: Path) -> None:
-    """Load the weights that a pre-training run or a checkpoint left in the folder; raises `RunError`."""
-    weights = path / "network.safetensors"
-    try:
-        backbone.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RunError(f"{weights}: cannot be loaded ({reason}); give a finished run or a whole checkpoint") from None
 
 
 def read_patches(shards: Path | str, names: Sequence[str]) -> tuple[Patches, tuple[str, ...]]:

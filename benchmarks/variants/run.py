@@ -2,7 +2,7 @@
 while and judged by the frozen probe on development scans. What is done is not done again: run it as often as you like.
 
     mixcl shards build OPENKBP/dataset.json --out SHARDS --recipe few_label
-    python benchmarks/variants/run.py --shards SHARDS --out OUT [--only NAME …] [--steps 600] [--batch-size 4]
+    python benchmarks/variants/run.py --shards SHARDS --out OUT [--only NAME …] [--steps 400] [--batch-size 4]
 """
 
 from __future__ import annotations

@@ -29,20 +29,20 @@ from mixcl_dist.table.work import FINISHED
 ROOT = Path(__file__).resolve().parents[1]
 SEGMENTING = (
     *(f"{name}.py" for name in ("finetune", "crops", "marginal", "networks", "scoring", "schedule", "intensity")),
-    *("constants.py", "precision.py", "budget.py"),
+    *("constants.py", "precision.py", "budget.py", "weights.py"),
     *("data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),
 )
 READING = tuple(f"data_shards/{name}.py" for name in ("reader", "codec", "shard", "order", "manifest", "catalogue"))
 CONTRASTING = (
     *(f"{name}.py" for name in ("pretrain", "views", "rows", "draws", "objective", "networks", "schedule")),
-    *("intensity.py", "constants.py", "precision.py", "budget.py", "cluster/engine.py", "kernels/*.py"),
+    *("intensity.py", "constants.py", "precision.py", "budget.py", "weights.py", "cluster/engine.py", "kernels/*.py"),
     *("data_shards/stream.py", "data_shards/ring.py", *READING),
 )
 SOURCES = {
     "pretrain": CONTRASTING,
     "supervised": SEGMENTING,
     "trial": SEGMENTING,
-    "probe": ("probe.py", "networks.py", "intensity.py", "constants.py", "precision.py", *READING),
+    "probe": ("probe.py", "networks.py", "intensity.py", "constants.py", "precision.py", "weights.py", *READING),
 }
 """Files on whose content the figures of each kind of item depend."""
 SETTINGS = {
