@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.random import NUMBERS_PER_BLOCK
-
+NUMBERS_PER_BLOCK = 8  #: four words of 64 bits
 BLOCKS = 128  #: of a program
 TWO_PI = tl.constexpr(2 * math.pi)
 

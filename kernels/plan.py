@@ -8,7 +8,7 @@ active relation are left out. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from mixcl_dist.kernels.implementation import held_dtype
 from mixcl_dist.kernels.index import ABSENT, Index, lower_bound
-
-if TYPE_CHECKING:
-    from mixcl_dist.kernels.tuning import Tile
+from mixcl_dist.kernels.tuning import Tile
 
 CHUNK = 512  #: column blocks that one step of the list kernel looks at
 

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from mixcl_dist.kernels.implementation import obstacle
 
-#: Four words of 64 bits make eight numbers.
-NUMBERS_PER_BLOCK = 8
-
 
 @torch.library.custom_op("mixcl_dist::random", mutates_args=())
 def random(slot: Tensor, seed: int, draw: int, parts: int, count: int, normal: bool, dtype: torch.dtype) -> Tensor:

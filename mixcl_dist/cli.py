@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shards_build(options: argparse.Namespace) -> int:
-    from mixcl_dist.data_shards.build import build
+    from mixcl_dist.data_shards.building.build import build
     from mixcl_dist.progress import ProgressReport
 
     config = _config(options)
@@ -74,18 +74,18 @@ def _elsewhere(options: argparse.Namespace) -> AbstractContextManager[Any]:
 
 
 def _shards_inspect(options: argparse.Namespace) -> None:
-    from mixcl_dist.data_shards.summary import inspect, table
+    from mixcl_dist.data_shards.inspection.summary import inspect, table
 
     print(table(inspect(options.shards)))
     if options.picture:
-        from mixcl_dist.data_shards.picture import contact_sheet
+        from mixcl_dist.data_shards.inspection.picture import contact_sheet
 
         contact_sheet(options.shards, options.picture, options.window)
         print(f"picture in {options.picture}")
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
-    from mixcl_dist.data_shards.verify import verify
+    from mixcl_dist.data_shards.inspection.verify import verify
     from mixcl_dist.progress import ProgressReport
 
     problems = verify(options.shards, _cores(), ProgressReport("verify"))
@@ -96,8 +96,8 @@ def _shards_verify(options: argparse.Namespace) -> int:
 
 
 def _shards_dedup(options: argparse.Namespace) -> int:
-    from mixcl_dist.data_shards.dedup import matches, scans_of
-    from mixcl_dist.data_shards.processes import in_processes
+    from mixcl_dist.data_shards.building.dedup import matches, scans_of
+    from mixcl_dist.data_shards.building.processes import in_processes
     from mixcl_dist.progress import ProgressReport
 
     paths = dict.fromkeys([*options.source, *options.against])
@@ -119,7 +119,7 @@ def _cores() -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from mixcl_dist.pretrain import pretrain
+    from mixcl_dist.pretraining.pretrain import pretrain
 
     if options.resume and (options.run / "config.yaml").exists():
         options.config.insert(0, options.run / "config.yaml")
@@ -130,7 +130,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _probe(options: argparse.Namespace) -> None:
     from mixcl_dist.config import load, replace, to_dict
-    from mixcl_dist.probe import FILE_NAME, probe_run, run_of
+    from mixcl_dist.pretraining.probe import FILE_NAME, probe_run, run_of
     from mixcl_dist.run import write_json
 
     config = _config(options)
@@ -151,7 +151,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 def _finetune(options: argparse.Namespace) -> None:
     from mixcl_dist.config import replace
-    from mixcl_dist.finetune import finetune
+    from mixcl_dist.finetuning.finetune import finetune
 
     budget: dict[str, Any] = {}
     if options.labels is not None or options.scans is not None:
@@ -169,7 +169,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> int:
     from mixcl_dist.report import study_table
-    from mixcl_dist.study import run_study
+    from mixcl_dist.studies.study import run_study
 
     study = run_study(_config(options), data=options.data, starts=options.start, study=options.study)
     failed = [trial["id"] for trial in study["trials"] if trial["status"] != "done"]
@@ -182,7 +182,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     from mixcl_dist.report import table_text
-    from mixcl_dist.table.runner import run_table
+    from mixcl_dist.studies.table.runner import run_table
 
     ending = run_table(
         _config(options),

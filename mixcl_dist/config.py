@@ -21,8 +21,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from mixcl_dist.cluster.checkpoint import CheckpointConfig
 from mixcl_dist.cluster.engine import EngineConfig
 from mixcl_dist.cluster.trials import TrialsConfig
-from mixcl_dist.data_shards.build import BuildConfig
-from mixcl_dist.data_shards.storage import CacheConfig
+from mixcl_dist.data_shards.building.settings import BuildConfig
+from mixcl_dist.data_shards.storage.store import CacheConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

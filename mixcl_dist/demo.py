@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mixcl_dist.config import Config, replace
-from mixcl_dist.data_shards.build import build
+from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
-from mixcl_dist.pretrain import pretrain
+from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.progress import ProgressReport
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.run import RunError
-from mixcl_dist.study import run_study
+from mixcl_dist.studies.study import run_study
 
 TRAINING, VALIDATION, UNLABELLED = 20, 5, 24
 

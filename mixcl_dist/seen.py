@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixcl_dist.data_shards.building.dedup import Scan, matches, read_scan
+from mixcl_dist.data_shards.building.spool import stamp_of
 from mixcl_dist.data_shards.catalogue import Catalogue
-from mixcl_dist.data_shards.dedup import Scan, matches, read_scan
 from mixcl_dist.data_shards.sources import Case, CaseError
-from mixcl_dist.data_shards.spool import stamp_of
 from mixcl_dist.progress import progress
 from mixcl_dist.run import RunError, write_atomic
 

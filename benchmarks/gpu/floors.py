@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixcl_dist import constants
 from mixcl_dist.config import Config
-from mixcl_dist.networks import PretrainNetwork
+from mixcl_dist.networks.heads import PretrainNetwork
 
 HALF, SINGLE = 2, 4  #: bytes
 COPY_BYTES = 2**30

@@ -12,16 +12,7 @@ from dataclasses import dataclass, replace
 
 KERNELS = ("kernels/*.py",)
 GATE = (*KERNELS, "benchmarks/kernel/gate.py", "benchmarks/kernel/inputs.py", "benchmarks/gpu/check.py")
-PRODUCT = (
-    *KERNELS,
-    *(
-        f"{room}/*.{kind}"
-        for room in ("mixcl_dist", "mixcl_dist/recipes", "mixcl_dist/table", "cluster")
-        for kind in ("py", "yaml")
-    ),
-    "data_shards/*.py",
-    "data_shards/sources/*.py",
-)
+PRODUCT = (*KERNELS, "mixcl_dist/**/*.py", "mixcl_dist/recipes/*.yaml", "cluster/*.py", "data_shards/**/*.py")
 SWEPT_KERNELS, SWEPT_WIDTHS = ("forward", "backward", "forward-triangle"), (128, 64, 256)
 STEPS, TINY_STEPS = ("48", "96", "96-compile"), ("16",)  #: edges of views, and a variant of the step
 TINY_WIDTH, PATIENCE = 256, 6

@@ -18,8 +18,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mixcl_dist import pretrain as product
 from mixcl_dist.config import Config, load
+from mixcl_dist.pretraining import pretrain as product
 from mixcl_dist.run import read_metrics
 
 SETTINGS = {

@@ -23,13 +23,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels are counted, not r
 import torch
 from count import LaunchCounter
 
-from mixcl_dist import finetune, networks, precision, pretrain
+from mixcl_dist import precision
 from mixcl_dist.cluster import engine
 from mixcl_dist.config import Config, load
-from mixcl_dist.data_shards.build import build
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.finetuning import finetune
 from mixcl_dist.kernels import mixed_contrastive_loss
+from mixcl_dist.networks import heads
 from mixcl_dist.phantom import write_cohort
-from mixcl_dist.recorder import Recorder
+from mixcl_dist.pretraining import pretrain
+from mixcl_dist.pretraining.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "launches.csv"
@@ -84,7 +87,7 @@ def count(folder: Path) -> LaunchCounter:
     build(cohort[:1], folder / "shards", config.build)
     with (  # as on the GPUs that this stands for
         mock.patch.object(precision, "has_bfloat16", lambda device: True),
-        mock.patch.object(networks, "row_dtype", lambda device: torch.bfloat16),
+        mock.patch.object(heads, "row_dtype", lambda device: torch.bfloat16),
     ):
         count_pretraining(counter, config, folder / "shards", folder / "pretraining")
         count_finetuning(counter, config, cohort[0], folder / "finetuning")

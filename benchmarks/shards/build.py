@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 
-from mixcl_dist.data_shards.build import BuildConfig, build
-from mixcl_dist.data_shards.processes import in_this_process
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import Case, open_source
 
 EVERY_OPENKBP = 8

@@ -21,11 +21,11 @@ import numpy as np
 import pcodec
 from pcodec import standalone
 
-from mixcl_dist.data_shards.build import BuildConfig
+from mixcl_dist.data_shards.building.settings import BuildConfig
+from mixcl_dist.data_shards.building.spool import cut_patches, quantised
 from mixcl_dist.data_shards.catalogue import merged
-from mixcl_dist.data_shards.codec import CT_MEMBERS, SEG_MEMBER, decode_into, encode
+from mixcl_dist.data_shards.format.codec import CT_MEMBERS, SEG_MEMBER, decode_into, encode
 from mixcl_dist.data_shards.sources import open_source, read_case
-from mixcl_dist.data_shards.spool import cut_patches, quantised
 from mixcl_dist.data_shards.volume import AIR_HU, crop_to_body
 
 EDGE = 96

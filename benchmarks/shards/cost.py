@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from mixcl_dist.data_shards.codec import DESCRIPTION, digest
-from mixcl_dist.data_shards.fingerprint import SIZE
-from mixcl_dist.data_shards.manifest import (
+from mixcl_dist.data_shards.format.codec import DESCRIPTION, digest
+from mixcl_dist.data_shards.format.fingerprint import SIZE
+from mixcl_dist.data_shards.format.manifest import (
     CASES_FILE,
     CLASSES_FILE,
     FINGERPRINTS_FILE,
@@ -32,7 +32,7 @@ from mixcl_dist.data_shards.manifest import (
     spacing_histogram,
     table_digest,
 )
-from mixcl_dist.data_shards.shard import parse_index
+from mixcl_dist.data_shards.format.shard import parse_index
 
 PATCHES, CASES, PER_SHARD, CLASSES = 1_000_000, 40_000, 256, 117
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mixcl_dist.data_shards.catalogue import merged
-from mixcl_dist.data_shards.fingerprint import NEAR, fingerprint, near_pairs
+from mixcl_dist.data_shards.format.fingerprint import NEAR, fingerprint, near_pairs
 from mixcl_dist.data_shards.sources import open_source, read_case
 from mixcl_dist.data_shards.volume import AIR_HU, Volume, resample
 

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mixcl_dist.data_shards.codec import decode_into, digest
-from mixcl_dist.data_shards.manifest import Manifest
-from mixcl_dist.data_shards.shard import Member, read_index
-from mixcl_dist.data_shards.stream import PatchStream
+from mixcl_dist.data_shards.format.codec import decode_into, digest
+from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.data_shards.format.shard import Member, read_index
+from mixcl_dist.data_shards.streaming.stream import PatchStream
 
 SHAPE = (96, 96, 96)
 MEMBER = "ct.b2"

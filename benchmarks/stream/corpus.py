@@ -17,8 +17,9 @@ import blosc2
 import numpy as np
 import xxhash
 
-from mixcl_dist.data_shards.build import BuildConfig, build
-from mixcl_dist.data_shards.manifest import Manifest
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.data_shards.building.settings import BuildConfig
+from mixcl_dist.data_shards.format.manifest import Manifest
 
 EDGE = 96
 CONFIG = BuildConfig(

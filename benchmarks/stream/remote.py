@@ -29,8 +29,8 @@ from machine import describe_machine
 from report import corpus_text, spread_text, table
 from run import SHARED_CT
 
-from mixcl_dist.data_shards.storage import CacheConfig
-from mixcl_dist.data_shards.stream import PatchStream
+from mixcl_dist.data_shards.storage.store import CacheConfig
+from mixcl_dist.data_shards.streaming.stream import PatchStream
 
 WORKERS, BATCH_SIZE, ROUNDS, SECONDS = 2, 32, 5, 2.0
 PACKAGES = ("torch", "aiohttp", "s3fs", "moto")

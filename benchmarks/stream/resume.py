@@ -64,7 +64,7 @@ def write_index(folder: Path, samples: int) -> None:
     """A manifest as a build would write it, over `samples` patches of `PER_CASE` a case and `PER_SHARD` a shard."""
     import numpy as np
 
-    from mixcl_dist.data_shards import manifest as m
+    from mixcl_dist.data_shards.format import manifest as m
 
     rng = np.random.default_rng(0)
     cases, shards = -(-samples // PER_CASE), -(-samples // PER_SHARD)
@@ -129,7 +129,7 @@ def in_fresh_process(folder: Path) -> dict:
 
 def measure(folder: Path) -> dict:
     """In this process, whose imports are told apart from the work."""
-    from mixcl_dist.data_shards.stream import PatchStream
+    from mixcl_dist.data_shards.streaming.stream import PatchStream
 
     imported, before = time.perf_counter(), peak_bytes()
     stream = PatchStream(folder, batch_size=BATCH_SIZE, seed=0, workers=2, label_cases=set())
@@ -157,7 +157,7 @@ def peak_bytes() -> int:
 
 def bytes_per_million(folder: Path, samples: int) -> dict[str, float]:
     """Of each file, and of the indices beside the shards, of which one is written to see."""
-    from mixcl_dist.data_shards.shard import index_path, write_shard
+    from mixcl_dist.data_shards.format.shard import index_path, write_shard
 
     shard = folder / "one" / "shard-000000.tar"
     shard.parent.mkdir(exist_ok=True)

@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mixcl_dist.ledger import digest_of
 from mixcl_dist.run import machine, read_json, read_metrics
-from mixcl_dist.table.runner import ROOT, SOURCES
+from mixcl_dist.studies.table.ledger import digest_of
+from mixcl_dist.studies.table.runner import ROOT, SOURCES
 
 LABELLED = {"budget.scans": "4", "data.labelled_fraction": "0.5", "objective.voxel_label": "1"}
 OFF = {f"objective.{term}": "0" for term in ("voxel_identity", "voxel_label", "crop_identity", "reconstruction")}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mixcl_dist.export.card import card
-from mixcl_dist.export.trained import NETWORK_CLASS, ExportError, Trained
+from mixcl_dist.export.trained import ExportError, Trained
+from mixcl_dist.networks import dynunet
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _LICENSE = """\
@@ -111,7 +112,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
         "image_files": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
         "data": "$[{'image': file} for file in @image_files]",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
-        "network_def": {"_target_": NETWORK_CLASS.rsplit(".", 1)[1]} | trained.network_arguments,
+        "network_def": {"_target_": dynunet.CLASS.rsplit(".", 1)[1]} | trained.network_arguments,
         "network": "$@network_def.to(@device)",
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(trained)},
@@ -149,7 +150,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
 
 
 def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
-    low, high = trained.window_hu
+    low, high = trained.network.window_hu
     resampling = {"_target_": "Spacingd", "keys": "image", "pixdim": trained.spacing_mm, "mode": "bilinear"}
     return [
         {"_target_": "LoadImaged", "keys": "image"},

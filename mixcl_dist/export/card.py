@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixcl_dist.export.trained import Trained
+from mixcl_dist.networks import dynunet
 
 
 def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
@@ -26,12 +27,12 @@ def _what(trained: Trained) -> str:
         if trained.is_segmentation
         else "An encoder-decoder for CT, pre-trained with mixed contrastive learning (MixCL), to be fine-tuned"
     )
-    return f"{task}: MONAI DynUNet, channels {', '.join(map(str, trained.filters))}; made by mixcl-dist."
+    return f"{task}: MONAI DynUNet, channels {', '.join(map(str, trained.network.filters))}; made by mixcl-dist."
 
 
 def _interface(trained: Trained) -> str:
-    low, high = trained.window_hu
-    divisor = 2 ** (len(trained.filters) - 1)
+    low, high = trained.network.window_hu
+    divisor = dynunet.divisor(trained.network)
     grid = (
         "at the case's own spacing" if trained.spacing_mm is None
         else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm"

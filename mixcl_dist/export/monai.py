@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from mixcl_dist.export.card import card
-from mixcl_dist.export.trained import NETWORK_CLASS, Trained
+from mixcl_dist.export.trained import Trained
+from mixcl_dist.networks import dynunet
 
 _PRETRAINED = """\
 ```python
@@ -44,11 +45,11 @@ def write(trained: Trained, folder: Path) -> None:
 def describe(trained: Trained) -> dict:
     """Class, arguments and input of the network, as plain JSON values."""
     return {
-        "class": NETWORK_CLASS,
+        "class": dynunet.CLASS,
         "arguments": trained.network_arguments,
         "orientation": "RAS",
         "spacing_mm": trained.spacing_mm,
-        "window_hu": trained.window_hu,
+        "window_hu": trained.network.window_hu,
         "input_range": [-1.0, 1.0],
         "classes": trained.classes,
     }

@@ -44,9 +44,9 @@ _NOTES = """\
 
 def write(trained: Trained, folder: Path) -> None:
     """Write checkpoint_final.pth, adaptation_plan.json and README.md; raises `ExportError` for a residual network."""
-    if trained.architecture != "dynunet":
+    if trained.network.architecture != "dynunet":
         raise ExportError(
-            f"{trained.run}: {trained.architecture} has residual blocks that nnU-Net's networks do not have; "
+            f"{trained.run}: {trained.network.architecture} has residual blocks that nnU-Net's networks do not have; "
             "pre-train with --network.architecture dynunet, or export to monai"
         )
     plan = adaptation_plan(trained)
@@ -59,7 +59,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 def encoder_weights(trained: Trained) -> dict[str, torch.Tensor]:
     """The encoder under PlainConvUNet's names, which list each tensor twice; kernels are (out, in, z, y, x)."""
-    last = len(trained.filters) - 1
+    last = len(trained.network.filters) - 1
     blocks = ["input_block", *(f"downsamples.{i}" for i in range(last - 1)), "bottleneck"]
     weights: dict[str, torch.Tensor] = {}
     for stage, block in enumerate(blocks):
@@ -94,10 +94,10 @@ def adaptation_plan(trained: Trained) -> dict[str, Any]:
 
 
 def _architecture(trained: Trained) -> dict[str, Any]:
-    levels = len(trained.filters)
+    levels = len(trained.network.filters)
     return {
         "n_stages": levels,
-        "features_per_stage": list(trained.filters),
+        "features_per_stage": list(trained.network.filters),
         "conv_op": "torch.nn.modules.conv.Conv3d",
         "kernel_sizes": [[3, 3, 3]] * levels,
         "strides": [[1, 1, 1]] + [[2, 2, 2]] * (levels - 1),

@@ -12,9 +12,10 @@ from monai.networks.nets import DynUNet
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mixcl_dist.config import NetworkConfig
+from mixcl_dist.networks import dynunet
 from mixcl_dist.run import RunError, read_json
 
-NETWORK_CLASS = "monai.networks.nets.DynUNet"
 _CLASSIFIER = {
     "classifier.weight": "output_block.conv.conv.weight",
     "classifier.bias": "output_block.conv.conv.bias",
@@ -32,9 +33,7 @@ class Trained:
     run: Path
     facts: dict[str, Any]
     config: dict[str, Any]
-    architecture: str
-    filters: tuple[int, ...]
-    window_hu: tuple[float, float]
+    network: NetworkConfig
     spacing_mm: tuple[float, float, float] | None
     """Spacing that the network was trained at; None: every case at its own."""
     classes: tuple[str, ...]
@@ -50,17 +49,7 @@ class Trained:
     @property
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of DynUNet; `out_channels` (background and classes) only where the output layer was trained."""
-        levels = len(self.filters)
-        arguments: dict[str, Any] = {
-            "spatial_dims": 3,
-            "in_channels": 1,
-            "kernel_size": [3] * levels,
-            "strides": [1] + [2] * (levels - 1),
-            "upsample_kernel_size": [2] * (levels - 1),
-            "filters": list(self.filters),
-            "norm_name": ["INSTANCE", {"affine": True}],
-            "res_block": self.architecture == "residual_dynunet",
-        }
+        arguments = dynunet.arguments(self.network)
         return arguments | ({"out_channels": len(self.classes) + 1} if self.is_segmentation else {})
 
     @property
@@ -95,9 +84,11 @@ def open_trained(run: Path) -> Trained:
             run=run,
             facts=facts,
             config=config,
-            architecture=description["architecture"],
-            filters=tuple(description["filters"]),
-            window_hu=tuple(description["window_hu"]),
+            network=NetworkConfig(
+                architecture=description["architecture"],
+                filters=tuple(description["filters"]),
+                window_hu=tuple(description["window_hu"]),
+            ),
             spacing_mm=tuple(description["spacing_mm"]) if description["spacing_mm"] else None,
             classes=tuple(description["classes"]),
             dice=read_json(run / "dice.json") if (run / "dice.json").is_file() else None,

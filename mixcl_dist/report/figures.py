@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mixcl_dist.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
+from mixcl_dist.pretraining.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
 from mixcl_dist.report.folders import TableTrial
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
 from mixcl_dist.report.table import Pair
-from mixcl_dist.statistics import Difference
+from mixcl_dist.studies.statistics import Difference
 
 ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900", "#56b4e9", "#7a5c3e")
 """Scratch is grey everywhere; pre-trained starts follow in the study's order (Okabe and Ito, colour-blind safe)."""

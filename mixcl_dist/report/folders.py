@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mixcl_dist import ledger
 from mixcl_dist.run import RunError, read_json
+from mixcl_dist.studies.table import ledger
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixcl_dist.report.folders import RunFolder, Start, StudyFolder, Trial
-from mixcl_dist.statistics import Interval, t_interval
+from mixcl_dist.studies.statistics import Interval, t_interval
 
 SCRATCH = "scratch"
 MEAN = "mean"

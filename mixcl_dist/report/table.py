@@ -14,7 +14,7 @@ import yaml
 from mixcl_dist.config import from_dict, replace
 from mixcl_dist.report.folders import TableFolder, TableTrial
 from mixcl_dist.report.results import SCRATCH, points
-from mixcl_dist.statistics import (
+from mixcl_dist.studies.statistics import (
     CONFIDENCE,
     Difference,
     holm,
@@ -23,7 +23,7 @@ from mixcl_dist.statistics import (
     plateau,
     steps_to,
 )
-from mixcl_dist.table.plan import shown
+from mixcl_dist.studies.table.plan import shown
 
 AT_ZERO = 0.01
 """A class whose mean Dice in a trial is below this was not learnt at all."""

@@ -7,7 +7,7 @@ import torch
 
 from mixcl_dist.config import load
 from mixcl_dist.kernels import tuning
-from mixcl_dist.networks import PretrainNetwork
+from mixcl_dist.networks.heads import PretrainNetwork
 
 
 def test_the_floor_of_a_network_grows_with_its_voxels(benchmark):

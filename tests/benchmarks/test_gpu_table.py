@@ -12,8 +12,8 @@ import pytest
 
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.config import load
-from mixcl_dist.ledger import Ledger
-from mixcl_dist.table.plan import plan
+from mixcl_dist.studies.table.ledger import Ledger
+from mixcl_dist.studies.table.plan import plan
 
 BYTES = 20_000  #: of a network
 DONE = ("pretrain/identity", "pretrain/mixcl-n1-s0", "probe/random", "trial/scratch-n1-s0")

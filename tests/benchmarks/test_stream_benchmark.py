@@ -18,7 +18,7 @@ import pytest
 import torch
 import xxhash
 
-from mixcl_dist.data_shards.build import build
+from mixcl_dist.data_shards.building.build import build
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "stream"
 NAMES = ("run", "host", "corpus", "contestants", "report", "resume", "machine")

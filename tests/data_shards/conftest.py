@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mixcl_dist.data_shards.build import BuildConfig, build
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.data_shards.building.settings import BuildConfig
 
 SPACING_MM = (2.0, 2.0, 3.0)
 

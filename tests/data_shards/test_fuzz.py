@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixcl_dist.data_shards.codec import decode, digest
-from mixcl_dist.data_shards.manifest import CASES_FILE, CLASSES_FILE, FINGERPRINTS_FILE, Manifest, ManifestError
-from mixcl_dist.data_shards.shard import ShardError, index_path, parse_index, read_index, read_sample
-from mixcl_dist.data_shards.verify import verify
+from mixcl_dist.data_shards.format.codec import decode, digest
+from mixcl_dist.data_shards.format.manifest import CASES_FILE, CLASSES_FILE, FINGERPRINTS_FILE, Manifest, ManifestError
+from mixcl_dist.data_shards.format.shard import ShardError, index_path, parse_index, read_index, read_sample
+from mixcl_dist.data_shards.inspection.verify import verify
 
 fuzz = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -156,7 +156,7 @@ def test_verify_finds_any_damage_to_any_file(built, data, tmp_path_factory):
 DECODER = """
     import sys
     import numpy as np
-    from mixcl_dist.data_shards.codec import decode_into, encode
+    from mixcl_dist.data_shards.format.codec import decode_into, encode
 
     rng, member, rounds = np.random.default_rng(int(sys.argv[1])), sys.argv[2], int(sys.argv[3])
     dtype = np.uint8 if member == "seg.b2" else np.int16

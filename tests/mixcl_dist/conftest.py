@@ -9,10 +9,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from mixcl_dist import constants, objective, rows, views
+from mixcl_dist import constants
 from mixcl_dist.config import Config, load
-from mixcl_dist.data_shards.build import build
+from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
+from mixcl_dist.pretraining import objective, rows, views
 
 SMALL = {
     "build.patch_size": "24,24,24",

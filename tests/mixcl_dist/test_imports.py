@@ -7,7 +7,8 @@ PROGRAM = """
 import sys
 for name in ("SimpleITK", "ray", "highdicom", "pydicom"):
     sys.modules[name] = None  # an import of it fails
-import mixcl_dist.cli, mixcl_dist.pretrain, mixcl_dist.finetune, mixcl_dist.report, mixcl_dist.table.runner
+import mixcl_dist.cli, mixcl_dist.report
+import mixcl_dist.pretraining.pretrain, mixcl_dist.finetuning.finetune, mixcl_dist.studies.table.runner
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import open_source, read_case
 from pathlib import Path

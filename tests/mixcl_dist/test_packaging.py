@@ -26,7 +26,7 @@ def test_the_wheel_from_the_sdist_holds_mixcl_dist_alone(dist):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"mixcl_dist"}
-    for module in ("kernels/loss.py", "data_shards/stream.py", "cluster/engine.py", "recipes/demo.yaml"):
+    for module in ("kernels/loss.py", "data_shards/streaming/stream.py", "cluster/engine.py", "recipes/demo.yaml"):
         assert f"mixcl_dist/{module}" in names
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mixcl_dist import seen as seen_module
-from mixcl_dist.data_shards.dedup import Scan
-from mixcl_dist.data_shards.fingerprint import fingerprint, voxel_digest
+from mixcl_dist.data_shards.building.dedup import Scan
+from mixcl_dist.data_shards.format.fingerprint import fingerprint, voxel_digest
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.phantom import draw_torso

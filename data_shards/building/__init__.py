@@ -1,0 +1,1 @@
+"""Volumes → shards: restartable, appending, parallel."""

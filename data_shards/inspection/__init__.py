@@ -1,0 +1,1 @@
+"""What a set of shards holds, and whether it is whole."""

@@ -1,0 +1,1 @@
+"""Shards → batches, exact after any stop."""

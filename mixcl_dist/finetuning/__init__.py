@@ -1,0 +1,1 @@
+"""A few labelled cases and a start → a segmentation network and its Dice."""

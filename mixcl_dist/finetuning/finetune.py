@@ -1,0 +1,287 @@
+"""One segmentation trial: cases, a label budget and a start → Dice per class and case."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from mixcl_dist.config import Config, FinetuneConfig
+from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.sources import Case, read_case
+from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
+from mixcl_dist.finetuning.marginal import marginal_loss
+from mixcl_dist.finetuning.scoring import (
+    Overlays,
+    dice_per_class,
+    segment,
+    summarise,
+    summarise_surfaces,
+    surfaces_per_class,
+)
+from mixcl_dist.finetuning.start import check_start, initial_network, like
+from mixcl_dist.finetuning.task import Task, budgeted, open_task
+from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.precision import arithmetic, autocast
+from mixcl_dist.progress import progress
+from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
+from mixcl_dist.schedule import warmup_cosine
+from mixcl_dist.seen import KnownScans, Seen
+
+GRADIENT_NORM = 1.0
+Watch = Callable[[int, float, SegmentationNetwork], None]
+"""Called with the step, the seconds spent on learning, and the network as it would be kept."""
+
+
+def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool = False) -> dict[str, Any]:
+    """Train a segmentation network on the budgeted cases of `data`, and score it.
+
+    It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
+    them; on the validation cases where there are none, or where it is a `final` figure after which nothing is chosen.
+    `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), whose backbone,
+    architecture, HU window and spacing are taken over; None starts from scratch by the same recipe. A start that has
+    seen a validation or development scan, or labels outside the budget, is refused.
+    The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
+    others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
+    Everything is left in the folder `run`; returns the content of its `dice.json`, which is written last and so marks
+    a finished trial.
+    Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
+    """
+    if (run / "dice.json").exists():
+        raise RunError(f"{run}: holds a finished trial; give another --run")
+    task = open_task(data, config)
+    scored: Literal["validation", "development"] = "validation" if final or not task.kept_back else "development"
+    cases = task.validation if scored == "validation" else task.development
+    label_cases = budgeted(task, config.budget)
+    known = KnownScans(run.parent)
+    seen = _own(task, label_cases, known)
+    if start is not None:
+        config = like(config, start)
+        check_start(start, task, label_cases, known)
+        seen = seen.merged(Seen.load(start))
+    volumes, unshown = _training_volumes(config, task, label_cases)
+    if unshown:
+        print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)
+    torch.manual_seed(config.budget.seed)
+    network = initial_network(config, start, len(task.classes))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
+    facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
+    facts |= {"training_cases": [scan.name for scan in seen.scans], "unshown_classes": unshown}
+    record = Run.create(run, "finetune", config, **facts)
+    seen.save(run)
+    known.save()
+    record.forget_metrics_after(0)
+    network.to(device)
+    network = _train(network, config, volumes, record, _watch(config, task, unshown, run, device), device)
+    _save(network, config, task, run)
+    dice, overlays = _score(network, config, task, cases, device)
+    dice |= {"mean": mean_dice(dice["class_mean"], unshown), "scored": scored}
+    write_atomic(run / "overlays.npz", overlays.encode())
+    record.finish()
+    write_json(run / "dice.json", dice)
+    return dice
+
+
+def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:
+    """What a trial itself sees, its labelled cases."""
+    labels = task.labels_of(label_cases)
+    scans = known.of([case for case in task.cases if case.name in labels])
+    return Seen(tuple(scans), tuple(labels[scan.name] for scan in scans))
+
+
+def _facts(config: Config, task: Task, label_cases: list[str], start: Path | None) -> dict[str, Any]:
+    return {
+        "start": None if start is None else str(start.resolve()),
+        "start_name": "scratch" if start is None else read_json(start / "run.json")["name"],
+        "fraction": config.budget.fraction,
+        "scans": config.budget.scans,
+        "seed": config.budget.seed,
+        "label_cases": label_cases,
+        "validation_cases": [case.name for case in task.validation],
+        "classes": list(task.classes),
+        "spacing_mm": config.finetune.spacing_mm,
+    }
+
+
+def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> tuple[list[LabelledVolume], list[str]]:
+    """The labelled cases as they are trained on, and the classes that none of them shows before it is resampled."""
+    chosen = {case.name: case for case in task.cases}
+    volumes, shown = [], np.zeros(IGNORED + 1, dtype=bool)
+    for name in progress(label_cases, total=len(label_cases), desc="read", unit="case"):
+        case = chosen[name]
+        volume = read_case(case, task.catalogue)
+        assert volume.label is not None, "a budget is made of labelled cases"
+        shown[np.unique(task.target(case, volume.label))] = True
+        seen = volume if config.finetune.spacing_mm is None else resample(volume, config.finetune.spacing_mm)
+        assert seen.label is not None, "resampling keeps the label"
+        volumes.append(LabelledVolume(seen.hu, task.target(case, seen.label), task.known(case)))
+    return volumes, [name for k, name in enumerate(task.classes, start=1) if not shown[k]]
+
+
+def mean_dice(class_mean: Mapping[str, float | None], unshown: Collection[str]) -> float | None:
+    """The mean over the classes that were scored, but those in `unshown`."""
+    values = [value for name, value in class_mean.items() if value is not None and name not in unshown]
+    return float(np.mean(values)) if values else None
+
+
+def _train(
+    network: SegmentationNetwork,
+    config: Config,
+    volumes: Sequence[LabelledVolume],
+    record: Run,
+    watch: Watch,
+    device: torch.device,
+) -> SegmentationNetwork:
+    """Learn from the volumes; returns the average of the weights over the last steps."""
+    settings = config.finetune
+    crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed, device)
+    optimizer, schedule = _optimizer(network, settings)
+    kept = copy.deepcopy(network).requires_grad_(False)
+    weights = list(kept.parameters()), list(network.parameters())
+    network.train()
+    seconds, begin = 0.0, time.monotonic()
+    steps = range(1, settings.steps + 1)
+    for step in progress(steps, total=settings.steps, desc="finetune", unit="step"):
+        network.backbone.requires_grad_(step > _head_steps(settings))
+        loss = train_step(network, optimizer, crops.batch(settings.batch_size))
+        # At first the average is of few steps, so that the random start is soon forgotten.
+        average = get_ema_multi_avg_fn(min(settings.average_decay, (1 + step) / (10 + step)))
+        average(*weights, step)
+        last = step == settings.steps
+        if last or step % settings.log_every == 0:
+            rate = float(schedule.get_last_lr()[0])
+            spent = round(seconds + time.monotonic() - begin, 2)
+            record.log(step, seconds=spent, loss=_finite(loss, step, record), learning_rate=rate)
+        if last or step % settings.curve_every == 0:
+            seconds += time.monotonic() - begin
+            watch(step, seconds, kept)
+            begin = time.monotonic()
+        schedule.step()
+    return kept
+
+
+def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, device: torch.device) -> Watch:
+    """A function that appends a point to the curve of Dice over steps, `curve.jsonl`, by the first development scans;
+    without any it does nothing."""
+    shown = task.development[: config.finetune.curve_scans]
+    scans = [(case, read_case(case, task.catalogue)) for case in shown]
+    (run / "curve.jsonl").unlink(missing_ok=True)
+
+    def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
+        scores = {}
+        for case, volume in scans:
+            *_, scores[case.name] = _segmented(network, config, task, case, volume, device)
+        if scores:
+            dice = summarise(scores, task.classes)["class_mean"]
+            point = {"step": step, "seconds": round(seconds, 2), "mean": mean_dice(dice, unshown), "dice": dice}
+            with (run / "curve.jsonl").open("a") as file:
+                file.write(json.dumps(point) + "\n")
+
+    return watch
+
+
+def _optimizer(network: SegmentationNetwork, settings: FinetuneConfig) -> tuple[AdamW, LambdaLR]:
+    """The classifier learns from the first step, the backbone from the end of `head_fraction`, deeper levels slower."""
+    groups = [list(network.classifier.parameters()), *network.backbone.levels()]
+    rates = [settings.learning_rate * settings.level_decay ** max(0, depth - 1) for depth in range(len(groups))]
+    optimizer = AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    head = _head_steps(settings)
+    of_head = warmup_cosine(settings.steps, settings.warmup_fraction, 0.0)
+    of_backbone = warmup_cosine(settings.steps - head, settings.warmup_fraction, 0.0)
+    lambdas = [of_head, *[lambda step: of_backbone(max(0, step - head))] * (len(groups) - 1)]
+    return optimizer, LambdaLR(optimizer, lambdas)
+
+
+def _head_steps(settings: FinetuneConfig) -> int:
+    return round(settings.head_fraction * settings.steps)
+
+
+def train_step(network: SegmentationNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
+    """Learn from one batch; returns its loss (0-d, detached), for which the host has not waited."""
+    with autocast(batch.image.device):
+        logits = network(batch.image)
+    loss = marginal_loss(logits.float(), batch.target, batch.known)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+    optimizer.step()
+    return loss.detach()
+
+
+def _finite(loss: Tensor, step: int, record: Run) -> float:
+    """The loss as it is logged; raises `RunError` where it is none, from which training never returns."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise RunError(f"{record.path}: the loss is {value} at step {step}; lower finetune.learning_rate")
+    return round(value, 5)
+
+
+def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -> None:
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    write_atomic(run / "model.safetensors", save(weights))
+    facts = {
+        "architecture": config.network.architecture,
+        "filters": config.network.filters,
+        "window_hu": config.network.window_hu,
+        "spacing_mm": config.finetune.spacing_mm,
+        "patch_size": config.finetune.patch_size,
+        "classes": task.classes,
+    }
+    write_json(run / "network.json", facts)
+
+
+def _score(
+    network: SegmentationNetwork, config: Config, task: Task, cases: Sequence[Case], device: torch.device
+) -> tuple[dict[str, Any], Overlays]:
+    """Dice and surface scores of every one of `cases`, each in its own voxels, and slices for the report."""
+    scores, surfaces, overlays = {}, {}, Overlays()
+    for case in progress(cases, total=len(cases), desc="score", unit="case"):
+        volume = read_case(case, task.catalogue)
+        prediction, truth, scores[case.name] = _segmented(network, config, task, case, volume, device)
+        surfaces[case.name] = surfaces_per_class(
+            prediction,
+            truth,
+            task.classes,
+            case.reliable,
+            spacing_mm=volume.spacing,
+            tolerance_mm=config.finetune.surface_tolerance_mm,
+        )
+        overlays.add(case.name, volume, truth, prediction, config.network.window_hu)
+    return summarise(scores, task.classes) | summarise_surfaces(surfaces, task.classes), overlays
+
+
+def _segmented(
+    network: SegmentationNetwork, config: Config, task: Task, case: Case, volume: Volume, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, dict[str, float | None]]:
+    """What the network finds in a labelled case and what was drawn, both in its own voxels, and Dice per class."""
+    prediction = segment(
+        network,
+        volume,
+        spacing_mm=config.finetune.spacing_mm,
+        window_hu=config.network.window_hu,
+        patch_size=config.finetune.patch_size,
+        overlap=config.finetune.sliding_overlap,
+        device=device,
+    )
+    assert volume.label is not None, "only labelled cases are scored"
+    truth = task.target(case, volume.label)
+    return prediction, truth, dice_per_class(prediction, truth, task.classes, case.reliable)

@@ -1,0 +1,239 @@
+"""Segmenting a whole CT and scoring it against the contours, on the grid on which they were drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.metrics.utils import get_mask_edges, get_surface_distance
+from torch import Tensor
+
+from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.intensity import normalise
+from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.precision import autocast
+
+CASES_SHOWN = 4
+JOINED_BYTES = 2 << 30
+"""Logits of a CT are joined on the device up to this size, beyond it in main memory: a table's trials share a GPU."""
+
+
+@torch.inference_mode()
+def segment(
+    network: SegmentationNetwork,
+    volume: Volume,
+    *,
+    spacing_mm: Sequence[float] | None,
+    window_hu: tuple[float, float],
+    patch_size: Sequence[int],
+    overlap: float,
+    device: torch.device,
+) -> np.ndarray:
+    """Class of every voxel of `volume` (X, Y, Z) uint8.
+
+    The network sees the volume at `spacing_mm` (None: as it is) through a sliding window; its logits are brought
+    back to the volume's own grid before the largest is taken.
+    """
+    seen = dataclasses.replace(volume, label=None)
+    if spacing_mm is not None:
+        seen = resample(seen, spacing_mm)
+    image = normalise(torch.from_numpy(seen.hu).to(device), window_hu)[None, None]
+    slide = SlidingWindowInferer(
+        patch_size,
+        sw_batch_size=2,
+        overlap=overlap,
+        mode="gaussian",
+        cval=-1.0,
+        sw_device=device,
+        device=_joined_on(device, network.classifier.out_channels * image.numel()),
+    )
+    network.eval()
+    with autocast(device):
+        logits = slide(image, network)[0].float()
+    network.train()
+    return _largest(logits, np.linalg.inv(seen.affine) @ volume.affine, volume.hu.shape, device).cpu().numpy()
+
+
+def _joined_on(device: torch.device, logits: int) -> torch.device:
+    """Where the windows of a CT with so many logits are put together."""
+    return device if 4 * logits <= JOINED_BYTES else torch.device("cpu")
+
+
+def _largest(logits: Tensor, to_logits: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Argmax over classes of `logits` (K+1, x, y, z) interpolated at the voxels of a grid of `shape`, uint8.
+
+    `to_logits` (4, 4) maps an index of that grid to one of the logits' grid, which is parallel to it; beyond the
+    latter, its border voxel is repeated.
+    """
+    if np.allclose(to_logits, np.eye(4)):
+        return logits.argmax(dim=0).to(torch.uint8)
+    axes = [
+        tuple(tensor.to(device) for tensor in _neighbours(*axis))
+        for axis in zip(np.diag(to_logits), to_logits[:3, 3], shape, logits.shape[1:], strict=False)
+    ]
+    best = torch.full(tuple(shape), -torch.inf, device=device)
+    label = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
+    for number, channel in enumerate(logits):  # one class at a time: all at once would not fit for a large CT
+        value = _interpolated(channel.to(device), axes)
+        label.masked_fill_(value > best, number)
+        torch.maximum(best, value, out=best)
+    return label
+
+
+def _neighbours(step: float, offset: float, size: int, old_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear interpolation along an axis: the two old voxels that make each new one, and the share of the second."""
+    position = (offset + step * torch.arange(size, dtype=torch.float64)).clamp(0, old_size - 1)
+    lower = position.long()
+    return lower, (lower + 1).clamp(max=old_size - 1), (position - lower).float()
+
+
+def _interpolated(field: Tensor, axes: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    for dim in (2, 1, 0):  # the last first: the field is largest where whole planes are copied
+        lower, upper, share = axes[dim]
+        ends = field.index_select(dim, lower), field.index_select(dim, upper)
+        field = torch.lerp(*ends, share.view(-1, *[1] * (2 - dim)))
+    return field
+
+
+def dice_per_class(
+    prediction: np.ndarray, truth: np.ndarray, classes: Sequence[str], reliable: Sequence[str]
+) -> dict[str, float | None]:
+    """Dice of every class in one case; None where it was not annotated, is doubtful, or has no voxel in the truth.
+
+    `prediction` and `truth` are (X, Y, Z) uint8 with `classes[k - 1]` as k. What the truth ignores (`IGNORED`) is left
+    out of both.
+    """
+    judged, count = truth != IGNORED, len(classes) + 1
+    pairs = truth[judged].astype(np.intp) * count + prediction[judged]
+    confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    drawn, total = confusion.sum(axis=1), confusion.sum(axis=0) + confusion.sum(axis=1)
+    return {
+        name: round(float(2 * confusion[k, k] / total[k]), 5) if name in reliable and drawn[k] else None
+        for k, name in enumerate(classes, start=1)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class SurfaceScore:
+    """How far apart two surfaces lie."""
+
+    hd95_mm: float
+    """The larger of both directions' 95th percentile of the distance from a surface voxel to the other surface."""
+    dice: float
+    """Share of both surfaces' voxels that lie within the tolerance of the other surface."""
+
+
+def surfaces_per_class(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    classes: Sequence[str],
+    reliable: Sequence[str],
+    *,
+    spacing_mm: Sequence[float],
+    tolerance_mm: float,
+) -> dict[str, SurfaceScore | None]:
+    """Surface scores of every class in one case; None where Dice is None.
+
+    `prediction` and `truth` are (X, Y, Z) uint8 as for `dice_per_class`; what the truth ignores belongs to neither. A
+    class of which nothing was predicted has no surface: its surface Dice is 0 and its HD95 the diagonal of the CT, as
+    far as two of its voxels can lie apart.
+    """
+    prediction = np.where(truth == IGNORED, 0, prediction)
+    scores: dict[str, SurfaceScore | None] = dict.fromkeys(classes)
+    for k, name in enumerate(classes, start=1):
+        drawn = truth == k
+        if name in reliable and drawn.any():
+            scores[name] = _surface_score(prediction == k, drawn, spacing_mm, tolerance_mm)
+    return scores
+
+
+def _surface_score(
+    predicted: np.ndarray, drawn: np.ndarray, spacing_mm: Sequence[float], tolerance_mm: float
+) -> SurfaceScore:
+    if not predicted.any():
+        return SurfaceScore(round(float(np.linalg.norm(np.multiply(drawn.shape, spacing_mm))), 3), 0.0)
+    box = _bounding_box(predicted | drawn)
+    edges = get_mask_edges(predicted[box], drawn[box])
+    distances = [get_surface_distance(a, b, spacing=tuple(spacing_mm)) for a, b in (edges, edges[::-1])]
+    hd95_mm = max(float(np.percentile(each, 95)) for each in distances)
+    near = float(np.mean(np.concatenate(distances) <= tolerance_mm))
+    return SurfaceScore(round(hd95_mm, 3), round(near, 5))
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Around all voxels that are set, one wider, so that a surface at its border is one."""
+    sides = []
+    for axis in range(mask.ndim):
+        hit = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        sides.append(slice(max(0, hit[0] - 1), hit[-1] + 2))
+    return tuple(sides)
+
+
+def summarise(cases: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> dict:
+    """Of scores per case and class (None: not scored) the mean over cases of each class, and the mean of those."""
+    class_mean = {}
+    for name in classes:
+        values = [dice for scores in cases.values() if (dice := scores[name]) is not None]
+        class_mean[name] = float(np.mean(values)) if values else None
+    scored = [value for value in class_mean.values() if value is not None]
+    mean = float(np.mean(scored)) if scored else None
+    return {"classes": list(classes), "cases": dict(cases), "class_mean": class_mean, "mean": mean}
+
+
+def summarise_surfaces(
+    cases: Mapping[str, Mapping[str, SurfaceScore | None]], classes: Sequence[str]
+) -> dict[str, dict]:
+    """What `dice.json` holds beside Dice: `hd95_mm` and `surface_dice`, each with the entries of `summarise`."""
+    hd95_mm = {case: {k: None if s is None else s.hd95_mm for k, s in of.items()} for case, of in cases.items()}
+    dice = {case: {k: None if s is None else s.dice for k, s in of.items()} for case, of in cases.items()}
+    return {"hd95_mm": summarise(hd95_mm, classes), "surface_dice": summarise(dice, classes)}
+
+
+class Overlays:
+    """Axial slices with most foreground of the first cases, for the report."""
+
+    def __init__(self) -> None:
+        self._slices: list[dict[str, np.ndarray]] = []
+        self._cases: list[str] = []
+        self._spacing: list[tuple[float, float]] = []
+
+    def add(
+        self,
+        case: str,
+        volume: Volume,
+        truth: np.ndarray,
+        prediction: np.ndarray,
+        window_hu: tuple[float, float],
+    ) -> None:
+        if len(self._cases) == CASES_SHOWN:
+            return
+        truth = np.where(truth == IGNORED, 0, truth)
+        z = int((truth > 0).sum(axis=(0, 1)).argmax())
+        image = normalise(torch.from_numpy(volume.hu[:, :, z]), window_hu).numpy()
+        self._slices.append({"image": image, "truth": truth[:, :, z], "prediction": prediction[:, :, z]})
+        self._cases.append(case)
+        self._spacing.append(volume.spacing[:2])
+
+    def encode(self) -> bytes:
+        """An .npz with image (n, x, y) float16, truth and prediction (n, x, y) uint8, cases (n,), spacing (n, 2) mm;
+        smaller slices are padded with air and background."""
+        edge = np.max([each["truth"].shape for each in self._slices], axis=0)
+        arrays = {
+            name: np.stack([_padded(each[name], edge, outside) for each in self._slices]).astype(dtype)
+            for name, outside, dtype in (("image", -1, "f2"), ("truth", 0, "u1"), ("prediction", 0, "u1"))
+        }
+        file = io.BytesIO()
+        np.savez_compressed(
+            file, allow_pickle=False, **arrays, cases=np.array(self._cases), spacing=np.array(self._spacing)
+        )
+        return file.getvalue()
+
+
+def _padded(array: np.ndarray, edge: np.ndarray, outside: float) -> np.ndarray:
+    missing = edge - array.shape
+    return np.pad(array, [(n // 2, n - n // 2) for n in missing], constant_values=outside)

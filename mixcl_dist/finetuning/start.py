@@ -1,0 +1,55 @@
+"""What a trial starts from: random weights, or a finished run that kept to the trial's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.finetuning.task import Task
+from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.run import RunError, read_json
+from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
+from mixcl_dist.weights import load_weights
+
+WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
+"""Kind of a run that may be a start → the file with its backbone."""
+
+
+def like(config: Config, start: Path) -> Config:
+    """`config` with the architecture, HU window and (unless given) spacing of the network in `start`."""
+    facts = read_json(start / "run.json")
+    if facts["kind"] not in WEIGHTS:
+        raise RunError(f"{start}: holds a {facts['kind']}; give a pre-training or fine-tuning run")
+    if facts["finished"] is None:
+        again = {"pretrain": f"go on with mixcl pretrain --run {start} --resume latest", "finetune": "fine-tune again"}
+        raise RunError(f"{start}: has not finished; {again[facts['kind']]}")
+    trained = read_json(start / "network.json")
+    overrides = {f"network.{key}": trained[key] for key in ("architecture", "filters", "window_hu")}
+    if config.finetune.spacing_mm is None:
+        overrides["finetune.spacing_mm"] = trained["spacing_mm"]
+    return replace(config, overrides)
+
+
+def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> None:
+    """Raise `RunError` where `start` has seen labels or images that this trial must not know (see `seen.leak`)."""
+    shared = shared_scans(Seen.load(start), known.of(task.cases))
+    budget = task.labels_of(label_cases)
+    if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes):
+        raise RunError(f"{start}: {problem}")
+
+
+def initial_network(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:
+    """The network to train, its backbone loaded from `start`; raises `ConfigError` or `RunError`."""
+    network = SegmentationNetwork(config.network, n_classes)
+    divisor = network.backbone.level_divisor
+    if any(edge % divisor for edge in config.finetune.patch_size):
+        raise ConfigError(
+            f"finetune.patch_size {config.finetune.patch_size}: every edge must be a multiple of {divisor}"
+        )
+    if start is not None:
+        weights = start / WEIGHTS[read_json(start / "run.json")["kind"]]
+        prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""
+        problem = f"does not fit {start / 'network.json'}"
+        load_weights(network.backbone, weights, problem=problem, cure="train it again", prefix=prefix)
+    return network

@@ -1,0 +1,1 @@
+"""Backbones, one file each, and the heads on them."""

@@ -1,0 +1,1 @@
+"""Patches → two views → features → three consistencies → step."""

@@ -1,0 +1,273 @@
+"""Pre-training: patches → two views → features → three consistencies → step. Read `pretrain` from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixcl_dist.budget import budget_cases, check_development, readable
+from mixcl_dist.cluster import checkpoint
+from mixcl_dist.cluster.engine import Engine, launch, world_size
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
+from mixcl_dist.data_shards.building.dedup import scans_of_shards
+from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
+from mixcl_dist.networks.heads import PretrainNetwork
+from mixcl_dist.precision import arithmetic
+from mixcl_dist.pretraining.diagnostics import gradient_norms, spread
+from mixcl_dist.pretraining.draws import Draws
+from mixcl_dist.pretraining.objective import mixcl_loss
+from mixcl_dist.pretraining.recorder import WHOLE_NETWORK, Recorder
+from mixcl_dist.pretraining.rows import sample_rows
+from mixcl_dist.pretraining.views import make_views
+from mixcl_dist.progress import progress
+from mixcl_dist.run import RunError, read_json
+from mixcl_dist.schedule import warmup_cosine
+from mixcl_dist.seen import FILE as SEEN_FILE
+from mixcl_dist.seen import Seen
+from mixcl_dist.weights import load_weights
+
+FREE_ON_RESUME = (
+    "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
+    "pretrain.gradient_norms_every", "engine.accumulation_steps", "data.workers", "data.max_bad_fraction", "data.cache",
+)  # fmt: skip
+"""Settings that may change when a run goes on: they do not change what is learnt."""
+
+
+def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | None = None, resume: bool = False) -> None:
+    """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
+
+    It begins with the network of `start`, a finished pre-training run, heads included, or (None) with random weights;
+    what the start has seen counts as seen by this run, too.
+    `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
+    who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
+    Between two logs nothing in a step waits for a GPU.
+    Raises `RunError`, `ConfigError` or the stream's errors, each one line with the cure.
+    """
+    manifest = Manifest.load(shards)
+    _check(config, manifest, run, resume)
+    start = recorded_start(run, start) if resume else start
+    label_cases = budgeted_labels(manifest, config.budget)
+    seen, history = _history(config, shards, manifest, label_cases, run, start)
+    torch.manual_seed(config.pretrain.seed)
+    torch.backends.cudnn.benchmark = True  # shapes are the same in every step
+    network = PretrainNetwork(config.network)
+    if start is not None and checkpoint.newest(run / "checkpoints") is None:
+        _load_start(network, config, start)
+    engine = _launch(network, config)
+    stream = _stream(config, shards, run, manifest, label_cases, engine)
+    first = _resume(run, engine, stream) if resume else 0
+    recorder = Recorder(run, config, manifest, training_cases(manifest, config.budget), label_cases, engine, history)
+    if engine.rank == 0:
+        seen.save(run)
+    recorder.forget_after(first)
+    batches = iter(stream)
+    network.train()
+    steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
+    if engine.rank == 0:
+        print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
+        steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
+    for step in steps:
+        last = step == config.pretrain.steps
+        inspected = _is_due(step, config.pretrain.gradient_norms_every, last)
+        for _ in range(config.engine.accumulation_steps):
+            with recorder.waiting():
+                batch = next(batches)
+            draws = Draws(config.pretrain.seed, batch.slots, engine.device)
+            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
+            rows = sample_rows(
+                views.patch_from_view,
+                config.views.size,
+                batch.label,
+                batch.candidate_bits,
+                config.rows,
+                draws,
+            )
+            if inspected and config.engine.zero_stage != 3:
+                recorder.inspect(gradient_norms(network, views, rows, config.objective))
+            output = engine(views.image, rows.voxel_index)
+            if inspected:
+                recorder.inspect(spread(output.voxel, rows.present))
+            loss, terms = mixcl_loss(output, views, rows, config.objective)
+            engine.backward(loss)
+            engine.step()
+            recorder.add(loss, terms)
+        if _is_due(step, config.pretrain.probe_every, last):
+            recorder.probe(shards)
+        if _is_due(step, config.pretrain.log_every, last):
+            recorder.log(step)
+        if _is_due(step, config.pretrain.sample_every, last):
+            recorder.pictures(step, batch, views)
+        if _is_due(step, config.checkpoint.every, last):
+            _save(run, step, engine, stream, config, recorder)
+    recorder.finish()
+    engine.close()
+
+
+def _is_due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps, and after the last one, is done at `step`; 0 is never."""
+    return every > 0 and (last or step % every == 0)
+
+
+def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose pixel labels pre-training may read, dataset by dataset (see `budget_cases`)."""
+    unknown = set(budget.full_datasets) - {case.dataset for case in manifest.cases}
+    if unknown:
+        known = ", ".join(sorted({case.dataset for case in manifest.cases}))
+        raise ConfigError(f"budget.full_datasets: {', '.join(sorted(unknown))} is not in the shards; known: {known}")
+    whole = dataclasses.replace(budget, fraction=1.0, scans=None)
+    names: list[str] = []
+    for dataset in sorted({case.dataset for case in manifest.cases}):
+        cases = [case for case in manifest.cases if case.dataset == dataset]
+        names += budget_cases(cases, whole if dataset in budget.full_datasets else budget)
+    return names
+
+
+def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
+    if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
+        raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
+    check_development(manifest.cases, config.budget.development)
+    if config.pretrain.probe_every and len(config.budget.development) < 2:
+        raise ConfigError("pretrain.probe_every: there are no two scans in budget.development to probe on; name some")
+    for name in config.budget.classes or ():
+        if name not in manifest.classes:
+            known = ", ".join(manifest.classes)
+            raise ConfigError(f"budget.classes: {name} is none of the shards' classes; choose among {known}")
+    if not training_cases(manifest, config.budget):
+        raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
+    started = (run / "run.json").exists()
+    if started and not resume:
+        raise RunError(f"{run}: a run is there already; go on with --resume latest, or give another --run")
+    if resume:
+        if not started:
+            raise RunError(f"{run}: no run to resume; leave out --resume")
+        if read_json(run / "run.json")["shards"]["manifest_digest"] != manifest.digest:
+            raise RunError(f"{run}: was begun on other shards; give those as --data, or start anew with another --run")
+        changed = [key for key in differences(load(run / "config.yaml"), config) if not key.startswith(FREE_ON_RESUME)]
+        if changed:
+            raise RunError(
+                f"{run}: {', '.join(changed)} differs from the run's config.yaml; leave it out, or start anew"
+            )
+
+
+def training_cases(manifest: Manifest, budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose patches pre-training sees: all but those for validation and development."""
+    held_out = set(budget.development)
+    return [case.name for case in manifest.cases if case.split != "validation" and case.name not in held_out]
+
+
+def recorded_start(run: Path, start: Path | None) -> Path | None:
+    """What the run in the folder `run` began from; raises `RunError` where `start` is something else."""
+    recorded = read_json(run / "run.json").get("start")
+    if start is not None and str(start.resolve()) != recorded:
+        raise RunError(f"{run}: began from {recorded or 'random weights'} and goes on with that; leave out --start")
+    return recorded and Path(recorded)
+
+
+def _history(
+    config: Config, shards: Path | str, manifest: Manifest, label_cases: list[str], run: Path, start: Path | None
+) -> tuple[Seen, dict[str, Any]]:
+    """What this run and those before it have seen, by voxels and by name, and what it began from."""
+    reads, trained = set(label_cases), set(training_cases(manifest, config.budget))
+    records = zip(manifest.cases, scans_of_shards(shards), strict=True)
+    scans = [(scan, readable(case, config.budget)) for case, scan in records if case.name in trained]
+    seen = Seen(
+        tuple(scan for scan, _ in scans),
+        tuple(classes if scan.name in reads else frozenset() for scan, classes in scans),
+    )
+    names = {"training_cases": [scan.name for scan in seen.scans], "label_cases": label_cases}
+    earlier = run if (run / SEEN_FILE).exists() else start  # a run that goes on has the start's in its own
+    if earlier is not None:
+        facts = read_json(earlier / "run.json")
+        seen = seen.merged(Seen.load(earlier))
+        names = {key: list(dict.fromkeys([*own, *facts[key]])) for key, own in names.items()}
+    return seen, names | {"start": start and str(start.resolve())}
+
+
+def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
+    """Begin with the network that a finished pre-training run left in `start`; raises `RunError`."""
+    facts = read_json(start / "run.json")
+    if facts["kind"] != "pretrain" or facts["finished"] is None:
+        raise RunError(f"{start}: holds no finished pre-training run; give one as --start, or finish it")
+    theirs, ours = load(start / "config.yaml").network, config.network
+    fields = [field.name for field in dataclasses.fields(ours)]
+    if changed := [f"network.{name}" for name in fields if getattr(theirs, name) != getattr(ours, name)]:
+        raise RunError(f"{start}: differs in {', '.join(changed)}; give the same settings, or another --start")
+    load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure="pre-train the start again")
+
+
+def _micro_batch_size(config: Config, world_size: int) -> int:
+    parts = world_size * config.engine.accumulation_steps
+    if config.pretrain.batch_size % parts:
+        raise ConfigError(
+            f"pretrain.batch_size {config.pretrain.batch_size} is not a multiple of {world_size} ranks × "
+            f"{config.engine.accumulation_steps} accumulation steps"
+        )
+    return config.pretrain.batch_size // parts
+
+
+def _stream(
+    config: Config, shards: Path | str, run: Path, manifest: Manifest, label_cases: list[str], engine: Engine
+) -> PatchStream:
+    return PatchStream(
+        shards,
+        batch_size=config.pretrain.batch_size,
+        seed=config.pretrain.seed,
+        workers=config.data.workers,
+        cases=set(training_cases(manifest, config.budget)),
+        label_cases=set(label_cases),
+        label_classes=config.budget.classes,
+        mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
+        rank=engine.rank,
+        world_size=engine.world_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        device=engine.device,
+        cache=config.data.cache,
+        quarantine=run / "quarantine.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+
+
+def _launch(network: PretrainNetwork, config: Config) -> Engine:
+    optimizer = functools.partial(
+        torch.optim.AdamW,
+        lr=config.optimizer.learning_rate,
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
+    )
+    schedule = warmup_cosine(config.pretrain.steps, config.optimizer.warmup_fraction, config.optimizer.final_fraction)
+    return launch(
+        network,
+        optimizer,
+        functools.partial(LambdaLR, lr_lambda=schedule),
+        micro_batch_size=_micro_batch_size(config, world_size()),
+        config=config.engine,
+    )
+
+
+def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config, recorder: Recorder) -> None:
+    state = {"step": step, "stream": stream.position(), "world_size": engine.world_size}
+    keep = config.checkpoint.keep
+    folder = run / "checkpoints"
+    with checkpoint.publish(folder, step, keep=keep, state=state, rank=engine.rank, barrier=engine.barrier) as path:
+        engine.save(path)
+        recorder.save_backbone(path)
+
+
+def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:
+    """Take up the newest whole checkpoint, if there is one; returns the step it was made at."""
+    path = checkpoint.newest(run / "checkpoints")
+    if path is None:
+        return 0
+    state = checkpoint.read_state(path)
+    engine.load(path)
+    stream.seek(state["stream"])
+    return state["step"]

@@ -1,0 +1,277 @@
+"""What a pre-training run leaves for people: metrics, pictures, the network and the facts of its labels."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from mixcl_dist.cluster.engine import Engine
+from mixcl_dist.config import Config
+from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.data_shards.streaming.stream import Batch
+from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.networks.heads import PretrainNetwork
+from mixcl_dist.precision import arithmetic
+from mixcl_dist.pretraining.alarms import alarms
+from mixcl_dist.pretraining.diagnostics import effective_rank
+from mixcl_dist.pretraining.probe import FILE_NAME as PROBE
+from mixcl_dist.pretraining.probe import Patches, probe, read_patches
+from mixcl_dist.pretraining.views import Views
+from mixcl_dist.run import Run, RunError, write_atomic, write_json
+
+PATCHES_SHOWN = 4
+WHOLE_NETWORK = "pretrain.safetensors"
+LABEL_TERMS = ("voxel_label", "voxel_label_floor", "voxel_label_similarity")
+
+
+class Recorder:
+    """Rank 0 writes; the other ranks take part where the network itself must run."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        manifest: Manifest,
+        training_cases: list[str],
+        label_cases: list[str],
+        engine: Engine,
+        history: Mapping[str, Any],
+    ):
+        """`history` are facts of this run and those it started from, which the run records as they are."""
+        self._path = path
+        self._config = config
+        self._manifest = manifest
+        self._labels = bool(label_cases)
+        self._engine = engine
+        self._begin_interval()
+        self._probed: dict[str, float] = {}
+        self._probe_patches: tuple[Patches, tuple[str, ...]] | None = None
+        self._run = None
+        if engine.rank == 0:
+            facts = _label_facts(config, manifest, training_cases, label_cases)
+            parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+            facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
+            self._run = Run.create(path, "pretrain", config, **facts | dict(history))
+            if config.engine.zero_stage == 3 and config.pretrain.gradient_norms_every:
+                self._run.warn(
+                    "gradient_norms", "at ZeRO stage 3, which scatters the parameters, no term's gradient is measured"
+                )
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def forget_after(self, step: int) -> None:
+        if self._run:
+            self._run.forget_metrics_after(step)
+
+    def add(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Keep one backward pass's loss and terms, 0-d, for the means that `log` writes; nothing waits for them."""
+        self._names = ["loss", *terms]
+        self._passes.append(torch.stack([value.float() for value in (loss.detach(), *terms.values())]))
+
+    def inspect(self, figures: Mapping[str, torch.Tensor]) -> None:
+        """Keep what `diagnostics` measured of one backward pass, for the means that `log` writes."""
+        for name, value in figures.items():
+            self._inspected[name].append(value)
+
+    def log(self, step: int) -> None:
+        """Write the means since the last call, learning rate, speed; raises `RunError` where the loss is not finite."""
+        means = self._means()
+        if not math.isfinite(means["loss"]):
+            raise RunError(
+                f"the loss is not finite at step {step}; lower --optimizer.learning_rate, then --resume latest"
+            )
+        seconds = time.monotonic() - self._interval_start
+        batch_size = self._config.pretrain.batch_size
+        samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
+        scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
+        scalars |= self._inspection() | self._global_gradient()
+        scalars |= {
+            "samples": step * batch_size,
+            "learning_rate": self._engine.learning_rate(),
+            "samples_per_s": round(samples / seconds, 3),
+            "data_wait_share": round(self._waited / seconds, 4),
+            "seconds": round(seconds, 3),
+        }
+        if self._run:
+            self._run.log(step, **scalars, **self._probed)
+            for kind, text in alarms(step, scalars, self._config, labels=self._labels).items():
+                self._run.warn(kind, text)
+        self._probed = {}
+        self._begin_interval()
+
+    def _means(self) -> dict[str, float]:
+        """Of each term over the passes kept, NaN for one that none of them says anything of.
+
+        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors.
+        """
+        passes = torch.stack(self._passes).double().cpu().numpy()
+        values = dict(zip(self._names, passes.T, strict=True))
+        means = {}
+        for name, value in values.items():
+            weight = values["voxel_label_anchors"] if name in LABEL_TERMS else np.ones_like(value)
+            means[name] = float(np.average(value[weight > 0], weights=weight[weight > 0])) if weight.any() else math.nan
+        return means
+
+    def _inspection(self) -> dict[str, float]:
+        """Means of what was kept by `inspect`, with five digits, as a term's gradient may be tiny."""
+        means = {name: torch.stack(values).mean(0).cpu() for name, values in self._inspected.items()}
+        moment = means.pop("second_moment", None)
+        figures = {name: float(mean) for name, mean in means.items()}
+        if moment is not None:
+            figures["effective_rank"] = effective_rank(moment)
+        return {name: float(f"{figure:.5g}") for name, figure in figures.items() if math.isfinite(figure)}
+
+    def _global_gradient(self) -> dict[str, float]:
+        """Mean norm of the gradient before clipping, and the share of steps that were clipped."""
+        norms, largest = np.array(self._engine.gradient_norms()), self._config.engine.gradient_clipping
+        norms = norms[np.isfinite(norms)]
+        if not len(norms):
+            return {}
+        mean = {"gradient_norm": round(float(norms.mean()), 6)}
+        return mean | ({"clipped_share": round(float((norms > largest).mean()), 4)} if largest else {})
+
+    def _begin_interval(self) -> None:
+        self._passes: list[torch.Tensor] = []
+        self._inspected: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
+        self._waited, self._interval_start = 0.0, time.monotonic()
+
+    def pictures(self, step: int, batch: Batch, views: Views) -> None:
+        """Keep the middle slice of a few first views: clean, degraded, restored, embedding in colours, label."""
+        image = views.image[: min(PATCHES_SHOWN, len(batch.label))]  # first views, one of each patch
+        shown, (width, height, depth) = len(image), image.shape[2:]
+        index = _slice_index(shown, width, height, depth // 2, image.device)
+        self._engine.module.eval()
+        with torch.no_grad():
+            output = self._engine(image, index)
+        self._engine.module.train()
+        if not self._run:
+            return
+        middle = (slice(None, shown), 0, ..., depth // 2)
+        arrays = {
+            "step": np.array(step),
+            "clean": views.clean[middle],
+            "degraded": views.image[middle],
+            "restored": output.reconstruction[middle],
+            "mask": views.mask[middle],
+            "embedding_rgb": _principal_colours(output.voxel).view(shown, width, height, 3),
+            "label": _view_label(batch.label, views.patch_from_view[:shown], index, shown, width, height),
+        }
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **{name: _compact(array) for name, array in arrays.items()})
+        write_atomic(self._run.path / "samples.npz", file.getvalue())
+
+    def probe(self, shards: Path | str) -> None:
+        """Probe the network's features for the next log, and leave the figures in `probe.json`."""
+        weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
+        if not self._run:
+            return
+        if self._probe_patches is None:
+            self._probe_patches = read_patches(shards, self._config.budget.development)
+        # A network of its own: at ZeRO stage 3 the engine's cannot run on one rank alone.
+        backbone = Backbone(self._config.network)
+        backbone.load_state_dict(weights)
+        try:
+            found = probe(backbone.to(self._engine.device), *self._probe_patches, self._config.network.window_hu)
+        except RunError as error:
+            self._run.warn("probe", str(error))
+            return
+        self._probed = {f"probe_{kind}": found[kind]["mean"] for kind in ("linear", "knn")}
+        write_json(self._run.path / PROBE, found | {"cases": list(self._config.budget.development)})
+
+    def save_backbone(self, folder: Path) -> None:
+        """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`."""
+        weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
+        if self._run:
+            write_atomic(folder / "network.safetensors", save(weights))
+
+    def _weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """In main memory; every rank has to call."""
+        with self._engine.whole_parameters():
+            return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in module.state_dict().items()}
+
+    def finish(self) -> None:
+        """Write the backbone, what it is and, to begin a pre-training with, all heads; mark the run as finished."""
+        self.save_backbone(self._path)
+        weights = self._weights(self._engine.module)
+        if not self._run:
+            return
+        write_atomic(self._path / WHOLE_NETWORK, save(weights))
+        write_json(
+            self._path / "network.json",
+            {
+                "architecture": self._config.network.architecture,
+                "filters": self._config.network.filters,
+                "window_hu": self._config.network.window_hu,
+                "spacing_mm": self._manifest.spacing_mm,
+                "classes": self._manifest.classes,
+            },
+        )
+        self._run.finish()
+
+
+def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], label_cases: list[str]) -> dict:
+    """Who was trained on, whose labels were read: what the few-label protocol is checked against."""
+    return {
+        "shards": {
+            "manifest_digest": manifest.digest,
+            "cases": len(manifest.cases),
+            "patches": manifest.patches,
+            "classes": manifest.classes,
+            "spacing_mm": manifest.spacing_mm,
+            "patch_size": manifest.patch_size,
+        },
+        "training_cases": training_cases,
+        "label_cases": label_cases,
+        "withheld_cases": sorted({case.name for case in manifest.cases} - set(training_cases)),
+        "budget": {key: getattr(config.budget, key) for key in ("fraction", "scans", "seed", "classes")},
+    }
+
+
+def _slice_index(shown: int, width: int, height: int, z: int, device: torch.device) -> torch.Tensor:
+    """(shown · width · height, 4) indices (view, x, y, z) of every voxel of one slice."""
+    axes = [torch.arange(size, device=device) for size in (shown, width, height)]
+    grid = torch.cartesian_prod(*axes)
+    return torch.cat([grid, torch.full_like(grid[:, :1], z)], dim=1)
+
+
+def _view_label(label, patch_from_view, index, shown: int, width: int, height: int) -> torch.Tensor:
+    """The clean patch's label at every voxel of the slices, by the nearest voxel."""
+    voxel = torch.cat([index[:, 1:].float(), torch.ones_like(index[:, :1], dtype=torch.float32)], dim=1)
+    position = torch.einsum("nij,nj->ni", patch_from_view[index[:, 0]], voxel)[:, :3].round().long()
+    limit = torch.tensor(label.shape[1:], device=position.device) - 1
+    x, y, z = position.clamp_min(0).minimum(limit).unbind(1)
+    seen = label.to(position.device)[index[:, 0], x, y, z].view(shown, width, height)
+    return torch.where(seen == IGNORED, 0, seen)
+
+
+def _principal_colours(embedding: torch.Tensor) -> torch.Tensor:
+    """(N, D) embeddings → (N, 3) in [0, 1]: principal components, stretched between their 2nd and 98th percentiles."""
+    centred = embedding.float() - embedding.float().mean(0)
+    _, _, axes = torch.linalg.svd(centred.T @ centred)
+    components = centred @ axes[:3].T
+    low, high = torch.quantile(components[::7], torch.tensor([0.02, 0.98], device=components.device), dim=0)
+    return ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+
+
+def _compact(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """In main memory, floating numbers as float16."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    return array.astype(np.float16) if array.dtype.kind == "f" else array

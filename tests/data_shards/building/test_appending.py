@@ -1,0 +1,253 @@
+"""Append: more cases become more shards, what is there stays as it is, and a killed append loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import webdataset as wds
+
+from mixcl_dist.data_shards.building import build as building
+from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.settings import BuildError
+from mixcl_dist.data_shards.format.manifest import CASES_FILE, CLASSES_FILE, Manifest, case_of
+from mixcl_dist.data_shards.inspection.verify import verify
+
+build = partial(building.build, run=in_this_process)
+
+
+def published(shards: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()}
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in published(folder).items() if name.startswith("shard")}
+
+
+def edit(source: Path, change) -> None:
+    content = json.loads((source / "dataset.json").read_text())
+    change(content)
+    (source / "dataset.json").write_text(json.dumps(content))
+
+
+def hold_back(source: Path, *names: str) -> list[dict]:
+    """Take cases out of a data set; returns their entries."""
+    held = []
+
+    def change(content: dict) -> None:
+        entries = content["training"]
+        held.extend(entry for entry in entries if Path(entry["image"]).name.split(".")[0] in names)
+        content["training"] = [entry for entry in entries if entry not in held]
+
+    edit(source, change)
+    return held
+
+
+def put_back(source: Path, entries: list[dict]) -> None:
+    edit(source, lambda content: content["training"].extend(entries))
+
+
+@pytest.fixture
+def grown(cohort, small_config, tmp_path):
+    """A data set of a, b, c, of which a and b were built first, and the folder before the append of c."""
+    source, out = cohort("a", "b", "c", labelled=1), tmp_path / "out"
+    held = hold_back(source, "c")
+    build([source], out, small_config)
+    before = published(out)
+    put_back(source, held)
+    return source, out, before
+
+
+def test_new_cases_become_further_shards_and_the_old_ones_stay_byte_for_byte(grown, small_config):
+    source, out, before = grown
+    result = build([source], out, small_config)
+    assert [case.name for case in result.manifest.cases] == ["a", "b", "c"] and (result.added, result.absent) == (1, 0)
+    after = published(out)
+    old = {name for name in before if name.startswith("shard")}
+    assert all(after[name] == before[name] for name in old)
+    assert verify(out) == []
+    new = sorted(name for name in after if name.endswith(".tar") and name not in old)
+    appended = wds.WebDataset([str(out / name) for name in new], shardshuffle=False)
+    assert {case_of(sample["__key__"]) for sample in appended} == {"c"}
+    assert sum(case.patches for case in result.manifest.cases) == result.manifest.patches
+
+
+def test_the_histograms_and_tables_are_those_of_one_build(grown, small_config, tmp_path):
+    source, out, _ = grown
+    appended = build([source], out, small_config).manifest
+    whole = build([source], tmp_path / "whole", small_config).manifest
+    for field in ("cases", "hu_histogram", "spacing_histogram", "annotated", "classes", "settings"):
+        assert getattr(appended, field) == getattr(whole, field), field
+
+
+def test_an_unchanged_case_is_not_read_again(grown, small_config):
+    source, out, _ = grown
+    for name in ("a", "b"):  # a file of the same size and time is taken for unchanged without a look inside
+        path, stat = source / f"{name}.nii.gz", (source / f"{name}.nii.gz").stat()
+        path.write_bytes(b"x" * stat.st_size)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    result = build([source], out, small_config)
+    assert result.added == 1 and result.quarantined == []
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_file_that_was_only_touched_is_known_by_its_voxels(grown, small_config, forget):
+    source, out, before = grown
+    for path in source.glob("*.nii.gz"):
+        os.utime(path)
+    if forget:
+        shutil.rmtree(out / ".build")
+    result = build([source], out, small_config)
+    assert [case.name for case in result.manifest.cases] == ["a", "b", "c"] and result.quarantined == []
+    assert shards_of(out).items() >= {n: c for n, c in before.items() if n.startswith("shard")}.items()
+
+
+def test_a_changed_case_stays_as_it_was_and_is_named(grown, small_config):
+    source, out, _ = grown
+    image = nib.load(source / "b.nii.gz")
+    changed = np.asarray(image.dataobj).copy()
+    changed[20, 18, 15] += 1
+    nib.save(nib.Nifti1Image(changed, image.affine), source / "b.nii.gz")
+    label = nib.load(source / "a_label.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj) * 0, label.affine), source / "a_label.nii.gz")
+    result = build([source], out, small_config)
+    assert [case.name for case in result.manifest.cases] == ["a", "b", "c"], "the new one is appended all the same"
+    lines = [str(problem) for problem in result.quarantined]
+    assert any("case b has other voxels than in the shards" in line and "rename it" in line for line in lines)
+    assert any("case a has other labels than in the shards" in line for line in lines) and len(lines) == 2
+    assert verify(out) == []
+    assert len(build([source], out, small_config).quarantined) == 2, "said again, as long as it is so"
+
+
+def test_a_case_that_becomes_one_to_test_on_is_not_passed_over(grown, small_config):
+    source, out, _ = grown
+    held = hold_back(source, "b")
+    edit(source, lambda content: content.update(validation=[held[0] | {"label": "a_label.nii.gz"}]))
+    (line,) = [str(problem) for problem in build([source], out, small_config).quarantined]
+    assert "case b is in the shards, but its split is validation now" in line
+
+
+def test_a_case_that_is_gone_stays_in_the_shards_and_is_counted(grown, small_config, cohort):
+    _, out, _ = grown
+    result = build([cohort("d")], out, small_config)
+    assert [case.name for case in result.manifest.cases] == ["a", "b", "d"] and (result.added, result.absent) == (1, 2)
+
+
+def test_a_copy_of_a_stored_scan_is_not_appended(grown, small_config):
+    source, out, _ = grown
+    shutil.copy(source / "a.nii.gz", source / "again.nii.gz")
+    put_back(source, [{"image": "again.nii.gz"}])
+    (line,) = [str(problem) for problem in build([source], out, small_config).quarantined]
+    assert "again.nii.gz: has the same voxels as case a" in line
+
+
+def test_classes_grow_at_the_end_and_stored_labels_keep_their_numbers(cohort, small_config, tmp_path):
+    first, second, out = cohort("a", labelled=1), cohort("b", labelled=1), tmp_path / "out"
+    build([first], out, small_config)
+    names = {str(number): f"organ{number}" for number in range(2, 11)}  # more than one byte of bits
+    edit(second, lambda content: content.update(labels={"0": "background", "1": "organ1"} | names))
+    manifest = build([second, first], out, small_config).manifest
+    assert manifest.classes == ("core", *(f"organ{number}" for number in range(1, 11)))
+    cases, present = (manifest.check_table(n, (out / n).read_bytes(), out / n) for n in (CASES_FILE, CLASSES_FILE))
+    bits = np.unpackbits(present, axis=1, bitorder="little")
+    assert present.shape == (manifest.patches, 2)
+    assert set(np.flatnonzero(bits[cases == 0].any(axis=0))) == {0}, "core keeps the number 1"
+    assert set(np.flatnonzero(bits[cases == 1].any(axis=0))) == {1}, "organ1, stored as 1 in its file, is 2"
+    assert verify(out) == []
+
+
+def test_settings_must_stay(grown, small_config):
+    source, out, _ = grown
+    with pytest.raises(BuildError, match=r"was begun with build\.seed = 0"):
+        build([source], out, dataclasses.replace(small_config, seed=1))
+
+
+SCRIPT = """
+    import os, sys, time
+    from pathlib import Path
+    from mixcl_dist.data_shards.building.settings import BuildConfig
+    from mixcl_dist.data_shards.building.build import build
+    sync = os.fsync
+    os.fsync = lambda file: (time.sleep(float(sys.argv[4])), sync(file))
+    if __name__ == "__main__":
+        build([Path(sys.argv[1])], Path(sys.argv[2]), BuildConfig(
+            patch_size=(16, 16, 16), samples_per_shard=10, min_body_fraction=0.2, workers=int(sys.argv[3])))
+"""
+
+
+@pytest.mark.slow
+def test_an_append_killed_again_and_again_ends_with_the_same_bytes_and_the_old_set_can_be_read_all_the_while(
+    grown, small_config, tmp_path, cohort
+):
+    source, out, before = grown
+    put_back(source, [{"image": str(cohort("d") / "d.nii.gz")}])
+    whole = Path(shutil.copytree(out, tmp_path / "whole"))
+    build([source], whole, small_config)
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    first_new = sum(name.endswith(".tar") for name in before)
+    moments = {
+        "a case is being written": lambda: list(out.glob(".build/cases/.*.tar.*.tmp")),
+        "a case is done": lambda: len(list(out.glob(".build/cases/*.outcome.json"))) == 1,
+        "a shard has no index yet": lambda: len(list(out.glob("*.tar"))) > len(list(out.glob("*.index.json"))),
+        "a later shard is being written": lambda: (out / f"shard-{first_new + 1:06d}.tar").exists(),
+        "one table is the new one": lambda: (out / CASES_FILE).read_bytes() != before[CASES_FILE],
+        "both tables are": lambda: (out / CLASSES_FILE).read_bytes() != before[CLASSES_FILE],
+    }
+    for number, (moment, reached) in enumerate(moments.items()):
+        process = subprocess.Popen([sys.executable, script, source, out, str(1 + number % 2), "0.05"])
+        deadline = time.monotonic() + 60
+        while not reached():
+            assert process.poll() is None and time.monotonic() < deadline, f"never: {moment}"
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (out / "manifest.json").read_bytes() == before["manifest.json"], moment
+        old = Manifest.load(out)
+        for name in old.tables:
+            old.check_table(name, (out / name).read_bytes(), out / name)
+        assert shards_of(out).items() >= {n: c for n, c in before.items() if n.startswith("shard")}.items(), moment
+    subprocess.run([sys.executable, script, source, out, "2", "0"], check=True)
+    assert published(out) == published(whole)
+    assert verify(out) == [] and not (out / ".build" / "cases").exists() and not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_when_the_sources_change_while_a_build_is_interrupted_only_what_changed_is_done_again(
+    cohort, small_config, tmp_path
+):
+    source, out = cohort("a", "b", "c"), tmp_path / "out"
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen([sys.executable, script, source, out, "1", "0.05"])
+    deadline = time.monotonic() + 60
+    while not (out / "shard-000001.tar").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    spooled = {path.name: path.stat().st_mtime_ns for path in (out / ".build" / "cases").glob("[ab].tar")}
+    assert len(spooled) == 2
+    hold_back(source, "c")
+    more = cohort("d")
+    put_back(source, [{"image": str(more / "d.nii.gz")}])
+    process = subprocess.Popen([sys.executable, script, source, out, "1", "0.05"])
+    while not (out / ".build" / "cases" / "d.outcome.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / ".build" / "cases").glob("[ab].tar")}
+    assert process.wait() == 0 and kept == spooled, "a and b are not read again"
+    build([source], tmp_path / "whole", small_config)
+    assert published(out) == published(tmp_path / "whole")

@@ -1,0 +1,273 @@
+"""Exports load into the tools they are for, and compute there what the trained network computes here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from monai.networks.nets import DynUNet
+from safetensors.torch import load_file, save_file
+
+from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
+from mixcl_dist.data_shards.volume import Volume
+from mixcl_dist.export import ExportError, export
+from mixcl_dist.finetuning import scoring
+from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.networks.heads import SegmentationNetwork
+
+FILTERS = (4, 6, 8, 10)
+CLASSES = ["liver", "left_kidney"]
+PATCH = (16, 24, 32)
+
+
+def write_run(folder: Path, network: torch.nn.Module, kind: str, architecture: str = "dynunet") -> Path:
+    folder.mkdir()
+    pretraining = kind == "pretrain"
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(weights, folder / ("network.safetensors" if pretraining else "model.safetensors"))
+    settings = {"finetune.patch_size": PATCH, "views.size": (16, 16, 24), "network.filters": FILTERS}
+    (folder / "config.yaml").write_text(to_yaml(replace(Config(), settings)))
+    description = {"architecture": architecture, "filters": FILTERS, "window_hu": [-900, 700]}
+    description |= {"spacing_mm": [1.0, 2.0, 3.0] if pretraining else None, "classes": CLASSES}
+    (folder / "network.json").write_text(json.dumps(description))
+    facts = {"kind": kind, "name": folder.name, "mixcl_version": "0.1.0", "label_cases": ["a", "b"]}
+    facts |= {"start": None, "fraction": 0.05, "seed": 0, "validation_cases": ["c"], "training_cases": ["a", "b"]}
+    (folder / "run.json").write_text(json.dumps(facts))
+    if not pretraining:
+        dice = {"classes": CLASSES, "cases": {}, "class_mean": {"liver": 0.9, "left_kidney": None}, "mean": 0.9}
+        (folder / "dice.json").write_text(json.dumps(dice))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return perturbed(Backbone(NetworkConfig(filters=FILTERS)))
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> SegmentationNetwork:
+    torch.manual_seed(1)
+    return perturbed(SegmentationNetwork(NetworkConfig(filters=FILTERS), len(CLASSES)))
+
+
+def perturbed(network: torch.nn.Module) -> torch.nn.Module:
+    """Scales and offsets of normalisation start at 1 and 0: moved, so that losing them would show."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path, backbone: Backbone) -> Path:
+    return write_run(tmp_path / "pre", backbone, "pretrain")
+
+
+@pytest.fixture
+def finetuned(tmp_path: Path, segmenter: SegmentationNetwork) -> Path:
+    return write_run(tmp_path / "few", segmenter, "finetune")
+
+
+def run_snippet(folder: Path, then: str) -> None:
+    """Execute the card's Python snippet in its folder, and `then` after it."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert code
+    subprocess.run([sys.executable, "-c", code[1] + then], cwd=folder, check=True)
+
+
+SAVE_LOGITS = "\ntorch.save(network(torch.load('image.pt')), 'logits.pt')"
+
+
+@pytest.mark.parametrize("to", ["monai", "hf"])
+def test_fine_tuned_network_gives_equal_logits_from_its_cards_snippet(finetuned, segmenter, tmp_path, to):
+    out = export(finetuned, to, tmp_path / "out")
+    image = torch.rand(1, 1, 16, 24, 16)
+    torch.save(image, out / "image.pt")
+    run_snippet(out, "\nimport torch" + SAVE_LOGITS)
+    torch.testing.assert_close(torch.load(out / "logits.pt"), segmenter(image))
+
+
+@pytest.mark.parametrize("to", ["monai", "hf"])
+def test_pretrained_features_are_equal_from_the_cards_snippet(pretrained, backbone, tmp_path, to):
+    out = export(pretrained, to, tmp_path / "out")
+    image = torch.rand(1, 1, 16, 24, 16)
+    torch.save(image, out / "image.pt")
+    run_snippet(out, "\nimport torch\nnetwork.output_block = torch.nn.Identity()" + SAVE_LOGITS)
+    torch.testing.assert_close(torch.load(out / "logits.pt"), backbone(image)[-1])
+
+
+def test_residual_network_is_exported_with_its_residual_blocks(tmp_path):
+    network = perturbed(SegmentationNetwork(NetworkConfig("residual_dynunet", FILTERS), len(CLASSES)))
+    run = write_run(tmp_path / "run", network, "finetune", "residual_dynunet")
+    out = export(run, "monai", tmp_path / "out")
+    there = DynUNet(**json.loads((out / "network.json").read_text())["arguments"]).eval()
+    there.load_state_dict(torch.load(out / "dynunet.pt", weights_only=True))
+    image = torch.rand(1, 1, 16, 16, 16)
+    torch.testing.assert_close(there(image), network(image))
+
+
+def test_hugging_face_card_has_front_matter_and_files_hold_each_tensor_once(finetuned, tmp_path):
+    out = export(finetuned, "hf", tmp_path / "out")
+    _, front_matter, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front_matter)["license"] == "apache-2.0"
+    assert "| liver | 90.0 |" in text and "Labelled cases: 2 " in text and "RAS" in text
+    assert not [name for name in load_file(out / "model.safetensors") if name.startswith("skip_layers")]
+    assert json.loads((out / "config.json").read_text())["classes"] == CLASSES
+
+
+@pytest.fixture
+def ct_file(tmp_path: Path) -> Path:
+    """A CT stored as LPS with uneven spacing and size, so that wrong axes cannot go unnoticed."""
+    rng = np.random.default_rng(0)
+    hu = rng.normal(0, 400, (30, 40, 20)).astype(np.int16)
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "case.nii.gz"
+    nib.save(nib.Nifti1Image(hu, np.diag([-1.5, -2.0, 3.0, 1.0])), path)
+    return path
+
+
+def our_segmentation(path: Path, network: SegmentationNetwork) -> np.ndarray:
+    image = nib.as_closest_canonical(nib.load(path))
+    volume = Volume(np.ascontiguousarray(image.dataobj, dtype=np.int16), image.affine, None)
+    settings = {"spacing_mm": None, "window_hu": (-900.0, 700.0), "patch_size": PATCH, "overlap": 0.25}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "autocast", lambda device: contextlib.nullcontext())  # float32, as in a bundle
+        return scoring.segment(network, volume, **settings, device=torch.device("cpu"))
+
+
+def test_bundles_transforms_network_and_inferer_segment_as_we_do(finetuned, segmenter, ct_file, tmp_path):
+    out = export(finetuned, "bundle", tmp_path / "bundle")
+    parser = ConfigParser()
+    parser.read_meta(out / "configs" / "metadata.json")
+    parser.read_config(out / "configs" / "inference.json")
+    parser.update({"bundle_root": str(out), "dataset_dir": str(ct_file.parent), "device": torch.device("cpu")})
+    network = parser.get_parsed_content("network")
+    network.load_state_dict(torch.load(out / "models" / "model.pt", weights_only=True))
+    sample = parser.get_parsed_content("dataset")[0]
+    with torch.inference_mode():
+        logits = parser.get_parsed_content("inferer")(sample["image"][None], network.eval())[0]
+    ours = our_segmentation(ct_file, segmenter)
+    assert len(np.unique(ours)) > 1
+    assert (logits.argmax(0).numpy() == ours).mean() > 0.999  # resolution of float32 at ties
+
+
+def test_bundle_runs_from_the_command_line_of_its_card(finetuned, segmenter, ct_file, tmp_path):
+    pytest.importorskip("ignite", reason="pytorch-ignite, which bundles are run with, is not installed")
+    out = export(finetuned, "bundle", tmp_path / "bundle")
+    command = re.search(r"```bash\npython (.*?)```", (out / "docs" / "README.md").read_text(), re.DOTALL)
+    assert command
+    arguments = command[1].replace("\\\n", " ").replace("IMAGES", str(ct_file.parent)).split()
+    arguments[arguments.index("SEGMENTATIONS")] = str(tmp_path / "segmented")
+    result = subprocess.run([sys.executable, *arguments], cwd=out, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    written = nib.load(tmp_path / "segmented" / "case" / "case_seg.nii.gz")
+    np.testing.assert_allclose(written.affine, nib.load(ct_file).affine)
+    theirs = np.asarray(nib.as_closest_canonical(written).dataobj)
+    assert (theirs == our_segmentation(ct_file, segmenter)).mean() > 0.999
+
+
+def test_bundles_metadata_has_what_monais_schema_requires(finetuned, tmp_path):
+    out = export(finetuned, "bundle", tmp_path / "bundle")
+    metadata = json.loads((out / "configs" / "metadata.json").read_text())
+    required = "schema version monai_version pytorch_version numpy_version required_packages_version task description"
+    assert not {*required.split(), "authors", "copyright", "network_data_format"} - metadata.keys()
+    for tensor in [metadata["network_data_format"][side] for side in ("inputs", "outputs")]:
+        for described in tensor.values():
+            assert {"type", "format", "num_channels", "spatial_shape", "dtype", "value_range"} <= described.keys()
+    assert metadata["network_data_format"]["outputs"]["pred"]["channel_def"]["2"] == "left_kidney"
+    assert (out / "LICENSE").is_file()
+
+
+def test_nnunet_checkpoint_is_plain_data_that_loads_without_unpickling_code(pretrained, tmp_path):
+    out = export(pretrained, "nnunet", tmp_path / "out")
+    checkpoint = torch.load(out / "checkpoint_final.pth", weights_only=True)
+    plan = checkpoint["nnssl_adaptation_plan"]
+    assert plan == json.loads((out / "adaptation_plan.json").read_text())
+    configuration = next(iter(plan["pretrain_plan"]["configurations"].values()))
+    assert configuration == {"spacing": [3.0, 2.0, 1.0], "patch_size": [24, 16, 16]}  # (z, y, x)
+    assert plan["recommended_downstream_patchsize"] == [32, 24, 16]
+
+
+def test_nnunets_own_network_computes_the_same_encoder_features(pretrained, backbone, tmp_path):
+    name = "dynamic_network_architectures"
+    pytest.importorskip(f"{name}.architectures.unet", reason=f"{name} (nnU-Net's networks) is not installed")
+    out = export(pretrained, "nnunet", tmp_path / "out")
+    checkpoint = torch.load(out / "checkpoint_final.pth", weights_only=True)
+    plan, weights = checkpoint["nnssl_adaptation_plan"], checkpoint["network_weights"]
+    network = network_from_plan(plan["architecture_plans"])
+    for key in (plan["key_to_encoder"], plan["key_to_stem"]):  # as nnU-Net's trainer loads them, strictly
+        part = {k.removeprefix(f"{key}."): v for k, v in weights.items() if k.startswith(key)}
+        network.get_submodule(key).load_state_dict(part)
+    image = torch.rand(2, 1, 16, 24, 32)
+    with torch.inference_mode():
+        here = [backbone.input_block(image)]
+        for block in (*backbone.downsamples, backbone.bottleneck):
+            here.append(block(here[-1]))
+        there = network.encoder(image.permute(0, 1, 4, 3, 2))
+    for ours, theirs in zip(here, there, strict=True):
+        torch.testing.assert_close(theirs.permute(0, 1, 4, 3, 2), ours, rtol=1e-4, atol=1e-4)
+
+
+def network_from_plan(architecture: dict) -> torch.nn.Module:
+    arguments = dict(architecture["arch_kwargs"])
+    for name in architecture["arch_kwargs_requiring_import"]:
+        arguments[name] = arguments[name] and pydoc.locate(arguments[name])
+    module, _, name = architecture["arch_class_name"].rpartition(".")
+    network = getattr(importlib.import_module(module), name)
+    return network(input_channels=1, num_classes=3, deep_supervision=False, **arguments).eval()
+
+
+def test_existing_folder_is_refused_and_left_alone(pretrained, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(ExportError, match="exists already; give a new folder"):
+        export(pretrained, "monai", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("to", "break_run", "message"),
+    [
+        ("bundle", lambda run: None, "fine-tune it first"),
+        ("monai", lambda run: (run / "network.safetensors").unlink(), "no network yet; let the run finish"),
+        ("monai", lambda run: (run / "network.safetensors").write_bytes(b"cut"), "cannot be read"),
+        ("monai", lambda run: (run / "network.json").write_text("{}"), "'architecture' is missing"),
+        ("monai", lambda run: change(run, filters=[4, 6, 8, 12]), "does not fit network.json"),
+        ("nnunet", lambda run: change(run, architecture="residual_dynunet"), "does not fit network.json"),
+        ("monai", lambda run: (run / "run.json").unlink(), "no such file"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(pretrained, tmp_path, to, break_run, message):
+    break_run(pretrained)
+    with pytest.raises(ValueError, match=message) as error:
+        export(pretrained, to, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["pre"]
+
+
+def change(run: Path, **description: object) -> None:
+    file = run / "network.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | description))
+
+
+def test_nnunet_refuses_residual_blocks_with_the_cure(tmp_path):
+    run = write_run(
+        tmp_path / "run", Backbone(NetworkConfig("residual_dynunet", FILTERS)), "pretrain", "residual_dynunet"
+    )
+    with pytest.raises(ExportError, match=r"--network\.architecture dynunet, or export to monai"):
+        export(run, "nnunet", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,320 @@
+"""A report says what the run folders hold: no number of its own making, nothing fetched, gaps named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mixcl_dist.report import slices, write_report
+from mixcl_dist.run import RunError
+from mixcl_dist.studies.statistics import t_interval
+
+CLASSES = ["liver", "left_kidney"]
+FRACTIONS = (0.05, 0.15)
+SEEDS = (0, 1, 2)
+STARTS = ("scratch", "mixcl")
+ORGAN = (slice(2, 6), slice(3, 12))
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def write_pretraining(folder: Path, training_cases: list[str]) -> None:
+    facts = {"kind": "pretrain", "name": folder.name, "started": "2025-01-01T10:00:00+00:00", "finished": None}
+    facts |= {
+        "warnings": {"label_anchors": "8 label anchors a step at step 1"},
+        "training_cases": training_cases,
+        "label_cases": ["t0"],
+        "parameters": 1000,
+        "seconds": 60.0,
+    }
+    write(folder / "run.json", facts)
+    steps = [
+        {"step": step, "loss": 9 - step / 10, "voxel_identity": 5 - step / 20, "voxel_identity_floor": 2.5}
+        | {"learning_rate": 1e-3, "samples_per_s": 7.0, "data_wait_share": 0.02, "voxel_label_anchors": 8.0}
+        | ({"gradient_norm_voxel_identity": 3.0, "effective_rank": 12.0} if step % 10 == 0 else {})
+        for step in range(1, 41)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, steps)) + '\n{"step": 41, "lo')
+    slice_ = np.zeros((2, 16, 16), dtype=np.float16)
+    label = np.zeros((2, 16, 16), dtype=np.uint8)
+    label[0][ORGAN] = 1
+    pictures = {"clean": slice_, "degraded": slice_, "restored": slice_, "label": label, "step": np.array(40)}
+    np.savez(folder / "samples.npz", **pictures, embedding_rgb=np.zeros((2, 16, 16, 3), dtype=np.float16))
+    write(folder / "network.json", {"window_hu": [-1000, 1000]})
+
+
+def write_trial(folder: Path, scores: dict[str, float], fraction: float, start: str | None = None) -> None:
+    facts = {"kind": "finetune", "name": folder.name, "started": "2025-01-01T10:00:00+00:00", "finished": None}
+    facts |= {"label_cases": [f"t{i}" for i in range(round(fraction * 20))], "validation_cases": ["v0", "v1"]}
+    write(folder / "run.json", facts | {"classes": CLASSES, "start": start})
+    cases = {"v0": scores, "v1": {"liver": scores["liver"], "left_kidney": None}}
+    write(folder / "dice.json", {"classes": CLASSES, "cases": cases, "class_mean": scores, "mean": 0.5})
+    truth = np.zeros((1, 16, 24), dtype=np.uint8)
+    truth[0][ORGAN] = 2
+    image = np.zeros((1, 16, 24), dtype=np.float16)
+    overlays = {"image": image, "truth": truth, "prediction": truth, "cases": np.array(["v0"])}
+    np.savez(folder / "overlays.npz", **overlays, spacing=np.array([[2.0, 1.0]]))
+
+
+def dice_of(start: str, fraction: float, seed: int) -> dict[str, float]:
+    rng = np.random.default_rng([STARTS.index(start), round(100 * fraction), seed])
+    return {name: float(rng.uniform(0.5, 0.6) + 0.2 * (start == "mixcl")) for name in CLASSES}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    folder = tmp_path / "study"
+    write_pretraining(tmp_path / "pre", ["t0", "t1"])
+    trials = []
+    for fraction in FRACTIONS:
+        for seed in SEEDS:
+            for start in STARTS:
+                name = f"{start}-{fraction}-{seed}"
+                scores = dice_of(start, fraction, seed)
+                write_trial(folder / "trials" / name, scores, fraction, "../pre" if start == "mixcl" else None)
+                row = {"id": name, "start": start, "fraction": fraction, "seed": seed, "run": f"trials/{name}"}
+                row |= {"status": "done", "mean": sum(scores.values()) / 2, "class_mean": scores}
+                trials.append(row | {"seconds": 75.0, "params": {}, "error": None})
+    starts = ["scratch", {"name": "mixcl", "path": "../pre"}]
+    write(folder / "study.json", {"kind": "study", "name": "few labels", "starts": starts, "trials": trials})
+    return folder
+
+
+def change_trials(study: Path, change) -> None:
+    facts = json.loads((study / "study.json").read_text())
+    for row in facts["trials"]:
+        row |= change(row) or {}
+    write(study / "study.json", facts)
+
+
+class Page(HTMLParser):
+    """The text, the addresses and the pictures of a page; refuses tags that are not closed in order."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.text, self.addresses, self.images, self.ids, self._open = "", [], [], [], []
+        self.feed(path.read_text())
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self._open.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset", "action")]
+        self.ids += [v for k, v in attributes if k == "id"]
+        self.images += [v for k, v in attributes if tag == "img" and k == "alt"]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += " ".join(data.split()) + " "
+
+
+def test_page_is_one_file_that_fetches_nothing(study):
+    index = write_report(study)
+    page = Page(index)
+    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert "http" not in index.read_text() and "@import" not in index.read_text()
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_numbers_are_those_of_an_independent_computation(study):
+    write_report(study)
+    report = json.loads((study / "report" / "report.json").read_text())
+    for comparison, fraction in zip(report["results"]["comparisons"], FRACTIONS, strict=True):
+        means = {start: [np.mean(list(dice_of(start, fraction, seed).values())) for seed in SEEDS] for start in STARTS}
+        test = stats.ttest_rel(means["mixcl"], means["scratch"])
+        interval = test.confidence_interval(0.95)
+        assert comparison["summary"]["n"] == 3
+        assert comparison["summary"]["mean"] == pytest.approx(np.subtract(means["mixcl"], means["scratch"]).mean())
+        assert comparison["summary"]["low"] == pytest.approx(interval.low)
+        assert comparison["summary"]["high"] == pytest.approx(interval.high)
+    row = next(row for row in report["results"]["per_class"] if row["name"] == "liver")
+    assert row["scratch"]["summary"]["sd"] == pytest.approx(
+        np.std([dice_of("scratch", 0.05, seed)["liver"] for seed in SEEDS], ddof=1)
+    )
+
+
+def test_csv_holds_every_trial_and_class(study):
+    write_report(study)
+    rows = list(csv.DictReader((study / "report" / "report.csv").open()))
+    assert len(rows) == len(STARTS) * len(FRACTIONS) * len(SEEDS) * (len(CLASSES) + 1)
+    row = next(row for row in rows if row["id"] == "mixcl-0.15-2" and row["class"] == "left_kidney")
+    assert float(row["dice"]) == dice_of("mixcl", 0.15, 2)["left_kidney"]
+
+
+def test_headline_says_raised_only_where_the_interval_leaves_out_zero(study):
+    def flip_one_seed(row):
+        if row["start"] == "mixcl" and row["fraction"] == 0.15 and row["seed"] == 0:
+            return {"mean": 0.1}
+
+    change_trials(study, flip_one_seed)
+    write_report(study)
+    few, more = json.loads((study / "report" / "report.json").read_text())["headline"]
+    assert few.startswith("With 5 % of the labels (1 case), pre-training raised mean Dice from ")
+    assert "raised" not in more and "includes 0: these trials cannot tell" in more and "3 pairs" in more
+
+
+def test_one_pair_has_no_interval_and_says_so(study):
+    def fail_other_seeds(row):
+        if row["seed"] > 0:
+            return {"status": "failed", "mean": None, "class_mean": None, "error": "out of <memory>"}
+
+    change_trials(study, fail_other_seeds)
+    page = Page(write_report(study))
+    assert "in one pair of trials, too few for an interval" in page.text
+    assert "needs 2 pairs" in page.text
+    assert "8 failed" in page.text and "out of <memory>" in page.text
+
+
+def test_failed_partner_takes_its_pair_out_but_not_the_other_arm(study):
+    def fail(row):
+        if row["id"] == "mixcl-0.05-1":
+            return {"status": "failed", "mean": None, "class_mean": None}
+
+    change_trials(study, fail)
+    write_report(study)
+    results = json.loads((study / "report" / "report.json").read_text())["results"]
+    assert results["comparisons"][0]["differences"].keys() == {"0", "2"}
+    assert [cell["summary"]["n"] for cell in results["cells"][:2]] == [3, 2]
+
+
+def test_of_several_draws_the_best_is_shown_and_the_page_warns(study):
+    facts = json.loads((study / "study.json").read_text())
+    first = facts["trials"][0]
+    facts["trials"].append(first | {"id": "again", "mean": 0.99, "params": {"finetune.learning_rate": 1e-4}})
+    write(study / "study.json", facts)
+    page = Page(write_report(study))
+    report = json.loads((study / "report" / "report.json").read_text())
+    assert report["results"]["cells"][0]["values"]["0"] == 0.99
+    assert "makes all Dice values optimistic" in page.text
+
+
+def test_same_case_is_shown_for_both_starts_and_pretraining_beside_it(study):
+    page = Page(write_report(study))
+    assert {"v0, Truth", "v0, scratch", "v0, mixcl", "patch 1, Embedding", "patch 2, No label here"} <= set(page.images)
+    assert "Voxel identity: 4.95 at step 1, 3 at step 40 (floor 2.5)." in page.text
+    assert "Cases" in page.text and "not finished" in page.text
+
+
+def test_validation_case_in_pretraining_is_called_a_leak(study):
+    write_pretraining(study.parent / "pre", ["t0", "v1"])
+    assert "1: a leak v1" in " ".join(Page(write_report(study)).text.split())
+
+
+@pytest.mark.parametrize("missing", ["trials/mixcl-0.05-0/overlays.npz", "trials/scratch-0.05-0/run.json", "../pre"])
+def test_what_is_missing_is_left_out(study, missing):
+    path = study / missing
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+    else:
+        path.unlink()
+    assert "raised mean Dice" in Page(write_report(study)).text
+
+
+def test_study_that_has_only_begun_has_a_page(study):
+    change_trials(study, lambda row: {"status": "pending", "mean": None, "class_mean": None, "seconds": None})
+    for trial in (study / "trials").iterdir():
+        for file in trial.iterdir():
+            file.unlink()
+    page = Page(write_report(study))
+    assert "no finished pair of trials yet" in page.text and "12 pending" in page.text
+
+
+def test_finetuning_run_has_its_table_by_class_and_case(study):
+    run = study / "trials" / "mixcl-0.05-0"
+    page = Page(write_report(run))
+    assert "Mean Dice 50.0 % over 2 classes on 2 validation cases" in page.text
+    rows = list(csv.DictReader((run / "report" / "report.csv").open()))
+    assert rows[-1] == {"case": "v1", "class": "left_kidney", "dice": ""}
+
+
+def test_pretraining_run_has_its_page_and_metrics_as_csv(study):
+    page = Page(write_report(study.parent / "pre"))
+    assert "pixel labels read of 1" in page.text
+    rows = list(csv.DictReader((study.parent / "pre" / "report" / "report.csv").open()))
+    assert len(rows) == 40 and float(rows[-1]["voxel_identity"]) == 3.0
+
+
+def test_pretraining_page_shows_what_was_measured_beside_the_loss_with_advice_and_warnings(study):
+    index = write_report(study.parent / "pre")
+    text = Page(index).text
+    assert "8 label anchors a step at step 1" in text
+    for advice in ("Good: several hundred; below the line (100)", "hardly hears it", "5 % of it"):
+        assert advice in text
+    assert "falls towards −4" not in text  # uniformity was not logged
+    assert {"Gradient of each term on the backbone", "Label anchors a step", "Effective rank of voxel rows"} <= {
+        label for label in re.findall(r'aria-label="([^"]*)"', index.read_text())
+    }
+
+
+def test_run_that_has_logged_nothing_says_so(tmp_path):
+    write(tmp_path / "run" / "run.json", {"kind": "pretrain", "name": "run"})
+    text = Page(write_report(tmp_path / "run")).text
+    assert "No loss has been logged yet" in text and "No pictures were kept" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("study.json", "{", "cannot be read"),
+        ("study.json", "{}", "'trials' is missing"),
+        ("study.json", '{"trials": [{"id": "a"}], "starts": []}', "'start' is missing"),
+        ("trials/scratch-0.05-0/run.json", "[]", "no run of kind pretrain or finetune"),
+        ("trials/scratch-0.05-0/overlays.npz", "cut", "not a whole .npz file"),
+        ("trials/scratch-0.05-0/dice.json", "{}", "'classes' is missing"),
+        ("../pre/metrics.jsonl", "{\n{}", "line 1 is no JSON object"),
+    ],
+)
+def test_broken_file_is_named_in_one_line_with_the_cure(study, file, content, message):
+    (study / file).write_text(content)
+    with pytest.raises(RunError, match=message) as error:
+        write_report(study)
+    assert Path(file).name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="neither a run"):
+        write_report(tmp_path)
+
+
+def test_picture_has_anterior_up_and_the_patients_right_on_its_left_side():
+    marked = np.zeros((20, 30))
+    marked[15:, 25:] = 1  # right and anterior
+    shown = slices.enlarged(marked, (1.0, 1.0), order=0)
+    height, width = shown.shape
+    assert shown[: height // 6, : width // 5].all()
+    assert shown.sum() == pytest.approx(shown.size / 24, rel=0.05)
+
+
+def test_picture_has_the_bodys_proportions():
+    height, width = slices.enlarged(np.zeros((20, 30)), (3.0, 1.0), order=0).shape
+    assert width / height == pytest.approx(2.0)
+
+
+def test_t_interval_agrees_with_scipy_and_needs_two_values():
+    values = [0.01, 0.04, 0.02, 0.07]
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    ours = t_interval(values)
+    assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high))
+    assert (t_interval([0.3]).mean, t_interval([0.3]).low) == (0.3, None)
+    assert t_interval([]).mean is None and not t_interval([0.3]).excludes_zero

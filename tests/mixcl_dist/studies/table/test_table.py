@@ -1,0 +1,572 @@
+"""The few-label table: what there is to run, in which order, what bars a trial, and going on after any interruption."""
+
+from __future__ import annotations
+
+import ast
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from mixcl_dist.config import ConfigError, from_dict, load, replace, to_dict
+from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.report import table_text, write_report
+from mixcl_dist.run import RunError
+from mixcl_dist.studies.table import ledger, runner
+from mixcl_dist.studies.table.plan import plan
+from mixcl_dist.studies.table.runner import run_table
+from mixcl_dist.studies.table.work import work
+
+STAGES = {
+    "reconstruction": {"settings": {"objective.voxel_label": 0}},
+    "identity": {},
+    "mixcl": {"start": "identity", "labels": "budget"},
+    "supervised": {"labels": "budget", "supervised": True},
+    "known": {"start": "identity", "labels": "all"},
+}
+ARMS = {
+    "scratch": {},
+    "mixcl": {"stage": "mixcl"},
+    "reconstruction": {"stage": "reconstruction"},
+    "supervised": {"stage": "supervised"},
+    "longer": {"voxels_of": "mixcl"},
+}
+OTHERS = {
+    "folds": {"A": {"known": ["liver"], "new": ["spleen"]}, "B": {"known": ["spleen"], "new": ["liver"]}},
+    "scans": [1],
+    "arms": {"scratch": {}, "transfer": {"stage": "known"}},
+}
+
+
+def table(**changes):
+    """A configuration with a table of two numbers of scans and two seeds."""
+    section = {"scans": [1, 4], "seeds": [0, 1], "stages": STAGES, "arms": ARMS} | changes
+    return from_dict({"table": section})
+
+
+# The plan
+
+
+def trials(items, **place):
+    return [i for i in items.values() if i.kind == "trial" and all(getattr(i, k) == v for k, v in place.items())]
+
+
+def test_every_cell_has_a_trial_and_every_item_comes_after_what_it_needs():
+    items = plan(table(other_organs=OTHERS))
+    assert len(trials(items, fold="")) == len(ARMS) * 2 * 2
+    assert len(trials(items, fold="A")) == len(trials(items, fold="B")) == 2 * 1 * 2
+    names = list(items)
+    assert all(names.index(need) < names.index(item.name) for item in items.values() for need in item.needs)
+
+
+def test_label_free_stages_are_run_once_and_others_for_each_budget_or_fold():
+    names = [name for name in plan(table(other_organs=OTHERS)) if name.startswith("pretrain/")]
+    assert sorted(names) == sorted(
+        ["pretrain/reconstruction", "pretrain/identity", "pretrain/known-A", "pretrain/known-B"]
+        + [f"pretrain/{stage}-n{n}-s{s}" for stage in ("mixcl", "supervised") for n in (1, 4) for s in (0, 1)]
+    )
+
+
+def test_a_trial_and_its_label_stage_have_one_budget_and_a_label_free_stage_has_none():
+    items = plan(table())
+    trial = items["trial/mixcl-n4-s1"]
+    budget = {"budget.scans": 4, "budget.seed": 1, "budget.fraction": 0.0}
+    assert trial.start == "pretrain/mixcl-n4-s1"
+    assert budget.items() <= trial.settings.items() and budget.items() <= items[trial.start].settings.items()
+    assert items[trial.start].start == "pretrain/identity"
+    assert {"budget.scans": None, "budget.fraction": 0.0}.items() <= items["pretrain/identity"].settings.items()
+
+
+def test_a_label_stage_orders_scans_by_the_classes_that_its_trials_learn():
+    items = plan(replace(table(), {"finetune.classes": ["liver"]}))
+    assert items["pretrain/mixcl-n1-s0"].settings["budget.classes"] == ["liver"]
+    assert "budget.classes" not in items["pretrain/identity"].settings
+    assert "budget.classes" not in plan(table())["pretrain/mixcl-n1-s0"].settings
+
+
+def test_of_other_organs_pretraining_knows_some_and_fine_tuning_learns_the_rest():
+    items = plan(table(other_organs=OTHERS))
+    trial = items["trial/A/transfer-n1-s0"]
+    assert trial.settings["finetune.classes"] == ["spleen"]
+    before = items[trial.start].settings
+    assert before["budget.classes"] == ["liver"] and before["budget.fraction"] == 1.0
+    assert items["trial/A/scratch-n1-s0"].settings["finetune.classes"] == ["spleen"]
+
+
+def test_what_tells_most_comes_first_seed_by_seed():
+    cells = [(i.arm, i.scans, i.seed) for i in plan(table(other_organs=OTHERS)).values() if i.kind == "trial"]
+    assert cells[:4] == [("scratch", 1, 0), ("mixcl", 1, 0), ("scratch", 1, 1), ("mixcl", 1, 1)]
+    assert {scans for _, scans, _ in cells[:16]} == {1} and {scans for _, scans, _ in cells[-10:]} == {4}
+
+
+def test_scratch_may_see_as_many_voxels_as_pretraining_and_fine_tuning_together():
+    config = replace(
+        table(),
+        {"pretrain.steps": 100, "pretrain.batch_size": 8, "views.size": [16, 16, 16]}
+        | {"finetune.steps": 50, "finetune.batch_size": 1, "finetune.patch_size": [32, 32, 32]},
+    )
+    steps = plan(config)["trial/longer-n1-s0"].settings["finetune.steps"]
+    assert steps == 50 + 2 * (100 * 8 * 2 * 16**3) // 32**3  # both stages: identity and mixcl
+
+
+def test_a_pretraining_has_to_pass_the_gate_unless_it_is_the_measure_or_supervised():
+    items = plan(table())
+    assert items["probe/random"].needs == ()
+    assert items["trial/mixcl-n1-s1"].gate == ("probe/mixcl-n1-s0", "probe/random", "probe/reconstruction")
+    for arm in ("scratch", "reconstruction", "supervised"):
+        assert items[f"trial/{arm}-n1-s1"].gate == ()
+    assert not [name for name in plan(table(baselines=[])) if name.startswith("probe/")]
+
+
+def test_the_recipe_has_the_arms_of_the_question():
+    config = load(recipe="few_label")
+    items = plan(config)
+    arms = {"scratch", "scratch_total", "reconstruction", "identity", "label", "mixcl", "supervised"}
+    assert set(config.table.arms) == arms
+    assert len(trials(items, fold="")) == 7 * 4 * 10
+    for fold in ("A", "B"):
+        assert len(trials(items, fold=fold)) == 3 * 2 * 10
+    assert config.finetune.steps >= 20 * config.finetune.curve_every  # a third of them can be told from a half
+    pairs = {(arm, reference) for arm, reference in config.table.compared}
+    assert pairs == {("mixcl", each) for each in arms - {"mixcl", "scratch"}}
+    assert config.table.other_organs.compared == (("mixcl", "supervised"),)
+    for item in items.values():
+        replace(config, {k: v for k, v in item.settings.items() if not k.endswith(".classes")})  # no unknown key
+
+
+@pytest.mark.parametrize("smaller", [None, Path(__file__).parents[4] / "benchmarks" / "few_label" / "cpu.yaml"])
+def test_the_recipe_gives_a_single_term_as_many_steps_as_all_terms_have(smaller):
+    """Also with the settings for a CPU, which leave all else of the stages as it is."""
+    config = load(*filter(None, [smaller]), recipe="few_label")
+    items = plan(config)
+    steps = {
+        name: replace(config, items[name].settings).pretrain.steps
+        for name in ("pretrain/identity", "pretrain/mixcl-n1-s0", "pretrain/label-n1-s0")
+    }
+    assert items["pretrain/mixcl-n1-s0"].start == "pretrain/identity" and items["pretrain/label-n1-s0"].start is None
+    assert steps["pretrain/label-n1-s0"] == steps["pretrain/identity"] + steps["pretrain/mixcl-n1-s0"]
+    whole = load(recipe="few_label").table.stages
+    assert {name: stage.settings.keys() for name, stage in config.table.stages.items()} == {
+        name: stage.settings.keys() for name, stage in whole.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"arms": {}}, "table.arms is empty.*--recipe few_label"),
+        ({"arms": {"mixcl": {"stage": "mixcl"}}}, "arm scratch is missing"),
+        ({"arms": ARMS | {"x": {"stage": "nothing"}}}, "table.arms.x: nothing is no stage; stages: reconstruction"),
+        ({"arms": ARMS | {"x": {"stage": "known"}}}, "table.arms.x: stage known reads .*exceeds its trials' budget"),
+        ({"first_arms": ["scratch", "mixxcl"]}, "table.first_arms: mixxcl is no arm; arms: scratch"),
+        ({"compared": [["mixcl", "nobody"]]}, "table.compared: nobody is no arm; arms: scratch, mixcl"),
+        ({"compared": [["mixcl", "mixcl"]]}, "table.compared: mixcl cannot be compared with itself"),
+        ({"other_organs": OTHERS | {"compared": [["mixcl", "scratch"]]}}, "other_organs.compared: mixcl is no arm"),
+        ({"baselines": ["supervised"]}, "table.baselines: supervised reads labels"),
+        ({"stages": STAGES | {"mixcl": {"start": "nowhere"}}}, "stages.mixcl: starts from nowhere"),
+        ({"stages": STAGES | {"identity": {"start": "mixcl"}}}, "starts from itself, by"),
+        ({"other_organs": OTHERS | {"folds": {"A": {"known": ["liver"], "new": ["liver"]}}}}, "liver is known and new"),
+        ({"other_organs": OTHERS | {"arms": ARMS}}, "other_organs.arms.mixcl: stage mixcl reads labels of new organs"),
+    ],
+)
+def test_arms_that_make_no_table_are_refused_in_one_line(changes, line):
+    with pytest.raises(ConfigError, match=line) as refusal:
+        plan(table(**changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_misspelt_key_of_an_arm_is_refused():
+    with pytest.raises(ConfigError, match=r"table\.arms\.mixcl\.stagee"):
+        table(arms={"scratch": {}, "mixcl": {"stagee": "mixcl"}})
+
+
+# What an item's digest is of
+
+TELL = "tells of a run"
+REFUSE = "refuses a run, or lets it be"
+SHARDS = "shards are made before, and the digest is of their manifest, which has the digest of every byte"
+STORAGE = tuple(f"data_shards/storage/{name}.py" for name in ("__init__", "store", "publishing", "folder", "remote"))
+APART = {
+    "config.py": "its values are in the digest",
+    **dict.fromkeys(("run.py", "progress.py"), TELL),
+    **dict.fromkeys((f"pretraining/{name}.py" for name in ("recorder", "alarms", "diagnostics")), TELL),
+    **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
+    **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
+    "cluster/checkpoint.py": "stores what it is given, and knows whether that is whole",
+}
+"""Modules on which no figure depends, nor on what they import."""
+BEGUN_WITH = {
+    "pretrain": "pretraining/pretrain",
+    **dict.fromkeys(("supervised", "trial"), "finetuning/finetune"),
+    "probe": "pretraining/probe",
+}
+
+
+def first_party(path: Path) -> set[Path]:
+    """Modules of the package that a module imports, also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mixcl_dist":
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = [runner.ROOT.parent / name.replace(".", "/") for name in found]
+    return {f for file in files for f in (file.with_suffix(".py"), file / "__init__.py") if f.exists()}
+
+
+@pytest.mark.parametrize("kind", BEGUN_WITH)
+def test_the_digest_is_of_every_module_that_a_figure_depends_on(kind):
+    apart = set(APART) | ({"pretraining/probe.py"} if kind == "pretrain" else set())  # there it tells of a run
+    reached, to_read = set(), [runner.ROOT / f"{BEGUN_WITH[kind]}.py"]
+    while to_read:
+        path = to_read.pop()
+        name = str(path.relative_to(runner.ROOT))
+        if name not in reached | apart:
+            reached.add(name)
+            to_read += first_party(path)
+    listed = {str(path.relative_to(runner.ROOT)) for glob in runner.SOURCES[kind] for path in runner.ROOT.glob(glob)}
+    assert {name for name in reached if (runner.ROOT / name).read_text()} - {"__init__.py"} <= listed
+    assert all((runner.ROOT / name).exists() for name in apart)
+
+
+# The runner, with items that take no time
+
+WORKER = """
+import json, os, pathlib, sys, time
+out, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+item = next(i for i in json.loads((out / "plan.json").read_text())["items"] if i["name"] == name)
+kind, stage = item["kind"], name.partition("/")[2].partition("-")[0]
+run = out / ((kind == "probe" and item["start"]) or name)
+run.mkdir(parents=True, exist_ok=True)
+with (out / "order").open("a") as file:
+    file.write(name + "\\n")
+probe = {"linear": {"mean": 0.5 if stage == "mixcl" else 0.3}, "knn": {"mean": 0.2}}
+"""
+FINISH = """
+result = {"probe": ("probe.json", probe), "pretrain": ("network.safetensors", {})}
+file, content = result.get(kind, ("dice.json", {"mean": 0.6}))
+(run / file).write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A function that makes the program that stands for an item; `body` is run before it leaves its result."""
+
+    def make(body: str = ""):
+        program = tmp_path / f"worker{len(list(tmp_path.glob('worker*')))}.py"
+        program.write_text(WORKER + textwrap.dedent(body) + FINISH)
+        return lambda out, name: [sys.executable, "-S", str(program), str(out), name]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(runner, "LOOK_EVERY", 0.01)
+
+
+@pytest.fixture
+def small_table(small_config):
+    def make(**changes):
+        section = {"scans": [1], "seeds": [0], "stages": STAGES, "arms": {k: ARMS[k] for k in ("scratch", "mixcl")}}
+        return from_dict(to_dict(small_config) | {"table": section | changes})
+
+    return make
+
+
+@pytest.fixture
+def go(cohort, shards, tmp_path):
+    """Run a table of the phantom cohort in one folder."""
+
+    def run(config, command, **how):
+        return run_table(config, data=cohort[0], shards=shards, out=tmp_path / "table", command=command, **how)
+
+    return run
+
+
+def order(tmp_path) -> list[str]:
+    file = tmp_path / "table" / "order"
+    return file.read_text().split() if file.exists() else []
+
+
+def test_a_table_is_run_in_order_and_written_down(go, small_table, stub, tmp_path):
+    ending = go(small_table(), stub())
+    assert (ending.done, ending.planned, ending.failed, ending.left) == (2, 2, (), ())
+    assert order(tmp_path) == list(plan(small_table()))
+    records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
+    assert {record["status"] for record in records.values()} == {"done"}
+    trial = records["trial/mixcl-n1-s0"]
+    assert trial["mean"] == 0.6 and trial["seconds"] >= 0 and trial["digest"] and trial["machine"]["cores"]
+
+
+def test_called_again_nothing_is_run_twice(go, small_table, stub, tmp_path):
+    go(small_table(), stub())
+    before = order(tmp_path)
+    assert go(small_table(), stub()).done == 2
+    assert order(tmp_path) == before
+
+
+def test_items_run_side_by_side(go, small_table, stub, tmp_path):
+    body = """
+    if kind == "trial":
+        while (out / "order").read_text().count("trial/") < 2: time.sleep(0.01)
+    """
+    ending = go(small_table(arms={"scratch": {}}, first_arms=[], seeds=[0, 1]), stub(body), workers=2)
+    assert ending.done == 2
+
+
+def test_a_failed_item_has_its_last_line_stops_no_other_and_is_tried_again(go, small_table, stub, tmp_path):
+    body = "if name == 'pretrain/identity': sys.exit(print('what follows') or 'OSError: disk full')"
+    ending = go(small_table(), stub(body))
+    assert ending.failed == ("pretrain/identity",) and ending.done == 1 and ending.left == ("trial/mixcl-n1-s0",)
+    records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
+    assert records["pretrain/identity"]["text"] == "OSError: disk full"
+    assert go(small_table(), stub()).done == 2
+
+
+def test_no_trial_runs_from_a_pretraining_that_its_probe_does_not_speak_for(go, small_table, stub, tmp_path, capsys):
+    ending = go(small_table(), stub("probe['linear']['mean'] = 0.31 if stage == 'mixcl' else 0.3"))
+    assert ending.barred == ("trial/mixcl-n1-s0",) and ending.done == 1 and not ending.failed
+    assert "trial/mixcl-n1-s0" not in order(tmp_path)
+    records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
+    probes = records["trial/mixcl-n1-s0"]["probes"]
+    assert probes == {"probe/mixcl-n1-s0": 0.31, "probe/random": 0.3, "probe/reconstruction": 0.3}
+    assert "barred: probe/mixcl-n1-s0 0.310 is not 0.02 above" in capsys.readouterr().err
+    assert go(small_table(), stub()).barred == ("trial/mixcl-n1-s0",)  # and is told of again, but recorded once
+    statuses = [record["status"] for record in ledger.read(tmp_path / "table" / "ledger.jsonl")]
+    assert statuses.count("barred") == 1
+
+
+def test_a_barred_arm_pays_for_its_gate_alone(go, small_table, stub, tmp_path):
+    """Three seeds: that of the first is judged; the others' pre-trainings would be for trials that never run."""
+    below, above = "probe['linear']['mean'] = 0.3", ""
+    config = small_table(seeds=[0, 1, 2])
+    ending = go(config, stub(below), workers=4)
+    assert len(ending.barred) == 3 and ending.done == 3 and not ending.left
+    assert [name for name in order(tmp_path) if name.startswith("pretrain/mixcl")] == ["pretrain/mixcl-n1-s0"]
+    (tmp_path / "table" / "ledger.jsonl").unlink()
+    assert go(config, stub(above), workers=4).done == 6  # where it is let through, all of them are made
+
+
+def test_no_more_pretrainings_than_asked_for_run_at_once(go, small_table, stub, tmp_path):
+    body = """
+    if kind == "pretrain":
+        (out / f"at-{stage}").touch()
+        time.sleep(0.3)
+        (out / "most").open("a").write(f"{len(list(out.glob('at-*')))} ")
+        (out / f"at-{stage}").unlink()
+    """
+    go(small_table(), stub(body), workers=4, pretrainings=1)
+    assert set((tmp_path / "table" / "most").read_text().split()) == {"1"}
+
+
+def test_a_probe_that_judged_no_class_has_failed_and_stops_no_other(go, small_table, stub, tmp_path):
+    ending = go(small_table(), stub("probe['linear']['mean'] = None if stage == 'random' else 0.3"))
+    assert ending.failed == ("probe/random",) and ending.done == 1 and ending.left == ("trial/mixcl-n1-s0",)
+    records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
+    assert "no class was probed" in records["probe/random"]["text"]
+
+
+def test_nothing_is_begun_that_would_outlast_the_time(go, small_table, stub, tmp_path):
+    slow = stub("time.sleep(0.5 * (kind == 'trial'))")
+    config = small_table(arms={"scratch": {}}, first_arms=[], seeds=[0, 1, 2, 3])
+    go(config, slow, only="trial/*-s0")
+    begin = time.monotonic()
+    ending = go(config, slow, seconds=0.4)  # the first took over half a second
+    assert time.monotonic() - begin < 5 and ending.done == 1 and len(ending.left) == 3
+    assert order(tmp_path) == ["trial/scratch-n1-s0"]
+
+
+def test_what_runs_over_the_time_is_ended_and_begun_anew(go, small_table, stub, tmp_path):
+    config = small_table(arms={"scratch": {}}, first_arms=[])
+    ending = go(config, stub("time.sleep(60)"), seconds=1)
+    assert ending.left == ("trial/scratch-n1-s0",)
+    assert go(config, stub()).done == 1
+    statuses = [record["status"] for record in ledger.read(tmp_path / "table" / "ledger.jsonl")]
+    assert statuses == ["begun", "begun", "done"]
+
+
+def test_only_what_is_asked_for_is_run_with_what_it_needs(go, small_table, stub, tmp_path):
+    ending = go(small_table(), stub(), only="*/identity")
+    assert order(tmp_path) == ["pretrain/identity"] and ending.planned == 2
+    with pytest.raises(RunError, match=r"--only trial/mixxcl.*: matches no item, .*arms: scratch, mixcl"):
+        go(small_table(), stub(), only="trial/mixxcl*")
+
+
+def test_what_other_settings_made_is_made_again_and_the_old_put_aside(go, small_table, stub, tmp_path, monkeypatch):
+    config = small_table(arms={"scratch": {}}, first_arms=[])
+    go(config, stub())
+    monkeypatch.setitem(runner.SOURCES, "trial", ("scoring.py",))  # as if the sources had changed
+    assert go(config, stub()).done == 1
+    assert len(order(tmp_path)) == 2
+    assert len(list((tmp_path / "table" / "superseded").iterdir())) == 1
+
+
+def test_settings_may_be_changed_to_and_fro(go, small_table, stub, tmp_path, capsys):
+    """And the plan has the digests of those that are in force, so that a report knows what is stale."""
+    config = small_table(arms={"scratch": {}}, first_arms=[])
+    digests = []
+    for steps in (4, 5, 4, 5):
+        assert go(replace(config, {"finetune.steps": steps}), stub()).done == 1
+        (item,) = json.loads((tmp_path / "table" / "plan.json").read_text())["items"]
+        newest = list(ledger.read(tmp_path / "table" / "ledger.jsonl"))[-1]
+        assert newest["digest"] == item["digest"]
+        digests.append(item["digest"])
+    assert digests[0] == digests[2] != digests[1] == digests[3]
+    assert len(list((tmp_path / "table" / "superseded").iterdir())) == 3
+    assert capsys.readouterr().err.count("1 items were made by other sources or settings and are made again") == 3
+
+
+def test_a_pretraining_whose_files_are_gone_is_made_again_only_where_a_trial_needs_it(go, small_table, stub, tmp_path):
+    go(small_table(), stub())
+    (tmp_path / "table" / "pretrain" / "identity" / "network.safetensors").unlink()
+    go(small_table(), stub())
+    assert order(tmp_path).count("pretrain/identity") == 1
+    for name in ("trial/mixcl-n1-s0/dice.json", "pretrain/mixcl-n1-s0/network.safetensors"):
+        (tmp_path / "table" / name).unlink()
+    go(small_table(), stub())
+    assert order(tmp_path).count("pretrain/identity") == 2
+
+
+def test_a_folder_of_another_table_is_refused(go, small_table, stub, cohort, shards, tmp_path):
+    go(small_table(), stub())
+    with pytest.raises(RunError, match="holds a table of other trials; give another --out"):
+        go(small_table(seeds=[0, 1]), stub())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("")
+    with pytest.raises(RunError, match="full: holds other files"):
+        run_table(small_table(), data=cohort[0], shards=shards, out=tmp_path / "full", command=stub())
+
+
+def test_what_the_data_cannot_give_is_refused_before_anything_is_run(go, small_table, stub, tmp_path):
+    with pytest.raises(ConfigError, match=r"budget.scans 9: .* has \d labelled training scans .*; give at most \d"):
+        go(small_table(scans=[1, 9]), stub())
+    others = {"folds": {"A": {"known": ["liver"], "new": ["gizzard"]}}, "arms": {"scratch": {}}}
+    with pytest.raises(ConfigError, match=r"folds.A: there is no class gizzard; classes: .*liver"):
+        go(small_table(other_organs=others), stub())
+    with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
+        go(replace(small_table(), {"budget.development": ["nobody"]}), stub())
+    with pytest.raises(ConfigError, match=r"finetune.classes: no label of gizzard may be read"):
+        go(replace(small_table(), {"finetune.classes": ["gizzard"]}), stub())
+    with pytest.raises(ConfigError, match=r"table.final is false, but budget.development names no scans"):
+        go(small_table(final=False), stub())
+    assert order(tmp_path) == []
+
+
+def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, cohort, shards, tmp_path):
+    """SIGKILL in the middle of the second item: the first is not run again, the second is."""
+    body = """
+    if (out / "slow").exists() and name == "probe/random":
+        (out / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+    """
+    command = stub(body)
+    out = tmp_path / "table"
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import pathlib, sys, json\n"
+        "from mixcl_dist.config import load\n"
+        "from mixcl_dist.studies.table.runner import run_table\n"
+        f"command = lambda out, name: {command('OUT', 'NAME')[:3]!r} + [str(out), name]\n"
+        f"out = pathlib.Path({str(out)!r})\n"
+        f"run_table(load(out / 'config.yaml'), data=pathlib.Path({str(cohort[0])!r}), "
+        f"shards=pathlib.Path({str(shards)!r}), out=out, command=command)\n"
+    )
+    go(small_table(), command, only="trial/scratch*")
+    (out / "slow").touch()
+    process = subprocess.Popen([sys.executable, driver])
+    until(lambda: (out / "pid").exists() and (out / "pid").read_text())
+    with pytest.raises(RunError, match="another mixcl table is running in it"):
+        go(small_table(), command)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    pid = Path("/proc") / (out / "pid").read_text()
+    until(lambda: not pid.exists() or "Z" in (pid / "stat").read_text().rpartition(")")[2].split()[0])
+    with (out / "ledger.jsonl").open("a") as file:
+        file.write('{"item": "torn')
+    (out / "slow").unlink()
+    assert go(small_table(), command).done == 2
+    assert order(tmp_path).count("trial/scratch-n1-s0") == 1 and order(tmp_path).count("probe/random") == 2
+
+
+def until(condition, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# A real one
+
+REAL = {
+    "scans": [1],
+    "seeds": [0],
+    "stages": {
+        "reconstruction": {"settings": {"objective.voxel_identity": 0, "objective.crop_identity": 0}},
+        "mixcl": {"start": "reconstruction", "labels": "budget"},
+    },
+    "arms": {"scratch": {}, "mixcl": {"stage": "mixcl"}},
+    "baselines": ["random"],
+    "margin": -1.0,
+    "resamples": 100,
+}
+
+
+@pytest.fixture
+def real(small_config, cohort):
+    """A tiny table of the phantom cohort, with three training scans kept back to probe on."""
+    kept_back = [case.name for case in open_source(cohort[0]).cases if case.split == "training"][-3:]
+    changes = {"table": REAL, "pretrain.steps": 1, "finetune.steps": 1, "budget.development": kept_back}
+    return replace(small_config, changes)
+
+
+def test_a_trial_is_run_as_a_process_and_reported(real, cohort, shards, tmp_path):
+    out = tmp_path / "table"
+    ending = run_table(real, data=cohort[0], shards=shards, out=out, only="trial/scratch*")
+    assert (ending.done, ending.planned, ending.failed) == (1, 2, ()), (out / "logs").iterdir()
+    scored = json.loads((out / "trial" / "scratch-n1-s0" / "dice.json").read_text())["cases"]
+    assert set(scored) == {case.name for case in open_source(cohort[0]).cases if case.split == "validation"}
+    write_report(out)
+    assert json.loads((out / "table.json").read_text())["done"] == 1
+
+
+def test_a_table_for_choosing_between_recipes_scores_development_scans(real, cohort, shards, tmp_path):
+    out = tmp_path / "table"
+    choosing = replace(real, {"table.final": False})
+    run_table(choosing, data=cohort[0], shards=shards, out=out, only="trial/scratch*", seconds=0)
+    work(out, "trial/scratch-n1-s0")
+    dice = json.loads((out / "trial" / "scratch-n1-s0" / "dice.json").read_text())
+    assert set(dice["cases"]) == set(real.budget.development) and dice["scored"] == "development"
+    write_report(out)
+    said = "Scored on development scans, for choosing between recipes"
+    assert said in (out / "report" / "index.html").read_text() and said in table_text(out)
+    run_table(real, data=cohort[0], shards=shards, out=tmp_path / "final", seconds=0)
+    assert said not in table_text(tmp_path / "final")
+    digests = [json.loads((o / "plan.json").read_text())["items"][0]["digest"] for o in (out, tmp_path / "final")]
+    assert digests[0] != digests[1]
+
+
+def test_every_kind_of_item_does_its_work(real, cohort, shards, tmp_path):
+    """In this process, item by item; a pre-training that was cut off leaves no half in the way."""
+    out = tmp_path / "table"
+    run_table(real, data=cohort[0], shards=shards, out=out, seconds=0)
+    (out / "pretrain" / "mixcl-n1-s0").mkdir(parents=True)
+    (out / "pretrain" / "mixcl-n1-s0" / "run.json").write_text('{"kind": "pretrain"')
+    for name in plan(real):
+        work(out, name)
+    facts = {name: json.loads((out / name / "run.json").read_text()) for name in plan(real) if "probe" not in name}
+    trial, start = facts["trial/mixcl-n1-s0"], facts["pretrain/mixcl-n1-s0"]
+    assert (
+        load(out / "pretrain" / "mixcl-n1-s0" / "config.yaml").checkpoint.every == 1
+    )  # of 1 step, so as to lose little
+    assert trial["start"] == str(out / "pretrain" / "mixcl-n1-s0")
+    assert start["start"] == str(out / "pretrain" / "reconstruction")
+    assert trial["label_cases"] == start["label_cases"] == facts["trial/scratch-n1-s0"]["label_cases"]
+    assert len(trial["label_cases"]) == 1 and not set(trial["label_cases"]) & set(real.budget.development)
+    assert trial["spacing_mm"] == facts["trial/scratch-n1-s0"]["spacing_mm"]
+    for probed in ("probe/random", "pretrain/mixcl-n1-s0"):
+        assert "mean" in json.loads((out / probed / "probe.json").read_text())["linear"]

@@ -1,0 +1,174 @@
+"""The table of trials: which there are, where each may start from, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import save_file
+
+from mixcl_dist.budget import budget_cases
+from mixcl_dist.cluster.trials import Outcome
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
+from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.finetuning.task import open_task
+from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.run import RunError
+from mixcl_dist.seen import KnownScans, Seen
+from mixcl_dist.studies import study as study_module
+from mixcl_dist.studies.study import plan, run_study
+
+SMALL = {
+    "network.filters": [4, 8, 8],
+    "finetune.steps": 2,
+    "finetune.batch_size": 1,
+    "finetune.patch_size": [24, 24, 24],
+    "study.fractions": [0.5, 1.0],
+    "study.seeds": [0],
+}
+
+
+@pytest.fixture(scope="module")
+def config():
+    return replace(Config(), SMALL)
+
+
+@pytest.fixture
+def known(tmp_path):
+    return KnownScans(tmp_path)
+
+
+@pytest.fixture
+def start(config, data, known, tmp_path):
+    """A function that makes a finished pre-training run, which knew the labels of a budget."""
+
+    def make(name, fraction, seed, filters=(4, 8, 8)):
+        folder = tmp_path / name
+        folder.mkdir()
+        network = replace(config, {"network.filters": list(filters)}).network
+        save_file(SegmentationNetwork(network, 1).backbone.state_dict(), folder / "network.safetensors")
+        facts = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
+        (folder / "network.json").write_text(json.dumps(facts | {"spacing_mm": None, "classes": []}))
+        (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "name": name, "finished": "2026-01-01"}))
+        label_cases = budget_cases(open_source(data).cases, BudgetConfig(fraction, seed))
+        cases = [case for case in open_source(data).cases if case.name in label_cases]
+        Seen(tuple(known.of(cases)), tuple(frozenset(case.reliable) for case in cases)).save(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Trials run in this process one after the other; returns the ids that were run. Those named fail."""
+    ran, broken = [], set()
+
+    def run_trials(function, trials, *, storage, config, ended):
+        for trial in trials:
+            ran.append(trial["id"])
+            if trial["id"] in broken:
+                ended(Outcome(trial, None, "OSError: disk full"))
+            else:
+                ended(Outcome(trial, function(trial), None))
+
+    monkeypatch.setattr(study_module, "run_trials", run_trials)
+    return ran, broken
+
+
+def test_a_study_runs_the_table_and_writes_it_down(config, data, start, at_once, tmp_path, capsys):
+    content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")
+    assert content == json.loads((tmp_path / "study" / "study.json").read_text())
+    rows = {row["id"]: row for row in content["trials"]}
+    assert list(rows) == ["scratch-0.5-s0", "pretrained-0.5-s0", "scratch-1-s0", "pretrained-1-s0"]
+    assert {row["status"] for row in rows.values()} == {"done"} and content["finished"]
+    assert rows["pretrained-1-s0"]["start"] == "pretrained" and rows["scratch-1-s0"]["start"] == "scratch"
+    dice = json.loads((tmp_path / "study" / rows["scratch-1-s0"]["run"] / "dice.json").read_text())
+    assert rows["scratch-1-s0"]["mean"] == dice["mean"]
+    assert "pretrained-1-s0: Dice" in capsys.readouterr().err
+
+
+def test_a_search_chooses_on_development_cases(config, data, at_once, tmp_path):
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    choosing = {"budget.development": training[:1], "study.fractions": [1.0], "finetune.steps": 1}
+    content = run_study(replace(config, choosing), data=data, starts=[], study=tmp_path / "study")
+    assert content["scored"] == "development"
+    dice = json.loads((tmp_path / "study" / content["trials"][0]["run"] / "dice.json").read_text())
+    assert list(dice["cases"]) == training[:1]
+
+
+def test_a_search_that_would_choose_on_validation_cases_is_refused(config, data, at_once, tmp_path):
+    searched = replace(config, {"study.search": {"finetune.learning_rate": {"grid": [1e-3, 1e-2]}}})
+    with pytest.raises(ConfigError, match=r"study.search: .* validation scans; .*budget.development"):
+        run_study(searched, data=data, starts=[], study=tmp_path / "study")
+    assert at_once[0] == [] and not (tmp_path / "study").exists()
+
+
+def test_called_again_a_study_runs_only_what_is_missing(config, data, at_once, tmp_path):
+    ran, broken = at_once
+    broken.add("scratch-1-s0")
+    content = run_study(config, data=data, starts=[], study=tmp_path / "study")
+    rows = {row["id"]: row for row in content["trials"]}
+    assert rows["scratch-0.5-s0"]["status"] == "done"
+    assert rows["scratch-1-s0"]["status"] == "failed" and rows["scratch-1-s0"]["error"] == "OSError: disk full"
+    broken.clear()
+    ran.clear()
+    content = run_study(config, data=data, starts=[], study=tmp_path / "study")
+    assert ran == ["scratch-1-s0"]
+    assert [row["status"] for row in content["trials"]] == ["done", "done"]
+
+
+def test_a_study_is_not_mixed_with_another(config, data, at_once, tmp_path):
+    run_study(config, data=data, starts=[], study=tmp_path / "study")
+    other = replace(config, {"finetune.steps": 3})
+    with pytest.raises(RunError, match="other config; give another --study"):
+        run_study(other, data=data, starts=[], study=tmp_path / "study")
+    run_study(replace(config, {"trials.concurrent": 1}), data=data, starts=[], study=tmp_path / "study")
+
+
+def test_each_trial_takes_the_start_that_knows_most_and_nothing_withheld(config, data, start, known):
+    none, half, all_labels = (start(f"labels-{f}", f, 0) for f in (0, 0.5, 1.0))
+    trials = plan(config, open_task(data), [none, half, all_labels], known)
+    chosen = {trial["id"]: trial["start"] for trial in trials if trial["id"].startswith("pretrained")}
+    assert chosen == {"pretrained-0.5-s0": str(half), "pretrained-1-s0": str(all_labels)}
+
+
+def test_without_a_lawful_start_the_study_does_not_begin(config, data, start, at_once, tmp_path):
+    with pytest.raises(RunError, match=r"greedy: was trained with the labels of case .*--budget.seed"):
+        run_study(config, data=data, starts=[start("greedy", 1.0, 0)], study=tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_scratch_has_the_network_of_the_starts(config, data, start, at_once, tmp_path):
+    other = replace(config, {"network.filters": [6, 8, 8], "study.fractions": [1.0]})
+    run_study(other, data=data, starts=[start("small", 0, 0)], study=tmp_path / "study")
+    network = json.loads((tmp_path / "study" / "trials" / "scratch-1-s0" / "network.json").read_text())
+    assert network["filters"] == [4, 8, 8]
+
+
+def test_starts_with_different_networks_are_refused(config, data, start, at_once, tmp_path):
+    starts = [start("small", 0, 0), start("large", 0, 0, filters=(8, 8, 8))]
+    with pytest.raises(RunError, match="large: another network"):
+        run_study(config, data=data, starts=starts, study=tmp_path / "study")
+
+
+def test_searched_values_are_the_same_in_both_arms(config, data, start, known):
+    searched = replace(
+        config, {"study.search": {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}, "study.samples": 2}
+    )
+    trials = plan(searched, open_task(data), [start("none", 0, 0)], known)
+    assert len(trials) == 8
+    by_id = {trial["id"]: trial["params"] for trial in trials}
+    assert by_id["scratch-1-s0-p1"] == by_id["pretrained-1-s0-p1"] != by_id["scratch-1-s0-p0"]
+
+
+def test_a_search_over_an_unknown_key_is_refused_before_any_trial(config, data, known):
+    searched = replace(config, {"study.search": {"finetune.learning_speed": {"grid": [1.0]}}})
+    with pytest.raises(ConfigError, match="learning_rate"):
+        plan(searched, open_task(data), [], known)
+
+
+@pytest.mark.slow
+def test_the_table_runs_under_ray(config, data, start, tmp_path):
+    content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")
+    assert [row["status"] for row in content["trials"]] == ["done"] * 4
+    assert all((tmp_path / "study" / row["run"] / "dice.json").exists() for row in content["trials"])
