@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -99,8 +98,7 @@ def _engine_step() -> tuple[bool, str]:
 def _ray() -> tuple[bool, str]:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    try:
+    from mixcl_dist.cluster.ray import connection
+
+    with connection("local", option="ray", cpus=1):
         return ray.get(ray.remote(lambda: 42).remote()) == 42, "a task ran on a local cluster"
-    finally:
-        ray.shutdown()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OBJECT_STORE_BYTES = 100_000_000
-"""Trials hand Ray no arrays."""
+from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class TrialsConfig:
     """How often a trial that failed is started again."""
 
 
-class TrialsError(ValueError):
-    """Trials that cannot be started as configured; the message is one line with the cure."""
+class SearchError(ValueError):
+    """A search space that cannot be read; the message is one line with the cure."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ def run_trials(
     trials: Sequence[dict[str, Any]],
     *,
     storage: Path,
+    read: Sequence[Path] = (),
     config: TrialsConfig,
     ended: Callable[[Outcome], None],
 ) -> None:
@@ -59,14 +57,22 @@ def run_trials(
     A trial runs from its beginning or not at all, so an interrupted table is gone on with by passing the
     trials that are not done. Each call is a new Tune experiment in `storage` and leaves earlier ones as they
     are: restoring one would bring back its resources and limits, the very things to change after a crash.
-    Raises `TrialsError` when the cluster could never run a trial.
+    Machines of a cluster must see the folder `storage` and the paths `read` as this one does. Raises `ClusterError`
+    where they do not, where there is no cluster, or where it could never run a trial.
     """
     from ray import tune
 
     def trainable(parameters: dict[str, Any]) -> None:
         tune.report({"returned": function(parameters["trial"])})
 
-    with _ray(config):
+    variables = {"OMP_NUM_THREADS": str(config.cpus)}
+    if not config.gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # else every trial that asked for none would take the first
+    with connection(config.address or "local", option="trials.address", variables=variables):
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its folder
+        check_resources({"trials.cpus": ("CPU", config.cpus), "trials.gpus": ("GPU", config.gpus)})
+        if config.address:
+            check_shared(storage, read)
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": config.cpus, "gpu": config.gpus}),
             param_space={"trial": tune.grid_search(list(trials))},
@@ -91,7 +97,7 @@ def draw(search: Mapping[str, Mapping[str, Sequence[Any]]], samples: int, seed: 
 
     `search` maps a parameter's name to {"grid": [values]}, {"choice": [values]}, {"uniform": [low, high]},
     {"loguniform": [low, high]} or {"randint": [low, high]}. Without any parameter there is one point, {}.
-    Raises `TrialsError` for anything else.
+    Raises `SearchError` for anything else.
     """
     if not search:
         return [{}]
@@ -114,7 +120,7 @@ def _domain(name: str, description: Mapping[str, Sequence[Any]]) -> Any:
         case [(kind, [*values])] if kind in sets and values:
             return sets[kind](values)
     forms = [*(f"{{{kind}: [low, high]}}" for kind in ranges), *(f"{{{kind}: [values]}}" for kind in sets)]
-    raise TrialsError(f"search for {name}: {dict(description)} is not one of {', '.join(forms)}")
+    raise SearchError(f"search for {name}: {dict(description)} is not one of {', '.join(forms)}")
 
 
 def _telling(ended: Callable[[Outcome], None]) -> Any:
@@ -133,46 +139,6 @@ def _telling(ended: Callable[[Outcome], None]) -> Any:
             return tune.Callback, ()
 
     return Telling()
-
-
-@contextmanager
-def _ray(config: TrialsConfig) -> Iterator[None]:
-    """A connection to Ray, started here unless there is an address to join; ended afterwards."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a hospital's archive is sent anywhere
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials write their own metrics
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables on the terminal: `ended` tells
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of the change
-    import ray
-
-    local: dict[str, Any] = (
-        {} if config.address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    )
-    threads = {"OMP_NUM_THREADS": str(config.cpus)}
-    try:
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": threads},
-            **local,
-        )
-    except ConnectionError as error:
-        raise TrialsError(f"trials.address {config.address}: {error}; start Ray there, or leave it out") from None
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its folder
-    try:
-        _check_resources(config, ray.cluster_resources())
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_resources(config: TrialsConfig, total: Mapping[str, float]) -> None:
-    """Raise `TrialsError` where a trial would wait for ever."""
-    for key, name, wanted in (("cpus", "CPU", config.cpus), ("gpus", "GPU", config.gpus)):
-        if wanted > total.get(name, 0):
-            raise TrialsError(
-                f"trials.{key} {wanted:g}: Ray has {total.get(name, 0):g}; lower it or join a larger cluster"
-            )
 
 
 def _trial_id(trial: Any) -> str:

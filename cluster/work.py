@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixcl_dist.cluster.ray import check_shared, connection
+
 AHEAD = 2
 """Pieces handed out for each core, so that none waits for the next; more would only pile up."""
-
-
-class WorkError(ValueError):
-    """A cluster on which the work cannot be done; the message is one line with the cure."""
 
 
 @contextmanager
@@ -28,24 +22,11 @@ def on_ray(address: str, *, written: Path, read: Sequence[Path]) -> Iterator[Cal
     raises comes out. `address` is "auto", "host:port", or "local" for a Ray of one's own.
 
     Every machine must see the folder `written` and the paths `read` as this one does, on a shared file system: raises
-    `WorkError`, with the machine's name, where one does not.
+    `ClusterError`, with the machine's name, where one does not.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a hospital's archive is sent anywhere
-    import ray
-
-    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        if address not in ("auto", "local"):  # Ray would look for a silent one for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, ValueError) as error:
-        raise WorkError(f"--ray {address}: {error}; start Ray there, or leave --ray out") from None
-    try:
-        _check_shared(Path(written), read)
+    with connection(address, option="--ray"):
+        check_shared(Path(written), read)
         yield _run
-    finally:
-        ray.shutdown()
 
 
 def _run(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple]:
@@ -81,32 +62,3 @@ def _call(work: Callable[[Any], Any], item: Any) -> Any:
 def _how(lost: Exception) -> str:
     kinds = {"OutOfMemoryError": "out of memory", "NodeDiedError": "its machine was lost"}
     return kinds.get(type(lost).__name__, "a fault in a decoder, or killed")
-
-
-def _check_shared(written: Path, read: Sequence[Path]) -> None:
-    """Raise `WorkError` unless every machine sees a file that this one writes, and all of `read`."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    written.mkdir(parents=True, exist_ok=True)
-    probe, token = written / f".probe-{secrets.token_hex(4)}", secrets.token_hex(16)
-    probe.write_text(token)
-    try:
-        look = ray.remote(num_cpus=0)(_unseen)
-        paths = [str(Path(path).resolve()) for path in read]
-        for node in (node for node in ray.nodes() if node["Alive"]):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            unseen = ray.get(look.options(scheduling_strategy=there).remote(str(probe.resolve()), token, paths))
-            if unseen:
-                where = node["NodeManagerHostname"]
-                cure = "give paths on a file system that all machines share"
-                raise WorkError(f"{unseen}: is not the same on machine {where}; {cure}")
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _unseen(probe: str, token: str, read: Sequence[str]) -> str | None:
-    """The first path that cannot be used on this machine."""
-    if not os.path.exists(probe) or Path(probe).read_text() != token or not os.access(os.path.dirname(probe), os.W_OK):
-        return os.path.dirname(probe)
-    return next((path for path in read if not os.path.exists(path)), None)

@@ -46,7 +46,8 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     pending = table.pending()
     if pending:
         trial = functools.partial(run_trial, to_dict(config), data, study)
-        run_trials(trial, pending, storage=study / "tune", config=config.trials, ended=table.ended)
+        read = [data, *starts]
+        run_trials(trial, pending, storage=study / "tune", read=read, config=config.trials, ended=table.ended)
         if any(row["status"] == "pending" for row in table.content["trials"]):
             raise KeyboardInterrupt  # Tune takes the signal and returns
     return table.content

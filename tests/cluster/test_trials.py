@@ -12,7 +12,8 @@ import time
 import psutil
 import pytest
 
-from mixcl_dist.cluster.trials import Outcome, TrialsConfig, TrialsError, draw, run_trials
+from mixcl_dist.cluster.ray import ClusterError
+from mixcl_dist.cluster.trials import Outcome, SearchError, TrialsConfig, draw, run_trials
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:ray.*")
 
@@ -25,7 +26,8 @@ def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
         (calls / f"{trial['id']}-{os.getpid()}-{time.monotonic_ns()}").touch()
         if trial["x"] < 0:
             raise ValueError("no root of a negative number")
-        return {"root": trial["x"] ** 0.5, "threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid()}
+        seen = {"threads": os.environ["OMP_NUM_THREADS"], "gpus": os.environ["CUDA_VISIBLE_DEVICES"]}
+        return seen | {"root": trial["x"] ** 0.5, "pid": os.getpid()}
 
     outcomes: dict[str, Outcome] = {}
     trials = [{"id": "four", "x": 4}, {"id": "bad", "x": -1}, {"id": "nine", "x": 9}]
@@ -37,6 +39,7 @@ def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
         ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome}),
     )
     assert outcomes["four"].result["root"] == 2 and outcomes["nine"].result["root"] == 3
+    assert outcomes["nine"].result["gpus"] == "", "none was asked for, so none is seen"
     assert outcomes["nine"].result["threads"] == "1" and outcomes["nine"].result["pid"] != os.getpid()
     assert outcomes["bad"] == Outcome(trials[1], None, "ValueError: no root of a negative number")
     called = [path.name.split("-")[0] for path in calls.iterdir()]
@@ -44,7 +47,7 @@ def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
 
 
 def test_a_trial_that_no_machine_can_run_is_refused(tmp_path):
-    with pytest.raises(TrialsError, match=r"trials\.cpus 100000: Ray has \d+"):
+    with pytest.raises(ClusterError, match=r"trials\.cpus 100000: Ray has \d+"):
         run_trials(dict, [{"id": "a"}], storage=tmp_path, config=TrialsConfig(cpus=100_000), ended=print)
 
 
@@ -124,7 +127,7 @@ def test_a_search_draws_from_its_ranges_for_each_point_of_its_grids():
 
 @pytest.mark.parametrize("description", [{"normal": [0, 1]}, {"uniform": [1]}, {"choice": []}, {}])
 def test_an_unknown_search_is_refused(description):
-    with pytest.raises(TrialsError, match=r"search for a\.rate: .* is not one of \{uniform: \[low, high\]\}"):
+    with pytest.raises(SearchError, match=r"search for a\.rate: .* is not one of \{uniform: \[low, high\]\}"):
         draw({"a.rate": description}, samples=1, seed=0)
 
 

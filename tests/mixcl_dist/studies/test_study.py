@@ -63,7 +63,7 @@ def at_once(monkeypatch):
     """Trials run in this process one after the other; returns the ids that were run. Those named fail."""
     ran, broken = [], set()
 
-    def run_trials(function, trials, *, storage, config, ended):
+    def run_trials(function, trials, *, storage, read, config, ended):
         for trial in trials:
             ran.append(trial["id"])
             if trial["id"] in broken:

@@ -1,0 +1,102 @@
+"""The one door to Ray: a connection for trials, for work and for the doctor, which sends nothing anywhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ANSWER_S = 10
+"""Seconds that a cluster's head may take to accept a connection: Ray would look for a silent one for minutes."""
+OBJECT_STORE_BYTES = 100_000_000
+"""Of a Ray of one's own, which is handed no arrays."""
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a hospital's archive is sent anywhere
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials write their own metrics
+    "RAY_AIR_NEW_OUTPUT": "0",  # no tables on the terminal
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns of the change
+}
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be joined, or cannot do what is asked of it; the message is one line with the cure."""
+
+
+@contextmanager
+def connection(
+    address: str, *, option: str, cpus: int | None = None, variables: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A connection to Ray, ended afterwards.
+
+    `address` is "auto", "host:port", or "local" for a Ray of one's own with `cpus` cores (None: all). `option` is what
+    the user calls the address; `variables` are set in the environment of every worker.
+    Raises `ClusterError` where there is no cluster.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        if address not in ("auto", "local"):
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": dict(variables or {})},
+            **(own if address == "local" else {}),
+        )
+    except (OSError, ValueError) as error:
+        problem = " ".join(str(error).split())
+        raise ClusterError(f"{option} {address}: {problem}; start Ray there, or leave {option} out") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(wanted: Mapping[str, tuple[str, float]]) -> None:
+    """Raise `ClusterError` where a piece of work would wait for ever: `wanted` is the option → Ray's name, amount."""
+    import ray
+
+    total = ray.cluster_resources()
+    for option, (name, amount) in wanted.items():
+        if amount > total.get(name, 0):
+            has = f"Ray has {total.get(name, 0):g}"
+            raise ClusterError(f"{option} {amount:g}: {has}; lower it or join a larger cluster")
+
+
+def check_shared(written: Path, read: Sequence[Path]) -> None:
+    """Raise `ClusterError` unless every machine sees what this one writes to `written`, a folder, and all of `read`."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    written.mkdir(parents=True, exist_ok=True)
+    probe, token = written / f".probe-{secrets.token_hex(4)}", secrets.token_hex(16)
+    probe.write_text(token)
+    try:
+        look = ray.remote(num_cpus=0)(_unseen)
+        paths = [str(Path(path).resolve()) for path in read]
+        for node in (node for node in ray.nodes() if node["Alive"]):
+            there: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            unseen = ray.get(look.options(scheduling_strategy=there).remote(str(probe.resolve()), token, paths))
+            if unseen:
+                where = node["NodeManagerHostname"]
+                cure = "give paths on a file system that all machines share"
+                raise ClusterError(f"{unseen}: is not the same on machine {where}; {cure}")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _unseen(probe: str, token: str, read: Sequence[str]) -> str | None:
+    """The first path that cannot be used on this machine."""
+    if not os.path.exists(probe) or Path(probe).read_text() != token or not os.access(os.path.dirname(probe), os.W_OK):
+        return os.path.dirname(probe)
+    return next((path for path in read if not os.path.exists(path)), None)
