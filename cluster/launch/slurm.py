@@ -1,0 +1,86 @@
+"""SLURM: a batch script whose step is the ranks themselves, which read SLURM's variables.
+
+Before its time is up, or before it is preempted, every rank gets SIGUSR1, saves and ends with `REQUEUE`; the script
+then asks for another turn, and each turn goes on from the newest checkpoint. Any other failure ends the job.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixcl_dist.cluster.launch.job import REQUEUE, Job, LaunchError
+
+TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the site wants to know."""
+
+    time: str | None = None
+    """Longest time of one turn, as sbatch has it: minutes, hours:minutes:seconds or days-hours."""
+    partition: str | None = None
+    account: str | None = None
+    warning_s: int = 120
+    """Seconds before the end of a turn at which every rank is told to save."""
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, as "--constraint=a100"."""
+    container: str | None = None
+    """Image that ranks run in, by the pyxis plugin's `--container-image`."""
+
+    def __post_init__(self) -> None:
+        if self.time is not None and not TIME.fullmatch(self.time):
+            raise LaunchError(f"time {self.time}: give minutes, hours:minutes:seconds or days-hours")
+        for option in self.options:
+            if not option.startswith("--"):
+                raise LaunchError(f"sbatch option {option}: give it as --name=value")
+
+
+def script(job: Job, allocation: Allocation, *, python: str = sys.executable) -> str:
+    """The batch script."""
+    options = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.processes,
+        "cpus-per-task": job.threads,
+        "gpus-per-node": job.gpus or None,
+        "time": allocation.time,
+        "partition": allocation.partition,
+        "account": allocation.account,
+        "signal": f"USR1@{allocation.warning_s}",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+    }
+    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    lines += ["--requeue", *allocation.options]
+    container = f"--container-image={shlex.quote(allocation.container)} " if allocation.container else ""
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in job.environment.items())
+    line = job.shell([python, "-m", "mixcl_dist", *job.command])
+    directives = "\n".join(f"#SBATCH {line}" for line in lines)
+    return f"""\
+#!/bin/bash
+{directives}
+{exports}
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+srun --kill-on-bad-exit=1 --wait=60 {container}sh -c {shlex.quote(line)}
+code=$?
+if [ $code = {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
+"""
+
+
+def submit(text: str, folder: Path) -> str:
+    """Hand the script to sbatch from `folder`; returns the job's number. Raises `LaunchError` where it is refused."""
+    if shutil.which("sbatch") is None:
+        raise LaunchError("there is no sbatch here; log in to a node of the cluster, or look at it with --dry-run")
+    done = subprocess.run(["sbatch", "--parsable"], input=text, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"sbatch: {' '.join(done.stderr.split())}; ask the site for the right options")
+    return done.stdout.strip().partition(";")[0]
