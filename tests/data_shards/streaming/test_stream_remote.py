@@ -57,9 +57,7 @@ def s3(built) -> Iterator[str]:
         unset = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         for name, value in {**unset, **servers.ACCESS, "AWS_ENDPOINT_URL": endpoint}.items():
             environment.setenv(name, value)
-        import boto3
-
-        client = boto3.client("s3")
+        client = servers.s3_client(endpoint)
         client.create_bucket(Bucket=servers.BUCKET)
         for path in built.iterdir():
             if path.is_file():
