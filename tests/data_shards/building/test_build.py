@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,60 +16,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-import webdataset as wds
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from mixcl_dist.cli import main
-from mixcl_dist.cluster.work import on_ray
 from mixcl_dist.data_shards.building import spool
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.data_shards.building.settings import BuildConfig, BuildError
-from mixcl_dist.data_shards.building.spool import quantised
-from mixcl_dist.data_shards.format.codec import DESCRIPTION, decode
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.data_shards.format.shard import index_path, verify_shard
 from mixcl_dist.data_shards.inspection.verify import verify
-from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.storage.publishing import exclusive
 
-
-def samples_of(shards: Path) -> list[dict]:
-    """All samples as plain webdataset reads them, payloads decoded."""
-    samples = []
-    for sample in wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=False):
-        meta = json.loads(sample["json"])
-        for member, dtype in meta["dtype"].items():
-            meta[member] = decode(sample[member], meta["shape"], dtype, member)
-        samples.append({"key": sample["__key__"], "shard": Path(sample["__url__"]).name} | meta)
-    return samples
-
-
-def published(shards: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()}
-
-
-# Children of a spawning process import its main module: what the script patches holds in the workers as well.
-SCRIPT = """
-    import os, sys, time
-    from pathlib import Path
-    from mixcl_dist.data_shards.building import spool
-    from mixcl_dist.data_shards.building.settings import BuildConfig
-    from mixcl_dist.data_shards.building.build import build
-    {patch}
-    if __name__ == "__main__":
-        result = build([Path(sys.argv[1])], Path(sys.argv[2]), BuildConfig(
-            patch_size=(16, 16, 16), samples_per_shard=10, min_body_fraction=0.2, workers=int(sys.argv[3])))
-        print(*result.quarantined, sep="\\n")
-"""
-
-
-def script(folder: Path, patch: str = "") -> Path:
-    path = folder / "script.py"
-    path.write_text(textwrap.dedent(SCRIPT).format(patch=textwrap.dedent(patch)))
-    return path
+from .reading import published, samples_of, script
 
 
 def test_every_sample_holds_the_voxels_of_its_case_at_its_place(cohort, small_config, tmp_path):
@@ -107,12 +60,6 @@ def test_keys_and_counts_are_those_of_the_manifest(built):
     assert all(shard.samples == 10 for shard in manifest.shards[:-1])
 
 
-def test_neighbours_in_a_shard_come_from_different_volumes(built):
-    cases = [sample["case"] for sample in samples_of(built)]
-    together = np.mean([one == next_ for one, next_ in itertools.pairwise(cases)])
-    assert together < 0.5, "five volumes in order would give more than 0.8"
-
-
 def test_shards_do_not_depend_on_the_number_of_workers_and_a_finished_build_is_left_alone(
     cohort, small_config, tmp_path
 ):
@@ -133,65 +80,6 @@ def test_resampling_gives_the_asked_spacing(cohort, small_config, tmp_path):
         np.testing.assert_allclose(sample["spacing_mm"], 3.0)
 
 
-def test_a_volume_smaller_than_a_patch_is_padded_with_air(cohort, small_config, tmp_path):
-    config = dataclasses.replace(small_config, patch_size=(64, 16, 16), min_body_fraction=0.0)
-    build([cohort("a")], tmp_path / "out", config)
-    for sample in samples_of(tmp_path / "out"):
-        assert sample["offset_voxels"][0] == 0 and (sample["ct.b2"][40:] == -1024).all()
-
-
-@pytest.mark.parametrize(("codec", "member"), [("fast", "ct.b2"), ("small", "ct.pco")])
-def test_both_profiles_hold_the_same_voxels_and_say_how(cohort, small_config, tmp_path, codec, member):
-    source = cohort("a", labelled=1)
-    config = dataclasses.replace(small_config, codec=codec)
-    manifest = build([source], tmp_path / "out", config, run=in_this_process).manifest
-    assert manifest.codec == {member: DESCRIPTION[member], "seg.b2": DESCRIPTION["seg.b2"]}
-    assert manifest.settings["codec"] == codec and verify(tmp_path / "out") == []
-    hu = np.asarray(nib.load(source / "a.nii.gz").dataobj)
-    for sample in samples_of(tmp_path / "out"):
-        box = tuple(slice(first, first + 16) for first in sample["offset_voxels"])
-        np.testing.assert_array_equal(sample[member], np.maximum(hu[box], -1024))
-
-
-@pytest.mark.parametrize("step", [2, 3, 10])
-def test_quantising_moves_no_voxel_by_more_than_half_a_step_and_leaves_air_alone(cohort, small_config, tmp_path, step):
-    source = cohort("a")
-    config = dataclasses.replace(small_config, quantise_hu=step, patch_size=(64, 16, 16), min_body_fraction=0.0)
-    manifest = build([source], tmp_path / "out", config, run=in_this_process).manifest
-    assert manifest.settings["quantise_hu"] == step
-    hu = np.asarray(nib.load(source / "a.nii.gz").dataobj).astype(int)
-    sizes = []
-    for sample in samples_of(tmp_path / "out"):
-        assert sample["quantise_hu"] == step
-        x, y, z = sample["offset_voxels"]
-        stored, original = sample["ct.b2"].astype(int), np.maximum(hu[x : x + 64, y : y + 16, z : z + 16], -1024)
-        assert (2 * np.abs(stored[: len(original)] - original)).max() <= step
-        assert (stored[len(original) :] == -1024).all() and not ((stored + 1024) % step).any()
-        sizes.append(len(np.unique(stored)))
-    assert max(sizes) > 20
-
-
-@given(hnp.arrays(np.int16, (8,)), st.integers(1, 100))
-def test_quantising_any_value(hu, step):
-    hu = np.maximum(hu, -1024)
-    assert (2 * np.abs(quantised(hu, step).astype(int) - hu)).max() <= step
-    np.testing.assert_array_equal(quantised(hu, 0), hu)
-
-
-def test_dots_in_names_neither_collide_nor_cut_a_key_short_for_webdataset(cohort, small_config, tmp_path):
-    """To webdataset the key ends at the first dot: "scan.1" and "scan.2" would be members of one sample."""
-    source = cohort("a", "b")
-    content = json.loads((source / "dataset.json").read_text())
-    for name, renamed in (("a", "scan.1.ct"), ("b", "scan.2.seg")):
-        (source / f"{name}.nii.gz").rename(source / f"{renamed}.nii.gz")
-    content["training"] = [{"image": "scan.1.ct.nii.gz"}, {"image": "scan.2.seg.nii.gz"}]
-    (source / "dataset.json").write_text(json.dumps(content))
-    manifest = build([source], tmp_path / "out", small_config, run=in_this_process).manifest
-    assert [case.name for case in manifest.cases] == ["scan-1-ct", "scan-2-seg"]
-    found = Counter(sample["key"].rpartition("_")[0] for sample in samples_of(tmp_path / "out"))
-    assert found == {case.name: case.patches for case in manifest.cases} and verify(tmp_path / "out") == []
-
-
 def test_faces_are_counted_in_one_warning(cohort, small_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spool, "shows_face", lambda volume: volume.hu.size > 0)
     source, out = cohort("a", "b"), tmp_path / "out"
@@ -200,29 +88,6 @@ def test_faces_are_counted_in_one_warning(cohort, small_config, tmp_path, monkey
     settings = ["--build.patch_size", "16,16,16", "--build.samples_per_shard", "10", "--build.min_body_fraction", "0.2"]
     assert main(["shards", "build", str(source), "--out", str(out), *settings]) == 0
     assert capsys.readouterr().err.count("2 cases show a face, by which a patient can be known: a, b") == 1
-
-
-@pytest.mark.slow
-def test_a_build_on_ray_gives_the_same_bytes_and_sets_a_deadly_case_aside(cohort, small_config, tmp_path):
-    source, deadly = cohort("a", "b", "c"), cohort("d")
-    build([source], tmp_path / "here", small_config, run=in_this_process)
-
-    with on_ray("local", written=tmp_path / "there", read=[source, deadly]) as run:
-
-        def killing(work, items):
-            def kill_or_work(item):
-                if isinstance(item[0], Case) and item[0].name == "d":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return work(item)
-
-            return run(kill_or_work, items)
-
-        result = build([source, deadly], tmp_path / "there", small_config, run=killing)
-    (line,) = map(str, result.quarantined)
-    assert "d.nii.gz: the process that read it died (a fault in a decoder, or killed)" in line
-    assert published(tmp_path / "there") == published(tmp_path / "here")
-    again = build([source, deadly], tmp_path / "there", small_config, run=in_this_process)
-    assert again.quarantined == [] and again.added == 1, "what died is tried again"
 
 
 def test_validation_cases_stay_out(cohort, small_config, tmp_path):
@@ -309,31 +174,6 @@ def test_two_builds_in_one_folder_do_not_disturb_each_other(cohort, small_config
         build([cohort("a")], tmp_path / "out", small_config)
 
 
-def test_a_full_disk_ends_in_one_line_and_the_build_goes_on_when_there_is_room(
-    cohort, small_config, tmp_path, monkeypatch
-):
-    source, out = cohort("a", "b", "c"), tmp_path / "out"
-    build([source], tmp_path / "whole", small_config)
-    sync, calls = os.fsync, []
-
-    def full(file: int) -> None:
-        calls.append(file)
-        if len(calls) == 12:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", full)  # in this process, so while shards are written
-    with pytest.raises(BuildError) as refused:
-        build([source], out, small_config)
-    assert (
-        str(refused.value) == f"{out}: No space left on device; free space there and build again: what is done is kept"
-    )
-    assert not (out / "manifest.json").exists() and not list(out.glob(".*.tmp"))
-    assert list(out.glob("shard-*.tar")), "it failed in the middle"
-    build([source], out, small_config)
-    assert published(out) == published(tmp_path / "whole")
-
-
 def test_a_really_full_disk(cohort, tmp_path):
     """A small tmpfs in a name space of its own; later it is made larger and the build goes on."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
@@ -353,22 +193,6 @@ def test_a_really_full_disk(cohort, tmp_path):
     assert "BuildError" in (tmp_path / "error").read_text().splitlines()[-1]
     assert "No space left on device; free space" in (tmp_path / "error").read_text().splitlines()[-1]
     assert verify(tmp_path / "out") == []
-
-
-def test_a_case_that_kills_its_process_is_set_aside_and_the_others_are_built(cohort, tmp_path):
-    patch = """
-    read = spool.read_case
-    def read_case(case, *arguments):
-        if case.name == "b":
-            os.abort()
-        return read(case, *arguments)
-    spool.read_case = read_case
-    """
-    command = [sys.executable, script(tmp_path, patch), cohort("a", "b", "c"), tmp_path / "out", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (line,) = done.stdout.splitlines()
-    assert "b.nii.gz: the process that read it died" in line
-    assert [case.name for case in Manifest.load(tmp_path / "out").cases] == ["a", "c"]
 
 
 def test_a_build_killed_again_and_again_ends_with_the_same_bytes(cohort, tmp_path):
@@ -442,8 +266,3 @@ def test_voxels_of_real_scans_lie_where_simpleitk_says(ct, tmp_path):
             else:
                 assert sample["ct.b2"][tuple(index)] == -1024, "padding"
     assert len(checked) == 2 and sum(checked.values()) > 500
-
-
-def test_indices_lie_beside_shards_and_each_shard_is_whole(built):
-    for path in built.glob("*.tar"):
-        assert index_path(path).exists() and verify_shard(path) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 
 import pytest
@@ -13,10 +12,13 @@ from torch.nn.functional import normalize
 
 from mixcl_dist.kernels import backward, forward, fused, index, mixed_contrastive_loss, plan, small, tuning
 from mixcl_dist.kernels.batch import Batch
-from mixcl_dist.kernels.implementation import choose, obstacle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 TABLE = torch.cat([torch.eye(3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)])
+
+
 BLOCKS = {"uniform tiles": [0, 0, 1, 3, 3], "border inside a tile": [0] * 3 + [1] * 4, "all open": [3] * 4}
 
 
@@ -188,45 +190,3 @@ def peak_bytes(profile) -> int:
         key=lambda event: event.start_ns(),
     )
     return max(itertools.accumulate(event.nbytes() for event in events))
-
-
-# Where it runs
-
-
-def test_refusals_say_why():
-    cpu = torch.device("cpu")
-    assert "float64" in obstacle(cpu, torch.float64, 128)
-    assert "at most 1024 features, not 1025" in obstacle(cpu, torch.float32, 1025)
-    with pytest.raises(ValueError, match=r'implementation: "triton" takes .* not torch.float64; "auto" takes'):
-        choose("triton", torch.zeros(4, 4, dtype=torch.float64))
-
-
-def test_a_cpu_tensor_is_refused_outside_of_the_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match='implementation: "triton" needs a GPU, not a cpu tensor'):
-        mixed_contrastive_loss(*list(rows([0], length=4, identity="pairs").values()), implementation="triton")
-
-
-def test_auto_falls_back_with_one_line(caplog):
-    tensor = torch.zeros(4, 2000, device="meta")
-    with caplog.at_level(logging.WARNING):
-        assert [choose("auto", tensor), choose("auto", tensor)] == ["tiled", "tiled"]
-    assert [record.getMessage() for record in caplog.records] == [
-        'the mixed contrastive loss runs as plain PyTorch, as "triton" takes at most 1024 features, not 2000'
-    ]
-
-
-def test_every_width_and_dtype_has_a_tile():
-    architectures = {architecture for architecture, *_ in tuning.TILES}
-    for architecture in architectures:
-        for kernel in ("forward", "backward"):
-            for dtype in (torch.float16, torch.float32):
-                by_width = tuning.TILES[architecture, kernel, dtype.itemsize]
-                assert max(by_width) == 1024 and list(by_width) == sorted(by_width)
-                for width, tile in by_width.items():
-                    launch = tuning.fit(tile, width, dtype, architecture)
-                    assert (
-                        launch.width >= width
-                        and launch.width % launch.out == 0
-                        and launch.width % launch.head in (0, launch.tail)
-                    )

@@ -1,4 +1,4 @@
-"""The backbone is MONAI's DynUNet, part for part; the heads give rows of length one."""
+"""The heads give rows of length one; a segmentation network starts from a pre-trained backbone."""
 
 from __future__ import annotations
 
@@ -6,62 +6,15 @@ import functools
 
 import pytest
 import torch
-from monai.networks.nets import DynUNet
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist import precision
 from mixcl_dist.cluster.engine import EngineConfig, launch
-from mixcl_dist.config import NetworkConfig
 from mixcl_dist.networks import heads
-from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.networks.heads import PretrainNetwork, SegmentationNetwork
 
-FILTERS = (4, 6, 8)
-ARCHITECTURES = ["dynunet", "residual_dynunet"]
-
-
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    """On every machine alike; tests of bfloat16 switch it on."""
-    answer = torch.compiler.assume_constant_result(lambda device: False)
-    monkeypatch.setattr(precision, "has_bfloat16", answer)
-
-
-def config(architecture: str = "dynunet") -> NetworkConfig:
-    return NetworkConfig(architecture=architecture, filters=FILTERS, voxel_dim=12, crop_dim=10)
-
-
-def voxels(count: int = 9) -> torch.Tensor:
-    return torch.stack([torch.arange(count) % 2, *torch.randint(8, (3, count))], dim=1)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_dynunet_with_the_backbones_weights_computes_the_same_features(architecture):
-    backbone = Backbone(config(architecture))
-    network = DynUNet(
-        3, 1, 1, [3, 3, 3], [1, 2, 2], [2, 2], filters=FILTERS, res_block=architecture == "residual_dynunet"
-    )
-    left = network.load_state_dict(backbone.state_dict(), strict=False)
-    assert not left.unexpected_keys
-    assert {key.split(".")[0] for key in left.missing_keys} == {"output_block", "skip_layers"}
-    network.output_block = nn.Identity()
-    image = torch.randn(2, 1, 8, 16, 8)
-    pyramid = backbone(image)
-    torch.testing.assert_close(pyramid[-1], network(image))
-    assert [tuple(level.shape) for level in pyramid] == [(2, 8, 2, 4, 2), (2, 6, 4, 8, 4), (2, 4, 8, 16, 8)]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_parameter_is_used_once(architecture):
-    network = PretrainNetwork(config(architecture))
-    output = network(torch.randn(2, 1, 8, 8, 8), voxels())
-    sum((value * torch.randn_like(value)).sum() for value in output).backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    stored = [tensor.data_ptr() for tensor in network.state_dict().values()]
-    assert len(stored) == len(set(stored))
+from .small_networks import config, voxels
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -128,14 +81,6 @@ def test_no_rows_are_allowed():
     assert output.voxel.shape == (0, 12)
 
 
-def test_the_memory_format_changes_no_result():
-    network, image, index = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8), voxels()
-    plain = network(image, index)
-    network = network.to(memory_format=torch.channels_last_3d)
-    for a, b in zip(plain, network(image.to(memory_format=torch.channels_last_3d), index), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
 def test_the_network_is_one_graph_for_the_compiler():
     """Also where the hardware is asked for bfloat16; what the graph is compiled to is the compiler's business."""
     network, image, index = PretrainNetwork(config()), torch.randn(2, 1, 8, 8, 8), voxels()
@@ -143,11 +88,6 @@ def test_the_network_is_one_graph_for_the_compiler():
     for a, b in zip(network(image, index), compiled(image, index), strict=True):
         torch.testing.assert_close(a, b)
     torch._dynamo.reset()
-
-
-def test_an_image_that_cannot_be_halved_often_enough_is_refused():
-    with pytest.raises(ValueError, match=r"image of \(8, 8, 10\) voxels: every edge must be a multiple of 4"):
-        Backbone(config())(torch.randn(1, 1, 8, 8, 10))
 
 
 def test_a_segmentation_network_starts_from_a_pretrained_backbone():

@@ -1,0 +1,17 @@
+"""Small networks and voxels for them."""
+
+from __future__ import annotations
+
+import torch
+
+from mixcl_dist.config import NetworkConfig
+
+FILTERS = (4, 6, 8)
+
+
+def config(architecture: str = "dynunet") -> NetworkConfig:
+    return NetworkConfig(architecture=architecture, filters=FILTERS, voxel_dim=12, crop_dim=10)
+
+
+def voxels(count: int = 9) -> torch.Tensor:
+    return torch.stack([torch.arange(count) % 2, *torch.randint(8, (3, count))], dim=1)
