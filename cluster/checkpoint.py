@@ -23,7 +23,7 @@ class CheckpointConfig:
     every: int = 200
     """Steps between checkpoints; one is always made at the end."""
     keep: int = 2
-    """Newest checkpoints kept; older ones are removed."""
+    """Newest whole checkpoints kept; once there are so many, all others are removed."""
 
 
 @contextmanager
@@ -54,14 +54,26 @@ def publish(
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync(folder)
-        for old in _sealed(folder)[:-keep]:
-            shutil.rmtree(old)
+        _retain(folder, keep)
     barrier()
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file has the digest in its seal; broken ones are passed over."""
-    return next((path for path in reversed(_sealed(folder)) if not verify(path)), None)
+def newest(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest checkpoint whose every file has the digest in its seal; None where there is no checkpoint at all.
+
+    Newer ones that are not whole are passed over, each told to `warn` in one line. Raises `CheckpointError` where
+    there are checkpoints and none is whole: to begin again from nothing is for a person to decide.
+    """
+    found = _published(folder)
+    for path in found:
+        problems = verify(path)
+        if not problems:
+            return path
+        warn(f"{problems[0]}; checkpoint {path.name} is passed over")
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise CheckpointError(f"{folder}: no checkpoint is whole ({names}); to begin at step 0, move this folder away")
+    return None
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -70,19 +82,19 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """Problems of a sealed checkpoint, one line each; empty when it is whole."""
+    """Problems of a published checkpoint, one line each; empty when it is whole."""
     try:
-        files = json.loads((checkpoint / SEAL).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{checkpoint}: seal cannot be read: {error}"]
-    problems = []
-    for name, digest in files.items():
-        path = checkpoint / name
-        if not path.exists():
-            problems.append(f"{path}: missing")
-        elif _digest(path) != digest:
-            problems.append(f"{path}: content differs from its digest")
-    return problems
+        seal = json.loads((checkpoint / SEAL).read_text())
+        files = seal["files"]
+        if not all(isinstance(part, dict) for part in (files, seal["state"])):
+            raise TypeError("is no seal")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return [f"{checkpoint / SEAL}: cannot be read ({' '.join(str(error).split())})"]
+    present = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} - {SEAL}
+    problems = [f"{checkpoint / name}: missing" for name in sorted(files.keys() - present)]
+    problems += [f"{checkpoint / name}: not in the seal" for name in sorted(present - files.keys())]
+    differing = [name for name in sorted(files.keys() & present) if _digest(checkpoint / name) != files[name]]
+    return problems + [f"{checkpoint / name}: content differs from its digest" for name in differing]
 
 
 def _seal(folder: Path, state: dict) -> None:
@@ -96,8 +108,22 @@ def _seal(folder: Path, state: dict) -> None:
     _sync(folder)
 
 
-def _sealed(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"step_*/{SEAL}"))
+def _retain(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` whole checkpoints; before there are so many, nothing is removed, broken ones neither."""
+    whole: list[Path] = []
+    others: list[Path] = []
+    for path in _published(folder):
+        (others if len(whole) == keep or verify(path) else whole).append(path)
+    if len(whole) == keep:
+        for path in others:
+            shutil.rmtree(path)
+
+
+def _published(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, whole or not, the newest first."""
+    steps = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
+    numbered = {path: int(number) for path, number in steps.items() if number.isdecimal()}
+    return sorted(numbered, key=numbered.__getitem__, reverse=True)
 
 
 def _digest(path: Path) -> str:

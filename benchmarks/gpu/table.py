@@ -127,8 +127,16 @@ def groups(table: Path) -> Iterator[list[Path]]:
         if any((run / FINISHED[kind]).exists() for kind in ("pretrain", "supervised")):
             yield matching(run, RUN)
     for run in (table / item["name"] for item in left if item["kind"] == "pretrain"):
-        if newest := checkpoint.newest(run / "checkpoints"):
+        if newest := _newest(run):
             yield [*matching(run, RUN), *pack.files_in(newest)]
+
+
+def _newest(run: Path) -> Path | None:
+    """The newest whole checkpoint; a run none of whose checkpoints is whole has nothing worth keeping."""
+    try:
+        return checkpoint.newest(run / "checkpoints")
+    except checkpoint.CheckpointError:
+        return None
 
 
 def matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

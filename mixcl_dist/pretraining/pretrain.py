@@ -59,7 +59,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
     torch.manual_seed(config.pretrain.seed)
     torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     network = PretrainNetwork(config.network)
-    if start is not None and checkpoint.newest(run / "checkpoints") is None:
+    if start is not None and not (resume and checkpoint.newest(run / "checkpoints")):
         _load_start(network, config, start)
     engine = _launch(network, config)
     stream = _stream(config, shards, run, manifest, label_cases, engine)
@@ -264,10 +264,16 @@ def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Con
 
 def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:
     """Take up the newest whole checkpoint, if there is one; returns the step it was made at."""
-    path = checkpoint.newest(run / "checkpoints")
+    path = checkpoint.newest(run / "checkpoints", _say if engine.rank == 0 else lambda line: None)
     if path is None:
+        if engine.rank == 0:
+            _say(f"{run}: has no checkpoint yet; begins at step 0")
         return 0
     state = checkpoint.read_state(path)
     engine.load(path)
     stream.seek(state["stream"])
     return state["step"]
+
+
+def _say(line: str) -> None:
+    print(f"pretrain: {line}", file=sys.stderr)

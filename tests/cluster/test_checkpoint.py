@@ -53,6 +53,72 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage):
     assert checkpoint.newest(tmp_path).name == "step_00000001"
 
 
+def spoil(checkpoint):
+    (checkpoint / "weights.bin").write_bytes(b"spoilt")
+
+
+def test_what_is_passed_over_is_told_in_one_line_each(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    spoil(tmp_path / "step_00000003")
+    (tmp_path / "step_00000002" / checkpoint.SEAL).unlink()
+    lines = []
+    assert checkpoint.newest(tmp_path, lines.append).name == "step_00000001"
+    assert ["step_00000003 is passed over" in lines[0], "step_00000002 is passed over" in lines[1]] == [True] * 2
+    assert "weights.bin: content differs" in lines[0] and "checkpoint.json: cannot be read" in lines[1]
+    assert not any("\n" in line for line in lines)
+
+
+def test_without_a_whole_one_a_person_decides_and_the_advice_works(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(folder, step)
+        spoil(folder / f"step_{step:08d}")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint is whole .* move this folder away"):
+        checkpoint.newest(folder)
+    folder.rename(tmp_path / "away")
+    assert checkpoint.newest(folder) is None
+
+
+def test_damaged_checkpoints_of_later_steps_never_push_out_whole_ones(tmp_path):
+    for step in (8, 9):
+        save(tmp_path, step, keep=2)
+        spoil(tmp_path / f"step_{step:08d}")
+    save(tmp_path, 1, keep=2)
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+    assert len(list(tmp_path.iterdir())) == 3, "as long as there is one whole one, nothing is removed"
+    save(tmp_path, 2, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+def test_the_only_whole_one_is_never_removed(tmp_path):
+    save(tmp_path, 1, keep=2)
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=2)
+        spoil(tmp_path / f"step_{step:08d}")
+    assert checkpoint.newest(tmp_path).name == "step_00000001"
+
+
+@pytest.mark.parametrize(
+    "seal", ["", "[]", '{"files": 3, "state": {}}', '{"files": {}}', '{"files": {"a": 1}, "state": []}', "[" * 100_000]
+)
+def test_a_seal_that_says_nothing_is_a_problem_in_one_line(tmp_path, seal):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000001" / checkpoint.SEAL).write_text(seal)
+    (problem,) = checkpoint.verify(tmp_path / "step_00000001")
+    assert "checkpoint.json: cannot be read" in problem and "\n" not in problem
+
+
+def test_only_files_of_the_checkpoint_are_ever_read(tmp_path):
+    """A seal may name /dev/zero, which has no end, or a file of somebody else."""
+    save(tmp_path, 1)
+    path = tmp_path / "step_00000001" / checkpoint.SEAL
+    path.write_text('{"state": {}, "files": {"/dev/zero": "", "../other": ""}}')
+    assert any("/dev/zero: missing" in problem for problem in checkpoint.verify(path.parent))
+    (path.parent / "added.bin").write_bytes(b"")
+    assert any("added.bin: not in the seal" in problem for problem in checkpoint.verify(path.parent))
+
+
 def test_an_error_while_writing_publishes_nothing(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(OSError, match="full"), checkpoint.publish(tmp_path, 2, keep=2, state={}) as path:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixcl_dist.cluster.checkpoint import CheckpointError
 from mixcl_dist.config import BudgetConfig, ConfigError, replace
 from mixcl_dist.config import load as load_config
 from mixcl_dist.data_shards.building.build import build
@@ -249,3 +250,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(shards, small_config
     hopeless = dataclasses.replace(small_config.optimizer, learning_rate=1e30)
     with pytest.raises(RunError, match=r"not finite at step \d+; lower --optimizer.learning_rate"):
         pretrain(dataclasses.replace(small_config, optimizer=hopeless), shards=shards, run=tmp_path / "run")
+
+
+def test_a_run_without_a_whole_checkpoint_begins_anew_only_by_the_advice(shards, small_config, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = replace(small_config, {"pretrain.steps": 2, "checkpoint.every": 1})
+    pretrain(config, shards=shards, run=run)
+    saved = run / "checkpoints"
+    (saved / "step_00000002" / "network.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    pretrain(config, shards=shards, run=run, resume=True)
+    assert capsys.readouterr().err.count("step_00000002 is passed over") == 1
+    for checkpoint in saved.iterdir():
+        (checkpoint / "network.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="move this folder away"):
+        pretrain(config, shards=shards, run=run, resume=True)
+    saved.rename(run / "away")
+    pretrain(config, shards=shards, run=run, resume=True)
+    assert "begins at step 0" in capsys.readouterr().err
+    assert [entry["step"] for entry in read_metrics(run / "metrics.jsonl")] == [1, 2]
