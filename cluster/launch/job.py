@@ -66,7 +66,9 @@ class Job:
 def torchrun(job: Job, where: Sequence[str], *, python: str) -> list[str]:
     """The command that starts the processes of one node; `where` says which node it is and where the first one is."""
     processes = f"--nproc-per-node={job.processes}"
-    return [python, "-m", "torch.distributed.run", processes, *where, "-m", "mixcl_dist", *job.command]
+    # `--` keeps torchrun from taking --run for one of its own options.
+    program = ["--no-python", "--", python, "-m", "mixcl_dist", *job.command]
+    return [python, "-m", "torch.distributed.run", processes, *where, *program]
 
 
 def _option(command: Sequence[str], name: str) -> str:

@@ -67,7 +67,7 @@ def script(job: Job, allocation: Allocation, *, python: str = sys.executable) ->
 #!/bin/bash
 {directives}
 {exports}
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR=$(hostname)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 srun --kill-on-bad-exit=1 --wait=60 {container}sh -c {shlex.quote(line)}
 code=$?
@@ -82,5 +82,6 @@ def submit(text: str, folder: Path) -> str:
         raise LaunchError("there is no sbatch here; log in to a node of the cluster, or look at it with --dry-run")
     done = subprocess.run(["sbatch", "--parsable"], input=text, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise LaunchError(f"sbatch: {' '.join(done.stderr.split())}; ask the site for the right options")
+        reason = done.stderr.strip().splitlines()[0].removeprefix("sbatch: error: ")
+        raise LaunchError(f"sbatch: {reason}; give the options that this site knows")
     return done.stdout.strip().partition(";")[0]

@@ -31,7 +31,7 @@ def test_every_host_is_told_where_to_meet_and_which_it_is(tmp_path, monkeypatch)
     ]
     for rank, line in enumerate(said):
         meeting = f"--nproc-per-node=1 --nnodes=2 --master-addr=a --master-port=1234 --node-rank={rank}"
-        command = "-m mixcl_dist pretrain --data shards --run runs/a"
+        command = f"--no-python -- {python} -m mixcl_dist pretrain --data shards --run runs/a"
         assert line == f"{tmp_path} 3 -m torch.distributed.run {meeting} {command}\n"
 
 

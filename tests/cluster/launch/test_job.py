@@ -25,7 +25,7 @@ def test_a_line_begins_a_run_and_goes_on_with_it(tmp_path):
 def test_each_node_starts_its_processes_and_knows_its_place():
     command = torchrun(Job(COMMAND, nodes=2, processes=3), ["--nnodes=2", "--node-rank=1"], python="py")
     assert command[:4] == ["py", "-m", "torch.distributed.run", "--nproc-per-node=3"]
-    assert command[4:] == ["--nnodes=2", "--node-rank=1", "-m", "mixcl_dist", *COMMAND]
+    assert command[4:] == ["--nnodes=2", "--node-rank=1", "--no-python", "--", "py", "-m", "mixcl_dist", *COMMAND]
 
 
 @pytest.mark.parametrize(
