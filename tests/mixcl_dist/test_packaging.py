@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mixcl_dist
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,6 +30,8 @@ def test_the_wheel_from_the_sdist_holds_mixcl_dist_alone(dist):
     assert tops == {"mixcl_dist"}
     for module in ("kernels/loss.py", "data_shards/streaming/stream.py", "cluster/engine.py", "recipes/demo.yaml"):
         assert f"mixcl_dist/{module}" in names
+    assert "mixcl_dist/py.typed" in names  # type checkers read the annotations of an installed package only with it
+    assert wheel.name.startswith(f"mixcl_dist-{mixcl_dist.__version__}-")
 
 
 def test_the_sdist_holds_files_not_links_to_nowhere(dist):
