@@ -1,4 +1,4 @@
-"""A case that kills its process is set aside, on one machine and on Ray."""
+"""Work in processes: what kills its process is set aside, on one machine and on Ray, and takes nothing with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from mixcl_dist.cluster.work import on_ray
 from mixcl_dist.data_shards.building.build import build
-from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.processes import in_processes, in_this_process
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Case
 
@@ -55,3 +55,19 @@ def test_a_case_that_kills_its_process_is_set_aside_and_the_others_are_built(coh
     (line,) = done.stdout.splitlines()
     assert "b.nii.gz: the process that read it died" in line
     assert [case.name for case in Manifest.load(tmp_path / "out").cases] == ["a", "c"]
+
+
+DEADLY = "__import__('os')._exit(1)"
+
+
+def test_each_item_comes_back_once_and_one_that_kills_its_process_takes_no_other_with_it():
+    items = ["1 + 1", DEADLY, "2 * 3", "7 - 3"]
+    came = {item: (result, death) for item, result, death in in_processes(2)(eval, items)}
+    assert sorted(came) == sorted(items)
+    assert "out of memory" in str(came.pop(DEADLY)[1])
+    assert came == {item: (eval(item), None) for item in items if item != DEADLY}
+
+
+def test_what_work_raises_comes_out():
+    with pytest.raises(ZeroDivisionError):
+        list(in_processes(1)(eval, ["1 / 0"]))
