@@ -15,6 +15,7 @@ from mixcl_dist.data_shards.sources.classes import mapped, read_class_map
 from mixcl_dist.data_shards.sources.dicom import read_series
 from mixcl_dist.data_shards.sources.folder import open_folder
 from mixcl_dist.data_shards.sources.label import read_label
+from mixcl_dist.data_shards.sources.splits import with_splits
 from mixcl_dist.data_shards.sources.voxels import read_voxels
 from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras
 
@@ -32,16 +33,17 @@ def open_source(path: Path) -> Source:
 
     `path` is a `dataset.json` (Decathlon or nnU-Net), a JSON list of cases, or a folder: of one of these,
     there named `dataset.json` or `cases.json`, of cases with one mask for each class, or else of files of voxels
-    and DICOM series in any depth. A `classes.yaml` beside the list or in the folder names the classes. Raises
-    `CaseError` when the source as a whole cannot be used; what is wrong with one case is in the source's
-    `problems`.
+    and DICOM series in any depth. A `classes.yaml` beside the list or in the folder names the classes, a
+    `splits.json` the cases to train on and those to score. Raises `CaseError` when the source as a whole cannot be
+    used; what is wrong with one case is in the source's `problems`.
     """
     path = Path(os.path.abspath(path))  # "." has no name
     classes = read_class_map(path if path.is_dir() else path.parent)
     if path.is_dir():
         listed = next((path / name for name in ("dataset.json", "cases.json") if (path / name).exists()), None)
         if listed is None:
-            return mapped(masks.open_masks(path) if masks.is_masks(path) else open_folder(path, classes), classes)
+            source = masks.open_masks(path) if masks.is_masks(path) else open_folder(path, classes)
+            return with_splits(mapped(source, classes), path)
         path = listed
     if path.exists() and path.suffix != ".json":
         raise CaseError("is no data set", where=path, cure="give a folder or a JSON file that lists cases")
@@ -55,7 +57,7 @@ def open_source(path: Path) -> Source:
         source = nnunet.open_nnunet(path.parent, content)
     else:
         source = decathlon.open_dataset(path, content, unnamed)
-    return mapped(source, classes)
+    return with_splits(mapped(source, classes), path.parent)
 
 
 def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | None = None) -> Volume:

@@ -66,6 +66,8 @@ class Source:
     cases: tuple[Case, ...]
     classes: tuple[str, ...]
     problems: tuple[CaseError, ...]
+    labels_from: str = ""
+    """How cases of such a source get labels, as the cure where none has any."""
 
 
 def file_stem(file: Path) -> str:
@@ -82,13 +84,13 @@ def collect(
     since in a shard a dot begins an extension. Each later case of a name that is still the same becomes a
     problem.
     """
-    times = Counter(_sanitised(case.name) for case in cases)
+    times = Counter(sanitised(case.name) for case in cases)
     kept: dict[str, Case] = {}
     problems = list(problems)
     for case in cases:
-        unique = _sanitised(case.name)
+        unique = sanitised(case.name)
         if times[unique] > 1 and case.format != "dicom":
-            unique = _sanitised(os.path.relpath(case.files[0].parent / case.name, root))
+            unique = sanitised(os.path.relpath(case.files[0].parent / case.name, root))
         if unique in kept:
             cure = "list each scan once, in one split, under names that differ in letters or digits"
             what = f"is named {unique} as is {kept[unique].files[0]}"
@@ -99,5 +101,6 @@ def collect(
     return Source(name, tuple(kept.values()), tuple(dict.fromkeys(real)), tuple(problems))
 
 
-def _sanitised(name: str) -> str:
+def sanitised(name: str) -> str:
+    """`name` in the letters that a case's name may have."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "case"

@@ -127,7 +127,7 @@ def mapped(source: Source, classes: ClassMap | None) -> Source:
     if passed:
         logger.info("%s: %d structures of %d cases belong to no class", classes.file, passed, len(labelled))
     names = tuple(name for name in classes.parts if name not in (IGNORE, BACKGROUND))
-    return Source(source.name, tuple(kept), names, tuple(problems))
+    return replace(source, cases=tuple(kept), classes=names, problems=tuple(problems))
 
 
 def _keys(case: Case, value: int, name: str) -> set[int | str]:

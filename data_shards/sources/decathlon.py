@@ -119,7 +119,8 @@ def _listed(
         except CaseError as problem:
             problems.append(problem)
     classes = [class_name for case in cases for _, class_name in case.label_values]
-    return collect(name, file.parent, cases, problems, [c for _, c in values or ()] + classes)
+    source = collect(name, file.parent, cases, problems, [c for _, c in values or ()] + classes)
+    return replace(source, labels_from="give entries under 'training' a 'label'")
 
 
 def _case(file: Path, dataset: str, split: Split, entry: Any, values: ClassValues | None, unnamed: ClassValues) -> Case:

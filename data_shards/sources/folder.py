@@ -7,6 +7,7 @@ format. To keep names, list the scans in a `cases.json`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mixcl_dist.data_shards.sources.case import VOXEL_ENDINGS, Case, Source, collect
@@ -42,4 +43,5 @@ def open_folder(folder: Path, classes: ClassMap | None) -> Source:
     if not cases and not problems:
         cure = "give a folder of .nii.gz, .nrrd or .mha files or DICOM series, or of a dataset.json"
         raise CaseError("holds no CT", where=folder, cure=cure)
-    return collect("folder", folder, cases, problems)
+    source = collect("folder", folder, cases, problems)
+    return replace(source, labels_from="list the scans with their labels in a dataset.json, or add a classes.yaml")

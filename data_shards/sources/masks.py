@@ -4,13 +4,14 @@
     image_only/BDMAP_00000001/ct.nii.gz, mask_only/BDMAP_00000001/segmentations/…      or apart
 
 A class without a file is unknown in that case; one whose mask is empty was looked for and is absent. All labelled cases
-are for training. Case folders that are called as in those data sets keep their names; any other may be named after a
-patient, so it gets a pseudonym.
+are for training, unless a `splits.json` says otherwise. Case folders that are called as in those data sets keep their
+names; any other may be named after a patient, so it gets a pseudonym.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from mixcl_dist.data_shards.sources.case import NIFTI_ENDINGS, Case, Source, Split, collect, file_stem
@@ -49,4 +50,5 @@ def open_masks(folder: Path) -> Source:
     if not cases and not problems:
         raise CaseError(f"holds no */{IMAGE}", where=folder, cure="check the folder")
     classes = sorted({name for case in cases for name in case.annotated})
-    return collect(dataset, folder, cases, problems, classes)
+    source = collect(dataset, folder, cases, problems, classes)
+    return replace(source, labels_from=f"put one mask for each class into CASE/{MASKS}")

@@ -12,7 +12,8 @@ import numpy as np
 from mixcl_dist.budget import budget_cases, check_development
 from mixcl_dist.config import BudgetConfig, Config, ConfigError
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
-from mixcl_dist.data_shards.sources import Case, CaseError, open_source
+from mixcl_dist.data_shards.sources import Case, CaseError, Source, open_source
+from mixcl_dist.data_shards.sources.splits import how_to_split
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,23 @@ def open_task(data: Path, config: Config | None = None) -> Task:
     learnt = {name for case in training for name in case.reliable}
     classes = _chosen_classes(tuple(name for name in source.classes if name in learnt), config)
     task = Task(source.cases, Catalogue(source.classes), classes, config.budget.development)
-    for split, cases in (("training", learnt), ("validation", task.validation)):
-        if not cases:
-            raise CaseError(f"no {split} case has labels", where=data, cure=f"list labelled cases under '{split}'")
+    _refuse_unless_labelled(task, source, data)
     if task.kept_back and not task.development:
         raise CaseError("no development case has labels", where=data, cure="list labelled ones in budget.development")
     return task
+
+
+def _refuse_unless_labelled(task: Task, source: Source, data: Path) -> None:
+    """Raise `CaseError` where there is nothing to learn from, or nothing to score on, with what such a source needs."""
+    if not task.classes:
+        scored = any(case.split == "validation" for case in task.cases)
+        cure = "leave some labelled cases out of 'validation'" if scored else source.labels_from
+        raise CaseError("no training case has labels", where=data, cure=cure)
+    if not task.validation:
+        folder = data if data.is_dir() else data.parent
+        labelled = [case for case in task.cases if case.split == "training" and task.known(case).any()]
+        of = "" if not any(case.split == "validation" for case in task.cases) else f" of {', '.join(task.classes)}"
+        raise CaseError(f"no validation case has labels{of}", where=data, cure=how_to_split(labelled, folder))
 
 
 def _chosen_classes(annotated: tuple[str, ...], config: Config) -> tuple[str, ...]:
