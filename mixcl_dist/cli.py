@@ -101,7 +101,7 @@ def _shards_dedup(options: argparse.Namespace) -> int:
     from mixcl_dist.progress import ProgressReport
 
     paths = dict.fromkeys([*options.source, *options.against])
-    scans = scans_of(list(paths), in_processes(_cores()), ProgressReport("dedup"))
+    scans = scans_of(list(paths), in_processes(_cores()), ProgressReport("dedup"), whole=options.against)
     ones, others = (
         [scan for scan in scans.found if Path(scan.origin) in group] for group in (options.source, options.against)
     )
@@ -295,7 +295,7 @@ def _add_shards(verbs: Any) -> None:
     add("source", nargs="+", type=Path, metavar="SOURCE", help=sources)
     out = "folder to write; going on where it was interrupted, appending what is new"
     add("--out", type=Path, required=True, metavar="SHARDS", help=out)
-    exclude = "sources or shards whose scans are kept out, under whatever name (see dedup)"
+    exclude = "sources or shards all of whose scans are kept out, those to test on too, under whatever name (see dedup)"
     add("--exclude", nargs="+", type=Path, default=[], metavar="LIST", help=exclude)
     ray = "work on the Ray cluster at ADDRESS (default auto), which must see SOURCE and SHARDS as this machine does"
     add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
@@ -316,7 +316,14 @@ def _add_shards(verbs: Any) -> None:
     example = "mixcl shards dedup shards --against test/dataset.json"
     add = _verb(on_shards, "dedup", _shards_dedup, summary, example, takes_settings=False)
     add("source", nargs="+", type=Path, metavar="SHARDS|SOURCE", help="shards, or what shards are to be built from")
-    add("--against", nargs="+", type=Path, required=True, metavar="LIST", help="the same, of the cases to test on")
+    add(
+        "--against",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="LIST",
+        help="the same, of the cases to test on: every image it names",
+    )
 
 
 def _add_training(verbs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from mixcl_dist.data_shards.catalogue import Catalogue, merged
 from mixcl_dist.data_shards.format.manifest import FILE_NAME, CaseRecord, Manifest
 from mixcl_dist.data_shards.sources import Case, Source
 from mixcl_dist.data_shards.storage.publishing import publish
+
+logger = logging.getLogger(__name__)
 
 ANEW = "give another --out, or remove this one"
 KEPT = {"source_digest": "voxels", "label_digest": "labels", "reliable": "annotated classes", "split": "split"}
@@ -98,7 +101,7 @@ def plan(
 
 def read_excluded(exclude: Sequence[Path], out: Path, base: Manifest | None, run: Mapper, progress: Progress) -> Scans:
     """The scans to be kept out; raises `BuildError` where that cannot be done."""
-    excluded = scans_of(exclude, run, progress)
+    excluded = scans_of(exclude, run, progress, whole=exclude)
     if excluded.problems:
         raise BuildError(f"a scan to be kept out cannot be read: {excluded.problems[0]}")
     if base and excluded.found and (leaks := matches(scans_of([out], run, progress).found, excluded.found)):
@@ -111,6 +114,8 @@ def sort_outcomes(
 ) -> tuple[list[Spooled], list[Quarantined]]:
     """The cases to be appended, in the order of `fresh`, and those that cannot be; of copies of a scan one is used."""
     kept_out = _kept_out(fresh, outcomes, excluded)
+    if excluded.found and not kept_out:
+        logger.warning("none of the %d scans to be kept out is among these cases", len(excluded.found))
     stored = {case.name: case for case in base.cases} if base else {}
     first = {case.source_digest: case.name for case in stored.values()}
     used: list[Spooled] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from mixcl_dist.data_shards.building.settings import Progress
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.format.fingerprint import SIZE, fingerprint, near_pairs, voxel_digest
 from mixcl_dist.data_shards.format.manifest import FILE_NAME, FINGERPRINTS_FILE, Manifest, ManifestError
-from mixcl_dist.data_shards.sources import Case, open_source, read_case
+from mixcl_dist.data_shards.sources import Case, open_images, open_source, read_case
 from mixcl_dist.data_shards.volume import CaseError
 
 
@@ -49,9 +49,10 @@ class Match(NamedTuple):
         return f"{self.one.name} ({self.one.origin}) and {self.other.name} ({self.other.origin}): {how}"
 
 
-def scans_of(paths: Sequence[Path], run: Mapper, progress: Progress) -> Scans:
+def scans_of(paths: Sequence[Path], run: Mapper, progress: Progress, *, whole: Collection[Path] = ()) -> Scans:
     """The scans of sources, which are read, and of shards, which know them.
 
+    Of sources in `whole` they are all images, those to test on among them; of others the cases that a build may use.
     Raises `CaseError` or `ManifestError` for what cannot be opened at all.
     """
     found: list[Scan] = []
@@ -61,7 +62,7 @@ def scans_of(paths: Sequence[Path], run: Mapper, progress: Progress) -> Scans:
         if (path / FILE_NAME).exists():
             found += scans_of_shards(path)
         else:
-            source = open_source(path)
+            source = (open_images if path in whole else open_source)(path)
             problems += source.problems
             cases += [(case, str(path)) for case in source.cases]
     for done, (item, scan, death) in enumerate(run(read_scan, cases), 1):

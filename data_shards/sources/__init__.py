@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import decathlon, masks, nnunet
-from mixcl_dist.data_shards.sources.case import Case, Source
+from mixcl_dist.data_shards.sources.case import Case, ClassValues, Source
 from mixcl_dist.data_shards.sources.classes import mapped, read_class_map
 from mixcl_dist.data_shards.sources.dicom import read_series
 from mixcl_dist.data_shards.sources.folder import open_folder
+from mixcl_dist.data_shards.sources.images import open_images
 from mixcl_dist.data_shards.sources.label import read_label
 from mixcl_dist.data_shards.sources.splits import with_splits
 from mixcl_dist.data_shards.sources.voxels import read_voxels
 from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras
 
-__all__ = ["Case", "CaseError", "Source", "open_source", "read_case"]
+__all__ = ["Case", "CaseError", "Source", "open_images", "open_source", "read_case"]
 
 FAT_HU, SOFT_TISSUE_HU = -50, -300
 """Any CT, even cut out around an organ, has voxels of fat, lung or bowel gas below the first and of tissue
@@ -38,26 +40,24 @@ def open_source(path: Path) -> Source:
     used; what is wrong with one case is in the source's `problems`.
     """
     path = Path(os.path.abspath(path))  # "." has no name
-    classes = read_class_map(path if path.is_dir() else path.parent)
-    if path.is_dir():
-        listed = next((path / name for name in ("dataset.json", "cases.json") if (path / name).exists()), None)
-        if listed is None:
-            source = masks.open_masks(path) if masks.is_masks(path) else open_folder(path, classes)
-            return with_splits(mapped(source, classes), path)
-        path = listed
-    if path.exists() and path.suffix != ".json":
-        raise CaseError("is no data set", where=path, cure="give a folder or a JSON file that lists cases")
-    content = decathlon.read_json(path)
-    unnamed = classes.values() if classes else ()
-    if isinstance(content, list):
-        source = decathlon.open_case_list(path, content, unnamed)
-    elif not isinstance(content, dict):
-        raise CaseError("lists no cases", where=path, cure="see the formats in the README")
-    elif nnunet.is_nnunet(path.parent, content):
-        source = nnunet.open_nnunet(path.parent, content)
+    file = decathlon.list_file(path)
+    folder = path if file is None else file.parent
+    classes = read_class_map(folder)
+    if file is None:
+        source = masks.open_masks(folder) if masks.is_masks(folder) else open_folder(folder, classes)
     else:
-        source = decathlon.open_dataset(path, content, unnamed)
-    return with_splits(mapped(source, classes), path.parent)
+        source = _opened(file, decathlon.read_json(file), classes.values() if classes else ())
+    return with_splits(mapped(source, classes), folder)
+
+
+def _opened(file: Path, content: Any, unnamed: ClassValues) -> Source:
+    if isinstance(content, list):
+        return decathlon.open_case_list(file, content, unnamed)
+    if not isinstance(content, dict):
+        raise CaseError("lists no cases", where=file, cure="see the formats in the README")
+    if nnunet.is_nnunet(file.parent, content):
+        return nnunet.open_nnunet(file.parent, content)
+    return decathlon.open_dataset(file, content, unnamed)
 
 
 def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | None = None) -> Volume:

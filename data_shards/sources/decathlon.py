@@ -41,6 +41,15 @@ SPLITS: dict[str, Split] = {
 }
 
 
+def list_file(path: Path) -> Path | None:
+    """The JSON file that lists the cases of a data set, None for a folder without one; raises `CaseError`."""
+    if path.is_dir():
+        return next((path / name for name in ("dataset.json", "cases.json") if (path / name).exists()), None)
+    if path.exists() and path.suffix != ".json":
+        raise CaseError("is no data set", where=path, cure="give a folder or a JSON file that lists cases")
+    return path
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file; raises `CaseError`."""
     try:

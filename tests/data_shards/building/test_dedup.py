@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 
 from mixcl_dist.cli import main
@@ -28,7 +32,7 @@ from mixcl_dist.data_shards.format.fingerprint import (
     voxel_digest,
 )
 from mixcl_dist.data_shards.format.manifest import table_digest
-from mixcl_dist.data_shards.sources import open_source, read_case
+from mixcl_dist.data_shards.sources import CaseError, open_images, open_source, read_case
 from mixcl_dist.data_shards.volume import Volume, resample
 
 build = partial(building.build, run=in_this_process)
@@ -209,6 +213,83 @@ def test_a_build_does_not_begin_when_what_is_to_be_kept_out_cannot_be_read(archi
     (test_set / "two.nii.gz").write_bytes(b"nothing")
     with pytest.raises(BuildError, match=r"to be kept out cannot be read: .*two\.nii\.gz"):
         build([archive], tmp_path / "out", small_config, exclude=[test_set])
+
+
+def msd(folder: Path) -> Path:
+    """A test list, beside images whose labels are missing or unnamed."""
+    entries = {
+        "test": ["./one.nii.gz"],
+        "validation": ["two.nii.gz"],
+        "training": [{"image": "three.nii.gz", "label": 7}],
+    }
+    (folder / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "numTest": 1} | entries))
+    (folder / "classes.yaml").write_text("of no use here")
+    return folder / "dataset.json"
+
+
+def nnunet(folder: Path) -> Path:
+    for name, place in {"one": "imagesTs", "two": "imagesTr", "three": "imagesUn"}.items():
+        (folder / place).mkdir()
+        (folder / f"{name}.nii.gz").rename(folder / place / f"{name}_0000.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": {"liver": 1}}))
+    return folder
+
+
+@pytest.mark.parametrize("described", [msd, nnunet])
+def test_every_image_counts_that_a_list_names_in_any_role(archive, test_set, small_config, tmp_path, described):
+    against = described(test_set)
+    assert len(scans_of([against], in_this_process, lambda *_: None, whole=[against]).found) == 3
+    result = build([archive], tmp_path / "out", small_config, exclude=[against])
+    assert len(result.manifest.cases) == 1 and len(result.quarantined) == 2
+
+
+def test_what_keeps_nothing_out_says_so(archive, test_set, small_config, tmp_path, capsys, caplog):
+    (test_set / "dataset.json").write_text(json.dumps({"test": [], "numTest": 0}))
+    for arguments in (
+        ["dedup", str(archive), "--against"],
+        ["build", str(archive), "--out", str(tmp_path / "o"), "--exclude"],
+    ):
+        assert main(["shards", *arguments, str(test_set)]) == 2
+        assert "dataset.json" not in (said := capsys.readouterr().err) and "names no image; name images" in said
+    (test_set / "dataset.json").write_text(json.dumps({"test": ["three.nii.gz"]}))
+    assert build([archive], tmp_path / "out", small_config, exclude=[test_set]).quarantined == []
+    assert "none of the 1 scans to be kept out is among these cases" in caplog.text
+
+
+def test_an_image_that_is_named_and_missing_is_not_passed_over(archive, test_set, small_config, tmp_path):
+    (test_set / "dataset.json").write_text(json.dumps({"test": ["gone.nii.gz"]}))
+    with pytest.raises(BuildError, match=r"to be kept out cannot be read: .*gone.nii.gz: is named and is no file"):
+        build([archive], tmp_path / "out", small_config, exclude=[test_set])
+
+
+ROLES = st.dictionaries(
+    st.sampled_from(["training", "validation", "test", "testing", "unlabelled", "held back"]),
+    st.lists(st.tuples(st.sampled_from("abcde"), st.booleans(), st.sampled_from(["", "./", "p/"])), max_size=4),
+)
+
+
+@given(ROLES)
+def test_no_role_hides_an_image(roles):
+    with tempfile.TemporaryDirectory() as folder:
+        written = {
+            role: [
+                {"image": f"{where}{name}.nii.gz"} if mapped else f"{where}{name}.nii.gz" for name, mapped, where in of
+            ]
+            for role, of in roles.items()
+        }
+        named = {os.path.join(where.strip("./"), f"{name}.nii.gz") for of in roles.values() for name, _, where in of}
+        for name in named:
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).touch()
+        file = Path(folder) / "list.json"
+        file.write_text(json.dumps({"labels": {"1": "liver"}} | written))
+        if not named:
+            with pytest.raises(CaseError, match="names no image"):
+                open_images(file)
+            return
+        cases = open_images(file).cases
+        assert sorted(os.path.relpath(case.files[0], folder) for case in cases) == sorted(named)
+        assert len({case.name for case in cases}) == len(named)
 
 
 def test_fingerprints_of_another_version_are_refused(archive, small_config, tmp_path, capsys):
