@@ -8,8 +8,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 SEAL = "checkpoint.json"
 
@@ -18,11 +21,13 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing or broken; the message is one line with the cure."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
 class CheckpointConfig:
-    every: int = 200
+    """When a run is saved so that it can go on."""
+
+    every: Annotated[int, Field(ge=1, le=10**8, strict=True)] = 200
     """Steps between checkpoints; one is always made at the end."""
-    keep: int = 2
+    keep: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 2
     """Newest whole checkpoints kept; once there are so many, all others are removed."""
 
 

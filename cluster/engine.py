@@ -8,22 +8,26 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
 class EngineConfig:
+    """How a step is computed by one process or many."""
+
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What ZeRO shards over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters; None is 0
     for one rank and 1 for several."""
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 1
     """Backward passes for each optimizer step."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Largest norm of the global gradient; 0 leaves it as it is."""
     compile: bool = False
     """Let `torch.compile` make the network's kernels, which takes minutes once."""

@@ -6,24 +6,27 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
 class TrialsConfig:
     """What each trial may use and where Ray runs."""
 
     address: str | None = None
     """Ray cluster to join ("auto" or host:port); None starts Ray on this machine and ends it afterwards."""
-    cpus: int = 1
+    cpus: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 1
     """CPU cores of one trial."""
-    gpus: float = 0.0
+    gpus: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     """GPUs of one trial; a share lets trials sit on one GPU together."""
-    concurrent: int = 0
+    concurrent: Annotated[int, Field(ge=0, le=10**6, strict=True)] = 0
     """Most trials at once; 0 leaves it to the resources."""
-    max_failures: int = 1
+    max_failures: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
     """How often a trial that failed is started again."""
 
 

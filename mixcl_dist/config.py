@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from mixcl_dist.cluster.checkpoint import CheckpointConfig
 from mixcl_dist.cluster.engine import EngineConfig
@@ -24,11 +24,51 @@ from mixcl_dist.cluster.trials import TrialsConfig
 from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.storage.store import CacheConfig
 
+
+def _whole(least: int, most: int) -> Any:
+    """A whole number; `true` and 3.0 are none."""
+    return Field(ge=least, le=most, strict=True)
+
+
+def _distinct(values: tuple) -> tuple:
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{repeated[0]} comes twice; leave one out")
+    return values
+
+
+def _ordered(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError(f"{values[0]:g} is above {values[1]:g}; give the lower one first")
+    return values
+
+
+def _window(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] == values[1]:
+        raise ValueError(f"both edges are {values[0]:g}; give the lower one and a higher one")
+    return _ordered(values)
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Size3 = tuple[Count, Count, Count]
+SomeFraction = Annotated[float, Field(gt=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Temperature = Annotated[float, Field(gt=0, le=100)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
+WeightDecay = Annotated[float, Field(ge=0, le=100)]
+Zoom = Annotated[float, Field(ge=0.1, le=10)]
+HU = Annotated[float, Field(ge=-32768, le=32767)]
+SpreadHU = Annotated[float, Field(ge=0, le=32767)]
+SpacingMm = Annotated[float, Field(gt=0, le=1000)]
+Count = Annotated[int, _whole(1, 10**6)]
+Steps = Annotated[int, _whole(1, 10**8)]
+StepsOrNever = Annotated[int, _whole(0, 10**8)]
+Seed = Annotated[int, _whole(0, 2**32 - 1)]
+Width = Annotated[int, _whole(1, 2**16)]
+Edge = Annotated[int, _whole(1, 4096)]
+Size3 = tuple[Edge, Edge, Edge]
+Names = Annotated[tuple[str, ...], AfterValidator(_distinct)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+ScanCounts = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class ConfigError(ValueError):
@@ -39,13 +79,13 @@ class ConfigError(ValueError):
 class DataConfig:
     """How patches are streamed from shards."""
 
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Annotated[int, _whole(0, 1024)] = 1
     """Processes of each rank that read and decode; the order of samples does not depend on it."""
     labelled_fraction: Fraction | None = None
     """Share of every batch that shows cases of the label budget, held exactly; None draws all cases alike."""
     class_aware: bool = True
     """Within that share every annotated class is shown equally often."""
-    upsampling: dict[str, Positive] = field(default_factory=dict)
+    upsampling: dict[str, Annotated[float, Field(gt=0, le=1000)]] = field(default_factory=dict)
     """Data set → how often its patches come in an epoch, e.g. {rare: 4}; 1 where it is not named."""
     max_bad_fraction: Fraction = 0.001
     """Share of samples that may turn out unreadable, and be replaced, before the run stops."""
@@ -58,13 +98,14 @@ class NetworkConfig:
     """The encoder-decoder that is pre-trained and fine-tuned."""
 
     architecture: Literal["dynunet", "residual_dynunet"] = "dynunet"
-    filters: Annotated[tuple[Count, ...], Field(min_length=3)] = (16, 32, 64, 128)
+    """MONAI's DynUNet, plain or with residual blocks."""
+    filters: Annotated[tuple[Width, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128)
     """Channels of each resolution level; each level halves the resolution of the one before."""
-    voxel_dim: Count = 64
+    voxel_dim: Width = 64
     """Width D of a voxel row's embedding."""
-    crop_dim: Count = 64
+    crop_dim: Width = 64
     """Width of a crop row's embedding."""
-    window_hu: tuple[float, float] = (-1000.0, 1000.0)
+    window_hu: Annotated[tuple[HU, HU], AfterValidator(_window)] = (-1000.0, 1000.0)
     """HU that the network's input range [-1, 1] stands for; values outside are clipped."""
 
 
@@ -76,17 +117,22 @@ class ViewsConfig:
     """Voxels of a view; a patch on disk is at least as large."""
     min_overlap: Fraction = 0.4
     """Smallest share of a view's voxels that also lie in its partner (before rotation and scaling)."""
-    rotation_deg: NonNegative = 10.0
-    scale: tuple[Positive, Positive] = (0.9, 1.1)
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 10.0
+    """Largest turn about a random axis, in degrees."""
+    scale: Annotated[tuple[Zoom, Zoom], AfterValidator(_ordered)] = (0.9, 1.1)
+    """Smallest and largest factor by which a view shows more of the patch than its own size."""
     mask_fraction: Fraction = 0.3
-    mask_block: Count = 8
+    """Share of a view's blocks that are masked."""
+    mask_block: Edge = 8
     """Edge of a masked cube in voxels."""
-    noise_hu: NonNegative = 30.0
-    blur_sigma: NonNegative = 1.0
-    """Largest blur in voxels."""
-    low_resolution: Annotated[float, Field(ge=1)] = 2.0
+    noise_hu: SpreadHU = 30.0
+    """Largest standard deviation of the noise in HU."""
+    blur_sigma: Annotated[float, Field(ge=0, le=64)] = 1.0
+    """Largest standard deviation of the blur in voxels."""
+    low_resolution: Annotated[float, Field(ge=1, le=64)] = 2.0
     """Largest factor by which resolution is lowered."""
-    shift_hu: NonNegative = 50.0
+    shift_hu: SpreadHU = 50.0
+    """Largest shift of all values in HU, up or down."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +140,10 @@ class RowsConfig:
     """Which voxels become rows of the contrastive loss."""
 
     per_view_pair: Count = 256
+    """Points of a patch that both its views see; each gives two rows."""
     border_fraction: Fraction = 0.5
     """Share of points drawn near organ borders, where labels exist."""
-    min_spacing: Count = 2
+    min_spacing: Annotated[int, _whole(1, 64)] = 2
     """Smallest distance between two points of a patch along some axis, in voxels; at most one voxel in
     (2 · min_spacing − 1)³ can then be a point."""
 
@@ -105,16 +152,22 @@ class RowsConfig:
 class ObjectiveConfig:
     """Weights and temperatures of the three consistencies; 0 switches a term off."""
 
-    voxel_identity: NonNegative = 1.0
-    voxel_label: NonNegative = 1.0
-    crop_identity: NonNegative = 0.25
-    reconstruction: NonNegative = 1.0
-    voxel_temperature: Positive = 0.1
-    crop_temperature: Positive = 0.2
-    reconstruction_beta: Positive = 0.05
+    voxel_identity: Weight = 1.0
+    """Weight: a voxel and its twin in the other view agree."""
+    voxel_label: Weight = 1.0
+    """Weight: voxels of one class agree; without cases in the label budget nothing is learned from it."""
+    crop_identity: Weight = 0.25
+    """Weight: both views of a patch agree as wholes."""
+    reconstruction: Weight = 1.0
+    """Weight: the clean view is restored from the degraded one."""
+    voxel_temperature: Temperature = 0.1
+    """Divides the cosines of voxel rows."""
+    crop_temperature: Temperature = 0.2
+    """Divides the cosines of crop rows."""
+    reconstruction_beta: Annotated[float, Field(gt=0, le=2)] = 0.05
     """Error at which smooth-L1 turns from squares to absolute values, in the network's input range: 0.05 is 50 HU of a
     window of 2,000. At 1 the term's gradient on the backbone was a thirtieth of the others'."""
-    masked_weight: NonNegative = 4.0
+    masked_weight: Weight = 4.0
     """Weight of a masked voxel in the reconstruction, where an unmasked one has 1."""
 
     def __post_init__(self) -> None:
@@ -133,10 +186,14 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: Positive = 1e-3
-    weight_decay: NonNegative = 1e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    learning_rate: LearningRate = 1e-3
+    """Highest one of the schedule, change of a weight a step."""
+    weight_decay: WeightDecay = 1e-4
+    """Share of a weight that a step at learning rate 1 takes away."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    """Decay a step of the averages of the gradient and of its square."""
     warmup_fraction: Fraction = 0.05
+    """Share of the steps in which the learning rate rises."""
     final_fraction: Fraction = 0.01
     """Learning rate at the end, as a share of the highest."""
 
@@ -146,14 +203,16 @@ class BudgetConfig:
     """Whose pixel labels may be used: the first training cases, by share or number, of an order drawn from `seed`."""
 
     fraction: Fraction = 0.0
-    seed: int = 0
-    full_datasets: tuple[str, ...] = ()
+    """Share of the labelled training cases of a data set, rounded up."""
+    seed: Seed = 0
+    """Number of the order that cases are taken in."""
+    full_datasets: Names = ()
     """Data sets all of whose training labels may be used, because another one is to be fine-tuned on."""
     scans: Count | None = None
     """Number of labelled scans of a data set, instead of `fraction`."""
-    development: tuple[str, ...] = ()
+    development: Names = ()
     """Training cases kept back, neither trained on nor in any budget: every choice is made by their scores."""
-    classes: tuple[str, ...] | None = None
+    classes: Names | None = None
     """Classes whose labels may be read; voxels of others look as if nobody had annotated them. None: all."""
 
     def __post_init__(self) -> None:
@@ -163,53 +222,71 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    steps: Count = 1000
+    """How long pre-training learns, and what it leaves on the way."""
+
+    steps: Steps = 1000
+    """Optimizer steps."""
     batch_size: Count = 8
     """Patches in a global batch, over all ranks and accumulation steps."""
-    seed: int = 0
-    log_every: Count = 10
-    sample_every: Count = 200
+    seed: Seed = 0
+    """Number that the first weights, the order of patches and all augmentation follow from."""
+    log_every: Steps = 10
+    """Steps between lines of metrics."""
+    sample_every: Steps = 200
     """Steps between the pictures kept for the report."""
-    probe_every: Annotated[int, Field(ge=0)] = 0
+    probe_every: StepsOrNever = 0
     """Steps between two probes of the features on the development scans, one of them at the end; 0: never."""
-    gradient_norms_every: Annotated[int, Field(ge=0)] = 50
+    gradient_norms_every: StepsOrNever = 50
     """Steps between two measurements of each term's gradient norm on the backbone, and of how far the voxel rows are
     spread; such a step takes as long as four. 0 measures never."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    steps: Count = 300
+    """How a trial learns to segment, and how it is scored."""
+
+    steps: Steps = 300
+    """Optimizer steps."""
     batch_size: Count = 2
+    """Crops of a step."""
     patch_size: Size3 = (48, 48, 48)
-    spacing_mm: tuple[Positive, Positive, Positive] | None = None
-    """Spacing to resample to; None takes the spacing of the pre-trained network's shards, or keeps the case's own."""
-    learning_rate: Positive = 2e-3
-    weight_decay: NonNegative = 1e-4
+    """Voxels of a training crop, and of a window of the sliding inference."""
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | None = None
+    """Spacing in mm to resample to; None takes that of the pre-trained network's shards, or keeps the case's own."""
+    learning_rate: LearningRate = 2e-3
+    """Highest one of the schedule, change of a weight a step."""
+    weight_decay: WeightDecay = 1e-4
+    """Share of a weight that a step at learning rate 1 takes away."""
     warmup_fraction: Fraction = 0.1
-    head_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the learning rate rises."""
+    head_fraction: BelowOne = 0.1
     """Share of the steps in which only the classifier learns, so that its random start does not spoil the backbone."""
     level_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each level of the backbone learns at this factor of the learning rate of the level nearer to the classifier."""
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Of the exponential moving average of the weights that is scored and kept; 0 keeps the last weights."""
-    curve_every: Count = 250
+    average_decay: BelowOne = 0.99
+    """Share that each step keeps of the moving average of the weights, which is scored; 0 keeps the last weights."""
+    curve_every: Steps = 250
     """Steps between points of the curve of Dice on the first `curve_scans` development scans."""
     curve_scans: Count = 6
-    classes: tuple[str, ...] | None = None
+    """Development scans that the curve is of."""
+    classes: Names | None = None
     """Classes to learn and score, of those in the budget; None: all."""
-    sliding_overlap: Fraction = 0.25
-    surface_tolerance_mm: NonNegative = 3.0
-    """Distance up to which two surfaces count as one in the surface Dice."""
-    log_every: Count = 10
+    sliding_overlap: BelowOne = 0.25
+    """Smallest share of a window's edge that it has in common with the next one."""
+    surface_tolerance_mm: Annotated[float, Field(ge=0, le=1000)] = 3.0
+    """Distance in mm up to which two surfaces count as one in the surface Dice."""
+    log_every: Steps = 10
+    """Steps between lines of metrics."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """The table of trials: starts × label fractions × subset seeds × searched values."""
 
-    fractions: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.05, 0.15)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    fractions: Annotated[tuple[SomeFraction, ...], Field(min_length=1), AfterValidator(_distinct)] = (0.05, 0.15)
+    """Shares of the labelled training cases, each a column of the table."""
+    seeds: Seeds = (0, 1, 2)
+    """Numbers of the orders that cases are taken in, each a subset of every share."""
     search: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Searched values by configuration key, e.g. {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}."""
     samples: Count = 1
@@ -219,8 +296,6 @@ class StudyConfig:
 @dataclass(frozen=True)
 class StageConfig:
     """A pre-training that arms of a few-label table start from."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     start: str | None = None
     """Stage that this one goes on from; None begins with random weights."""
@@ -237,8 +312,6 @@ class StageConfig:
 class ArmConfig:
     """What a table compares: how its trials start. Fine-tuning is the same for every arm."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     stage: str | None = None
     """Pre-training that the trials start from; None starts from scratch."""
     voxels_of: str | None = None
@@ -250,21 +323,22 @@ class ArmConfig:
 class FoldConfig:
     """Organs that are labelled everywhere, and organs to be learnt from few scans."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    known: tuple[str, ...]
-    new: tuple[str, ...]
+    known: Names
+    """Classes that pre-training reads in all scans."""
+    new: Names
+    """Classes that trials learn from few scans."""
 
 
 @dataclass(frozen=True)
 class OtherOrgansConfig:
     """The second block of a table: pre-train with the labels of known organs in all scans, fine-tune on new ones."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     folds: dict[str, FoldConfig] = field(default_factory=dict)
-    scans: tuple[Count, ...] = (1, 2)
+    """Name → which organs are known and which are new."""
+    scans: ScanCounts = (1, 2)
+    """Numbers of labelled scans."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """Name → how its trials start."""
     compared: tuple[tuple[str, str], ...] = ()
     """Pairs [arm, reference] that are compared, beside every arm with scratch."""
 
@@ -273,22 +347,25 @@ class OtherOrgansConfig:
 class TableConfig:
     """The few-label table: arms × labelled scans × subset seeds, and the same for other organs."""
 
-    scans: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 4, 9)
+    scans: ScanCounts = (1, 2, 4, 9)
     """Numbers of labelled scans."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = tuple(range(10))
+    seeds: Seeds = tuple(range(10))
     """Subsets of scans, fixed beforehand."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    """Name → a pre-training."""
     arms: dict[str, ArmConfig] = field(default_factory=dict)
+    """Name → how its trials start."""
     compared: tuple[tuple[str, str], ...] = ()
     """Pairs [arm, reference] that are compared, beside every arm with scratch."""
     other_organs: OtherOrgansConfig = field(default_factory=OtherOrgansConfig)
-    first_scans: tuple[Count, ...] = (1, 2)
-    first_arms: tuple[str, ...] = ("scratch", "mixcl")
-    """The cells that tell most, which are run before all others."""
-    baselines: tuple[str, ...] = ("random", "reconstruction")
+    first_scans: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = (1, 2)
+    """Numbers of labelled scans of the cells that tell most, which are run before all others."""
+    first_arms: Names = ("scratch", "mixcl")
+    """The arms of those cells."""
+    baselines: Names = ("random", "reconstruction")
     """Stages whose probe every other pre-training has to beat before trials start from it, random weights among them;
     none lifts the gate."""
-    margin: float = 0.02
+    margin: Annotated[float, Field(ge=-1, le=1)] = 0.02
     """Dice of the linear probe by which it has to be beaten."""
     final: bool = True
     """Score the trials on validation scans, after which nothing is chosen; false scores them on the development scans,
@@ -300,6 +377,9 @@ class TableConfig:
 @dataclass(frozen=True)
 class Config:
     """The resolved configuration of one run."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    # Sections without a `__pydantic_config__` of their own take this one.
 
     build: BuildConfig = field(default_factory=BuildConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -316,6 +396,12 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     table: TableConfig = field(default_factory=TableConfig)
     trials: TrialsConfig = field(default_factory=TrialsConfig)
+
+    def __post_init__(self) -> None:
+        if self.objective.reconstruction and not self.objective.masked_weight and self.views.mask_fraction == 1:
+            raise ValueError(
+                "objective.masked_weight is 0 and views.mask_fraction is 1, so no voxel is restored; change one of them"
+            )
 
 
 def load(*files: Path, recipe: str | None = None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -342,7 +428,13 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         value = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"  # a whole section is no value
-        raise ConfigError(f"{key}{value}: {first['msg'].removeprefix('Value error, ')}") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{key}{value}: {problem}" if key else problem) from None
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of all settings: types, bounds and, as descriptions, their docstrings."""
+    return _adapter().json_schema()
 
 
 @functools.cache

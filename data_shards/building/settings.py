@@ -5,55 +5,48 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 Progress = Callable[[int, int, str], None]
 """Called with how many are done, of how many, and of what ("case" or "shard")."""
 
 
-@dataclass(frozen=True)
+Edge = Annotated[int, Field(ge=1, le=4096, strict=True)]
+SpacingMm = Annotated[float, Field(gt=0, le=1000)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
 class BuildConfig:
     """How volumes are cut into patches and written as shards."""
 
-    patch_size: tuple[int, int, int] = (48, 48, 48)
+    patch_size: tuple[Edge, Edge, Edge] = (48, 48, 48)
     """Voxels of a stored patch."""
-    spacing_mm: tuple[float, float, float] | None = None
-    """Spacing that every volume is resampled to; None keeps each volume's own."""
-    overlap: float = 0.25
+    spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | None = None
+    """Spacing in mm that every volume is resampled to; None keeps each volume's own."""
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Smallest share of a patch's edge that it has in common with its neighbour."""
-    min_body_fraction: float = 0.05
+    min_body_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Patches with a smaller share of voxels above -500 HU are skipped as air."""
-    body_margin_mm: float = 10.0
-    """Air kept around the body when a volume is cropped to it."""
-    samples_per_shard: int = 256
-    seed: int = 0
-    """Of the shuffle over all volumes' patches."""
-    splits: tuple[Literal["training", "validation", "unlabelled"], ...] = ("training", "unlabelled")
+    body_margin_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
+    """Air in mm kept around the body when a volume is cropped to it."""
+    samples_per_shard: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 256
+    """Patches of a shard; the last one may hold fewer."""
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    """Number that the shuffle over all volumes' patches follows from."""
+    splits: Annotated[tuple[Literal["training", "validation", "unlabelled"], ...], Field(min_length=1)] = (
+        "training",
+        "unlabelled",
+    )
     """Which cases enter the shards; validation cases stay out, so that pre-training never sees them."""
     codec: Literal["fast", "small"] = "fast"
     """How HU are stored: LZ4HC, or pcodec, which takes a sixth less and decodes at a fifth of the speed."""
-    quantise_hu: int = 0
+    quantise_hu: Annotated[int, Field(ge=0, le=100, strict=True)] = 0
     """Step in HU that values are rounded to, each by at most half of it, counted from air; 0 loses nothing."""
-    workers: int = 1
+    workers: Annotated[int, Field(ge=1, le=1024, strict=True)] = 1
     """Processes that read cases side by side; the shards do not depend on it."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "patch_size": min(self.patch_size) >= 1,
-            "spacing_mm": self.spacing_mm is None or min(self.spacing_mm) > 0,
-            "overlap": 0 <= self.overlap < 1,
-            "min_body_fraction": 0 <= self.min_body_fraction <= 1,
-            "body_margin_mm": self.body_margin_mm >= 0,
-            "samples_per_shard": self.samples_per_shard >= 1,
-            "splits": len(self.splits) >= 1,
-            "codec": self.codec in ("fast", "small"),
-            "quantise_hu": 0 <= self.quantise_hu <= 100,
-            "workers": self.workers >= 1,
-        }
-        for name, holds in checks.items():
-            if not holds:
-                raise ValueError(f"build.{name} = {getattr(self, name)} is out of range")
 
     def recorded(self) -> dict[str, Any]:
         """What the shards depend on, as JSON has it."""

@@ -7,7 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field
 
 _MAX_GAP = 1 << 16
 """Bytes read and thrown away rather than asked around: tar headers and small members lie between payloads."""
@@ -35,17 +38,14 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
 class CacheConfig:
     """Where spans of a remote store are kept on local disk, for all processes of the machine together."""
 
     folder: Path
-    max_bytes: int
+    """Folder on a local disk."""
+    max_bytes: Annotated[int, Field(ge=1, lt=2**63, strict=True)]
     """Of everything kept in `folder`; what was not used for longest goes first."""
-
-    def __post_init__(self) -> None:
-        if self.max_bytes < 1:
-            raise ValueError(f"cache.max_bytes = {self.max_bytes} is out of range")
 
 
 def without_credentials(url: str) -> str:

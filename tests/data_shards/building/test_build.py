@@ -157,7 +157,7 @@ def test_another_configuration_is_refused_before_and_after_the_end(cohort, small
     [("patch_size", (0, 8, 8)), ("overlap", 1.0), ("spacing_mm", (1.0, 0.0, 1.0)), ("workers", 0), ("quantise_hu", -1)],
 )
 def test_a_setting_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"build.{name} = "):
+    with pytest.raises(ValueError, match=name):
         BuildConfig(**{name: value})
 
 
