@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mixcl_dist import __version__
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import ExportError, Trained
 from mixcl_dist.networks import dynunet
@@ -52,13 +54,21 @@ def write(trained: Trained, folder: Path) -> None:
     (folder / "LICENSE").write_text(_LICENSE)
 
 
+def _inert(name: object) -> str:
+    """A name from the run's folder, for MONAI's parser, which evaluates strings with $, reads the files that % names
+    and follows @: only letters, digits, spaces and a few marks are kept."""
+    return re.sub(r"[^\w .,()+-]", "_", str(name))
+
+
 def _metadata(trained: Trained) -> dict[str, Any]:
-    channels = dict(enumerate(("background", *trained.classes)))
+    """Everything of the run's folder in it is a number, or a name made `_inert`."""
+    classes = [_inert(name) for name in trained.classes]
+    channels = dict(enumerate(("background", *classes)))
     image = {"type": "image", "modality": "CT", "spatial_shape": trained.patch_size, "dtype": "float32"}
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
-        "changelog": {"0.1.0": f"exported by mixcl-dist {trained.facts.get('mixcl_version', '')}".strip()},
+        "changelog": {"0.1.0": f"exported by mixcl-dist {__version__}"},
         "monai_version": metadata.version("monai"),
         "pytorch_version": metadata.version("torch").split("+")[0],
         "numpy_version": metadata.version("numpy"),
@@ -67,16 +77,16 @@ def _metadata(trained: Trained) -> dict[str, Any]:
             "pytorch-ignite": "0.4.11",
             "fire": "0.5.0",
         },
-        "name": trained.facts["name"],
+        "name": _inert(trained.facts["name"]),
         "task": "Segmentation of CT",
-        "description": f"DynUNet that segments {', '.join(trained.classes)} in CT, fine-tuned with mixcl-dist",
+        "description": f"DynUNet that segments {', '.join(classes)} in CT, fine-tuned with mixcl-dist",
         "authors": "see the training run",
         "copyright": "see LICENSE",
         "data_type": "nifti",
         "image_classes": "one channel, Hounsfield units",
         "label_classes": "one channel, class index",
         "pred_classes": f"{len(channels)} channels, logits of background and classes",
-        "eval_metrics": {"mean_dice": trained.dice["mean"]} if trained.dice else {},
+        "eval_metrics": {"mean_dice": float(trained.dice["mean"])} if trained.dice and trained.dice["mean"] else {},
         "intended_use": "Research; not a medical device",
         "network_data_format": {
             "inputs": {
@@ -104,6 +114,7 @@ def _metadata(trained: Trained) -> dict[str, Any]:
 
 
 def _inference(trained: Trained) -> dict[str, Any]:
+    """MONAI evaluates the strings of this file: all are written here, and only numbers come from the run's folder."""
     return {
         "imports": ["$import glob", "$import os", "$import numpy", "$import torch"],
         "bundle_root": ".",
@@ -122,7 +133,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
             "_target_": "SlidingWindowInferer",
             "roi_size": trained.patch_size,
             "sw_batch_size": 2,
-            "overlap": trained.config["finetune"]["sliding_overlap"],
+            "overlap": trained.config.finetune.sliding_overlap,
             "mode": "gaussian",
             "cval": -1.0,
         },

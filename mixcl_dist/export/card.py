@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import re
+
 from mixcl_dist.export.trained import Trained
 from mixcl_dist.networks import dynunet
 
@@ -9,7 +12,7 @@ from mixcl_dist.networks import dynunet
 def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
     """Markdown of a model card; `use` says how to load it, `notes` what is special about this form."""
     sections = [
-        f"# {title}",
+        f"# {literal(title)}",
         _what(trained),
         f"## Use\n\n{use}",
         f"## Input and output\n\n{_interface(trained)}",
@@ -21,9 +24,19 @@ def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def literal(text: object) -> str:
+    """A name from the run's folder as one line of Markdown that shows it as it is, not as markup or HTML."""
+    marks = r"([\\`*\[\]|#$~!]|(?<![^\W_])_|_(?![^\W_]))"
+    return re.sub(marks, r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+
+
+def _named(class_name: str) -> str:
+    return literal(class_name.replace("_", " "))
+
+
 def _what(trained: Trained) -> str:
     task = (
-        f"A network that segments {', '.join(name.replace('_', ' ') for name in trained.classes)} in CT"
+        f"A network that segments {', '.join(map(_named, trained.classes))} in CT"
         if trained.is_segmentation
         else "An encoder-decoder for CT, pre-trained with mixed contrastive learning (MixCL), to be fine-tuned"
     )
@@ -44,7 +57,7 @@ def _interface(trained: Trained) -> str:
         f"{' × '.join(map(str, trained.patch_size))} were used in fine-tuning.",
     ]
     if trained.is_segmentation:
-        classes = ", ".join(f"{k} {name}" for k, name in enumerate(("background", *trained.classes)))
+        classes = ", ".join(f"{k} {literal(name)}" for k, name in enumerate(("background", *trained.classes)))
         lines.append(f"- Output: logits (batch, {len(trained.classes) + 1}, x, y, z): {classes}.")
     return "\n".join(lines)
 
@@ -52,16 +65,17 @@ def _interface(trained: Trained) -> str:
 def _data(trained: Trained) -> str:
     facts = trained.facts
     labels = len(facts.get("label_cases") or [])
+    fraction, seed = literal(facts.get("fraction")), literal(facts.get("seed"))
     if trained.is_segmentation:
-        start = f"the pre-training {facts.get('start_name')!r}" if facts.get("start") else "random weights"
+        start = f"the pre-training “{literal(facts.get('start_name'))}”" if facts.get("start") else "random weights"
         return (
-            f"Fine-tuned from {start}. Labelled cases: {labels} (fraction {facts.get('fraction')} of the training "
-            f"cases, subset seed {facts.get('seed')}). Validation cases: {len(facts.get('validation_cases') or [])}."
+            f"Fine-tuned from {start}. Labelled cases: {labels} (fraction {fraction} of the training cases, subset "
+            f"seed {seed}). Validation cases: {len(facts.get('validation_cases') or [])}."
         )
     shards = facts.get("shards", {})
     return (
-        f"Pre-trained on {len(facts.get('training_cases') or [])} CT volumes ({shards.get('patches', '?')} patches). "
-        f"Pixel labels were read of {labels} of them; labels of all other cases were withheld. Evaluate it only on "
+        f"Pre-trained on {len(facts.get('training_cases') or [])} CT volumes of shards with "
+        f"{literal(shards.get('patches', '?'))} patches. Pixel labels were read of {labels} of them; labels of all other cases were withheld. Evaluate it only on "
         "cases that are not among these."
     )
 
@@ -71,12 +85,12 @@ def _results(trained: Trained) -> str:
     if not dice or dice["mean"] is None:
         return "Not scored."
     rows = [
-        f"| {name.replace('_', ' ')} | {'–' if value is None else f'{100 * value:.1f}'} |"
+        f"| {_named(name)} | {'–' if value is None else f'{100 * value:.1f}'} |"
         for name, value in dice["class_mean"].items()
     ]
     table = "\n".join(["| class | Dice (%) |", "|---|---|", *rows, f"| **mean** | **{100 * dice['mean']:.1f}** |"])
     scored = trained.facts.get("scored", "validation")
-    return f"{table}\n\nMeans over the {scored} cases in which the class was annotated; one run, no interval."
+    return f"{table}\n\nMeans over the {literal(scored)} cases in which the class was annotated; one run, no interval."
 
 
 def _limits(trained: Trained) -> str:

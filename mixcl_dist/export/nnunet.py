@@ -76,7 +76,7 @@ def encoder_weights(trained: Trained) -> dict[str, torch.Tensor]:
 def adaptation_plan(trained: Trained) -> dict[str, Any]:
     """What nnU-Net must know to build the network and find its parts; sizes and spacings as (z, y, x)."""
     spacing = list(reversed(trained.spacing_mm)) if trained.spacing_mm else None
-    patch_size = list(reversed(trained.config["views"]["size"]))
+    patch_size = list(reversed(trained.config.views.size))
     return {
         "architecture_plans": {
             "arch_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from monai.networks.nets import DynUNet
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mixcl_dist.config import NetworkConfig
+from mixcl_dist.config import Config, ConfigError, NetworkConfig, load, replace
 from mixcl_dist.networks import dynunet
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.run import read_json
 
 _CLASSIFIER = {
     "classifier.weight": "output_block.conv.conv.weight",
@@ -32,14 +31,21 @@ class Trained:
 
     run: Path
     facts: dict[str, Any]
-    config: dict[str, Any]
-    network: NetworkConfig
-    spacing_mm: tuple[float, float, float] | None
-    """Spacing that the network was trained at; None: every case at its own."""
+    config: Config
+    """The run's settings, with the network as network.json describes it; every value has its type and range."""
     classes: tuple[str, ...]
     dice: dict[str, Any] | None
     """What dice.json holds; None for a pre-training."""
     weights: dict[str, torch.Tensor]
+
+    @property
+    def network(self) -> NetworkConfig:
+        return self.config.network
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """Spacing that the network was trained at; None: every case at its own."""
+        return self.config.finetune.spacing_mm
 
     @property
     def is_segmentation(self) -> bool:
@@ -55,7 +61,7 @@ class Trained:
     @property
     def patch_size(self) -> list[int]:
         """Voxels of a patch in fine-tuning."""
-        return list(self.config["finetune"]["patch_size"])
+        return list(self.config.finetune.patch_size)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Weights as `DynUNet.state_dict()` names them: it registers every layer a second time under `skip_layers`."""
@@ -70,39 +76,48 @@ class Trained:
 
 def open_trained(run: Path) -> Trained:
     """Read a finished run; raises `ExportError` or `RunError` where its network is missing or broken."""
-    facts, config = read_json(run / "run.json"), _read_config(run / "config.yaml")
+    facts = read_json(run / "run.json")
     file = run / ("model.safetensors" if facts.get("kind") == "finetune" else "network.safetensors")
     if not file.is_file():
         raise ExportError(f"{file}: no network yet; let the run finish (mixcl {facts.get('kind')} … --run {run})")
-    description = read_json(run / "network.json")
+    config, classes = _read_description(run)
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{file}: cannot be read ({error}); the run must be made again") from None
-    try:
-        trained = Trained(
-            run=run,
-            facts=facts,
-            config=config,
-            network=NetworkConfig(
-                architecture=description["architecture"],
-                filters=tuple(description["filters"]),
-                window_hu=tuple(description["window_hu"]),
-            ),
-            spacing_mm=tuple(description["spacing_mm"]) if description["spacing_mm"] else None,
-            classes=tuple(description["classes"]),
-            dice=read_json(run / "dice.json") if (run / "dice.json").is_file() else None,
-            weights={_CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
-        )
-    except KeyError as error:
-        raise ExportError(f"{run / 'network.json'}: {error} is missing; the run must be made again") from None
+    trained = Trained(
+        run=run,
+        facts=facts,
+        config=config,
+        classes=classes,
+        dice=read_json(run / "dice.json") if (run / "dice.json").is_file() else None,
+        weights={_CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
+    )
     _check(trained, file)
     return trained
 
 
+def _read_description(run: Path) -> tuple[Config, tuple[str, ...]]:
+    """The settings, with the network and spacing of network.json, and the classes; no value is taken unchecked."""
+    file = run / "network.json"
+    description = read_json(file)
+    try:
+        network = {f"network.{key}": description[key] for key in ("architecture", "filters", "window_hu")}
+        described = network | {"finetune.spacing_mm": description["spacing_mm"]}
+        config, classes = replace(load(run / "config.yaml"), described), description["classes"]
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"{file}: {error} is missing; the run must be made again") from None
+    except ConfigError as error:
+        raise ExportError(f"{run}: config.yaml or network.json: {error}; the run must be made again") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ExportError(f"{file}: 'classes' are no list of names; the run must be made again")
+    return config, tuple(classes)
+
+
 def _check(trained: Trained, file: Path) -> None:
     """Raise where the weights are not those of the network that the description names."""
-    expected = DynUNet(**({"out_channels": 1} | trained.network_arguments)).state_dict()
+    with torch.device("meta"):  # no memory for what a forged description claims
+        expected = DynUNet(**({"out_channels": 1} | trained.network_arguments)).state_dict()
     names = {name for name in expected if not name.startswith("skip_layers.")}
     names -= set() if trained.is_segmentation else set(_CLASSIFIER.values())
     wrong = sorted(names ^ trained.weights.keys()) or sorted(
@@ -110,10 +125,3 @@ def _check(trained: Trained, file: Path) -> None:
     )
     if wrong:
         raise ExportError(f"{file}: {wrong[0]} does not fit network.json; the run must be made again")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())}); the run must be made again") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixcl_dist.report import page
-from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table
+from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table, own
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
 from mixcl_dist.report.table import not_final, table_results, text_rows, trial_rows
 from mixcl_dist.run import RunError, write_atomic
@@ -27,6 +27,7 @@ def write_report(path: Path) -> Path:
     folder = open_folder(path)
     if isinstance(folder, TableFolder):
         return _write_table(folder)
+    index = own(path, "report") / "index.html"
     if isinstance(folder, RunFolder):
         html, summary, rows = page.run_page(folder), _run_summary(folder), _run_rows(folder)
     else:
@@ -34,7 +35,7 @@ def write_report(path: Path) -> Path:
         html, rows = page.study_page(folder, results), study_rows(folder)
         summary = {"kind": "study", "name": folder.facts.get("name"), "headline": headline(results)}
         summary |= {"finished": folder.facts.get("finished"), "results": results, "trials": rows}
-    return _write(path / "report" / "index.html", html, path / "report" / "report", summary, rows)
+    return _write(index, html, path / "report" / "report", summary, rows)
 
 
 def _write_table(folder: TableFolder) -> Path:
@@ -44,7 +45,7 @@ def _write_table(folder: TableFolder) -> Path:
     summary |= {"done": results.done, "planned": results.planned, "results": asdict(results)}
     summary |= {"probes": page.probe_figures(folder), "trials": rows}
     html = page.table_page(folder, results)
-    return _write(folder.path / "report" / "index.html", html, folder.path / "table", summary, rows)
+    return _write(own(folder.path, "report") / "index.html", html, folder.path / "table", summary, rows)
 
 
 def _write(index: Path, html: str, numbers: Path, summary: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
@@ -84,6 +85,11 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({key: _cell(key) for key in columns})
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

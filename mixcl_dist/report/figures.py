@@ -26,6 +26,8 @@ ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900",
 
 _INK = "#010203"  # replaced by currentColor
 _STYLE = {
+    "text.parse_math": False,  # names of classes and runs are shown as they are
+    "text.usetex": False,
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -64,6 +66,8 @@ RATES = {
     "data_wait_share": "Time waiting for data (%)",
 }
 
+LONGEST_NAME = 40
+"""Characters of a class's or start's name in a figure."""
 PANEL_SIZE = (3.53, 2.35)
 PER_CENT = ("data_wait_share", "clipped_share")
 """Shares from 0 to 1 that are drawn as per cent."""
@@ -275,7 +279,7 @@ def diagnostic_curves(
 def _draw_arm(axes: Axes, at: list[float], cells: list[Cell], colour: str, label: str) -> None:
     means = [100 * cell.summary.mean for cell in cells]  # type: ignore[operator]
     sds = [100 * (cell.summary.sd or 0) for cell in cells]
-    axes.errorbar(at, means, sds, color=colour, marker="o", markersize=7, capsize=4, linewidth=1.8, label=label)
+    axes.errorbar(at, means, sds, color=colour, marker="o", markersize=7, capsize=4, linewidth=1.8, label=_shown(label))
     for x, cell in zip(at, cells, strict=True):
         values = [100 * value for value in cell.values.values()]
         axes.plot([x + 0.045] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
@@ -364,7 +368,13 @@ def _is_number(value: object) -> bool:
 
 
 def _class_label(name: str) -> str:
-    return "mean of classes" if name == MEAN else name.replace("_", " ")
+    return "mean of classes" if name == MEAN else _shown(name.replace("_", " "))
+
+
+def _shown(name: str) -> str:
+    """A name of one line that leaves room for the axes; matplotlib leaves out of a legend what begins with "_"."""
+    line = "".join(filter(str.isprintable, " ".join(name.split()))).lstrip("_")
+    return line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…"
 
 
 def _figure(name: str, size: tuple[float, float], draw: Callable[[Axes], None], label: str) -> Markup:

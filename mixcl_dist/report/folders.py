@@ -15,6 +15,11 @@ from mixcl_dist.run import RunError, read_json
 from mixcl_dist.studies.table import ledger
 
 Arrays = Mapping[str, np.ndarray]
+RUN_FILES = (
+    "run.json", "config.yaml", "network.json", "metrics.jsonl", "curve.jsonl", "dice.json", "samples.npz",
+    "overlays.npz",
+)  # fmt: skip
+"""What is read of a run."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +113,25 @@ def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder:
     )
 
 
+def own(folder: Path, name: str) -> Path:
+    """`folder`/`name`; raises `RunError` where that leads out of the folder, whose page would then show what lies
+    elsewhere: the folder may come from a stranger."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{path}: leads out of {folder}; put the file itself there, or remove it")
+    return path
+
+
 def open_run(path: Path) -> RunFolder:
+    for name in RUN_FILES:
+        own(path, name)
     facts = read_json(path / "run.json")
     if not isinstance(facts, dict) or facts.get("kind") not in ("pretrain", "finetune"):
         raise RunError(f"{path / 'run.json'}: no run of kind pretrain or finetune; the run must be made again")
-    config = path / "config.yaml"
     return RunFolder(
         path=path,
         facts=facts,
-        config=config.read_text() if config.is_file() else "",
+        config=_read_text(path / "config.yaml"),
         metrics=_read_metrics(path / "metrics.jsonl"),
         dice=_read_optional(path / "dice.json", ("classes", "cases", "class_mean", "mean")),
         samples=_read_arrays(path / "samples.npz", ("clean",)),
@@ -126,36 +141,35 @@ def open_run(path: Path) -> RunFolder:
 
 
 def open_study(path: Path) -> StudyFolder:
-    file = path / "study.json"
+    file = own(path, "study.json")
     facts = read_json(file)
     _require(file, facts, ("trials", "starts"))
     for row in facts["trials"]:
         _require(file, row, ("id", "start", "fraction", "seed", "run"))
-    trials = [Trial(row, _run_if_there(path / row["run"])) for row in facts["trials"]]
+    trials = [Trial(row, _run_if_there(own(path, row["run"]))) for row in facts["trials"]]
     named = []
     for start in facts["starts"]:
         if start != "scratch":
             _require(file, start, ("name", "path"))
-            named.append(Start(start["name"], start["path"], _start_if_there(path, start["path"])))
+            named.append(Start(start["name"], start["path"], _start_if_there(path, start["path"], trials)))
     return StudyFolder(path, facts, trials, named)
 
 
 def open_table(path: Path) -> TableFolder:
-    file = path / "plan.json"
+    file = own(path, "plan.json")
     facts = read_json(file)
     _require(file, facts, ("table", "items"))
     records = _current_records(path, facts["items"])
     trials = [
         _table_trial(path, item, records.get(item["name"], {})) for item in facts["items"] if item["kind"] == "trial"
     ]
-    config = path / "config.yaml"
-    return TableFolder(path, facts, config.read_text() if config.is_file() else "", records, trials)
+    return TableFolder(path, facts, _read_text(path / "config.yaml"), records, trials)
 
 
 def _current_records(path: Path, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The newest record of each planned item, unless other settings or sources have made it, by its digest; a plan
     without digests takes all."""
-    newest = {record["item"]: record for record in ledger.read(path / "ledger.jsonl")}
+    newest = {record["item"]: record for record in ledger.read(own(path, "ledger.jsonl"))}
     return {
         item["name"]: record
         for item in items
@@ -164,7 +178,9 @@ def _current_records(path: Path, items: Sequence[dict[str, Any]]) -> dict[str, d
 
 
 def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> TableTrial:
-    run = path / item["name"]
+    run = own(path, item["name"])
+    for name in RUN_FILES:
+        own(run, name)
     dice = _read_optional(run / "dice.json", ("classes", "cases", "class_mean", "mean"))
     status = record.get("status")
     if status not in ("failed", "barred"):
@@ -183,10 +199,19 @@ def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> Ta
     )
 
 
-def _start_if_there(study: Path, start: str) -> RunFolder | None:
-    """A start's path is as it was typed: relative to where the study ran, or to the study's folder."""
+def _start_if_there(study: Path, start: str, trials: Sequence[Trial]) -> RunFolder | None:
+    """A start's path is as it was typed: relative to where the study ran, or to the study's folder.
+
+    It lies outside the study, and is read where a trial that began from it lists every scan that it was trained on:
+    then it is that start, not a later run or another's at the same path.
+    """
     there = next((place for place in (Path(start), study / start) if (place / "run.json").is_file()), None)
-    return open_run(there) if there else None
+    known = [set(t.run.facts.get("training_cases", ())) for t in trials if t.run and t.run.facts.get("start") == start]
+    if there is None or not known:
+        return None
+    run = open_run(there)
+    trained_on = set(run.facts.get("training_cases", ()))
+    return run if trained_on and any(trained_on <= cases for cases in known) else None
 
 
 def _run_if_there(path: Path) -> RunFolder | None:
@@ -205,6 +230,10 @@ def _require(path: Path, content: Any, needed: Sequence[str]) -> None:
     for name in needed:
         if not isinstance(content, Mapping) or name not in content:
             raise RunError(f"{path}: {name!r} is missing; remove the file or make the run again")
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def _read_metrics(path: Path) -> list[dict[str, float]]:

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
 from safetensors.torch import load_file, save_file
@@ -271,3 +273,89 @@ def test_nnunet_refuses_residual_blocks_with_the_cure(tmp_path):
     with pytest.raises(ExportError, match=r"--network\.architecture dynunet, or export to monai"):
         export(run, "nnunet", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> tuple[Path, dict[str, str], set[str]]:
+    """A fine-tuned run of a tiny network, its text files, and all strings of its bundle's configuration."""
+    folder = tmp_path_factory.mktemp("stranger")
+    run = write_run(folder / "few", SegmentationNetwork(NetworkConfig(filters=(2, 2, 2)), len(CLASSES)), "finetune")
+    change(run, filters=[2, 2, 2])
+    out = export(run, "bundle", folder / "bundle")
+    files = {name: (run / name).read_text() for name in ("config.yaml", "network.json", "run.json", "dice.json")}
+    return run, files, set(strings_of(json.loads((out / "configs" / "inference.json").read_text())))
+
+
+def strings_of(tree: object) -> list[str]:
+    if isinstance(tree, dict):
+        return [*tree, *strings_of(list(tree.values()))]
+    return (
+        [text for item in tree for text in strings_of(item)] if isinstance(tree, list) else [tree] * (str is type(tree))
+    )
+
+
+def leaves_of(tree: object, path: tuple = ()) -> list[tuple]:
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    return [path] if pairs is None else [leaf for key, value in pairs for leaf in leaves_of(value, (*path, key))]
+
+
+def planted(text: str, path: tuple, value: object) -> str:
+    tree = node = yaml.safe_load(text)
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return json.dumps(tree)  # JSON is YAML
+
+
+HOSTILE = (
+    "$open('ran', 'w')", "$__import__('os').mkdir('ran')", "@network_def", "%../../run.json", "%run.json::name", "@#x",
+    "<script>x</script>", "# title\n---\nlicense: mine", "[x](javascript:x)", "| x |", "`x`", "../../x", "1e9", "",
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.integers(0, 10_000), value=st.sampled_from(HOSTILE) | st.text(max_size=12))
+@example(where="config.yaml:finetune.sliding_overlap", value="$open('ran', 'w')")
+@example(where="config.yaml:finetune.patch_size.0", value="$open('ran', 'w')")
+@example(where="network.json:window_hu.0", value="$open('ran', 'w')")
+@example(where="network.json:classes.0", value="$open('ran', 'w')")
+@example(where="network.json:classes.0", value="%../../run.json")
+@example(where="run.json:name", value="$open('ran', 'w')")
+@example(where="dice.json:mean", value="$open('ran', 'w')")
+def test_no_string_of_a_strangers_run_is_evaluated_by_its_bundle(small_run, tmp_path_factory, where, value):
+    """Each is refused in one line, or becomes a number, or a name that MONAI's parser takes as text."""
+    run, files, known = small_run
+    places = [(name, path) for name, text in files.items() for path in leaves_of(yaml.safe_load(text))]
+    named = {f"{name}:{'.'.join(map(str, path))}": (name, path) for name, path in places}
+    name, path = named[where] if isinstance(where, str) else places[where % len(places)]
+    for each, text in files.items():
+        (run / each).write_text(planted(text, path, value) if each == name else text)
+    out = tmp_path_factory.mktemp("out") / "bundle"
+    try:
+        export(run, "bundle", out)
+    except ValueError as error:
+        assert "\n" not in str(error) and not out.exists()
+        return
+    assert set(strings_of(json.loads((out / "configs" / "inference.json").read_text()))) <= known
+    for text in strings_of(json.loads((out / "configs" / "metadata.json").read_text())):
+        assert not text.startswith(("$", "%")) and "@" not in text
+    with contextlib.chdir(out):
+        parser = ConfigParser()
+        parser.read_meta("configs/metadata.json")
+        parser.read_config("configs/inference.json")
+        parser.parse()
+        for part in ("preprocessing", "inferer", "network_def", "_meta_"):
+            parser.get_parsed_content(part)
+        assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_text_in_a_model_card(pretrained, tmp_path, name):
+    run = json.loads((pretrained / "run.json").read_text())
+    (pretrained / "run.json").write_text(json.dumps(run | {"name": name}))
+    out = export(pretrained, "hf", tmp_path / "out")
+    _, front_matter, card = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front_matter)["library_name"] == "monai" and "mine" not in front_matter
+    title, rest = card.strip().split("\n", 1)
+    assert title.startswith("# ") and "<" not in title and not re.search(r"(?<!\\)[\[\]|`$]", title)
+    assert rest.startswith("\nAn encoder-decoder")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def write_pretraining(folder: Path, training_cases: list[str]) -> None:
 def write_trial(folder: Path, scores: dict[str, float], fraction: float, start: str | None = None) -> None:
     facts = {"kind": "finetune", "name": folder.name, "started": "2025-01-01T10:00:00+00:00", "finished": None}
     facts |= {"label_cases": [f"t{i}" for i in range(round(fraction * 20))], "validation_cases": ["v0", "v1"]}
+    facts |= {"training_cases": ["t0", "t1", "t2", "v1"]}  # with those of its start
     write(folder / "run.json", facts | {"classes": CLASSES, "start": start})
     cases = {"v0": scores, "v1": {"liver": scores["liver"], "left_kidney": None}}
     write(folder / "dice.json", {"classes": CLASSES, "cases": cases, "class_mean": scores, "mean": 0.5})
@@ -271,6 +274,93 @@ def test_run_that_has_logged_nothing_says_so(tmp_path):
     write(tmp_path / "run" / "run.json", {"kind": "pretrain", "name": "run"})
     text = Page(write_report(tmp_path / "run")).text
     assert "No loss has been logged yet" in text and "No pictures were kept" in text
+
+
+HOSTILE = (
+    ("$\\frac$", "a&b<c>", "{{ 7 * 7 }}", "\\", "</style><script>alert(1)</script>"),
+    ("$x^$", '" onload="x', "=1+1", "$\\frac{1}{2}$", "../../x"),
+    ("_hidden", "a\nb", "x" * 5000, "\x1b[31m", "%s{}"),
+)
+
+
+class Tags(HTMLParser):
+    """The tags of a page with the names of their attributes."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.found |= {(tag, name) for name, _ in attributes} | {(tag, "")}
+
+
+@pytest.mark.parametrize("texts", HOSTILE)
+def test_text_of_a_strangers_study_is_shown_as_text(study, texts):
+    """In names of classes, starts, cases and the study; in figures too, where $...$ would be a formula."""
+    known = Tags(write_report(study)).found
+    renamed = dict(zip(("liver", "mixcl", "v0", "few labels", "t0"), texts, strict=True))
+    for file in [*study.rglob("*.json"), study.parent / "pre" / "run.json"]:
+        if file.parent.name != "report":
+            tree = file.read_text()
+            for old, new in renamed.items():
+                tree = tree.replace(json.dumps(old), json.dumps(new))
+            file.write_text(tree)
+    page = write_report(study)
+    assert Tags(page).found <= known
+    svgs = " ".join(re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL))
+    for text in texts[:2]:
+        assert html.escape(" ".join(text.split()).lstrip("_"), quote=False) in svgs
+    cells = [cell for row in csv.reader((study / "report" / "report.csv").open()) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "@"))]
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("report", "../private"),
+        ("trials/mixcl-0.05-0", "../../private"),
+        ("trials/mixcl-0.05-0/config.yaml", "../../../private/config.yaml"),
+        ("trials/mixcl-0.05-0/overlays.npz", "../../../private/overlays.npz"),
+        ("study.json", "../private/run.json"),
+    ],
+)
+def test_a_link_out_of_a_strangers_folder_is_neither_followed_nor_written_through(study, link, target):
+    private = study.parent / "private"
+    write_trial(private, dict.fromkeys(CLASSES, 0.5), 0.05)
+    (private / "config.yaml").write_text("secret: here")
+    before = {file: file.read_bytes() for file in private.iterdir()}
+    if (study / link).is_dir():
+        shutil.rmtree(study / link)
+    (study / link).unlink(missing_ok=True)
+    (study / link).symlink_to(target)
+    with pytest.raises(RunError, match="leads out of") as error:
+        write_report(study)
+    assert "\n" not in str(error.value)
+    assert {file: file.read_bytes() for file in private.iterdir()} == before
+
+
+def test_a_trial_elsewhere_is_refused(study):
+    write_trial(study.parent / "private", dict.fromkeys(CLASSES, 0.5), 0.05)
+    change_trials(study, lambda row: {"run": "../private"} if row["id"] == "mixcl-0.05-0" else {})
+    with pytest.raises(RunError, match="leads out of"):
+        write_report(study)
+
+
+def test_a_start_is_shown_only_where_a_trial_tells_what_it_was_trained_on(study):
+    """So that a stranger's study cannot show a run of mine, nor mine a later run at the start's path."""
+    (study.parent / "pre" / "config.yaml").write_text("secret: here")
+    assert "secret: here" in write_report(study).read_text()
+    write_pretraining(study.parent / "pre", ["another patient"])
+    page = write_report(study).read_text()
+    assert "secret" not in page and "another patient" not in page and "not checked" in page
+
+
+def test_links_within_the_folder_are_followed(study):
+    trial = study / "trials" / "mixcl-0.05-0"
+    trial.rename(study / "kept")
+    trial.symlink_to("../kept")
+    assert "raised mean Dice" in Page(write_report(study)).text
 
 
 @pytest.mark.parametrize(
