@@ -75,8 +75,8 @@ def _data(trained: Trained) -> str:
     shards = facts.get("shards", {})
     return (
         f"Pre-trained on {len(facts.get('training_cases') or [])} CT volumes of shards with "
-        f"{literal(shards.get('patches', '?'))} patches. Pixel labels were read of {labels} of them; labels of all other cases were withheld. Evaluate it only on "
-        "cases that are not among these."
+        f"{literal(shards.get('patches', '?'))} patches. Pixel labels were read of {labels} of them; labels of all "
+        "other cases were withheld. Evaluate it only on cases that are not among these."
     )
 
 
