@@ -50,6 +50,12 @@ class Job:
         return Path(_option(self.command, "--run"))
 
     @property
+    def read(self) -> list[Path]:
+        """Folders that every node must see, too."""
+        data = _option(self.command, "--data")
+        return [] if "://" in data else [Path(data)]
+
+    @property
     def name(self) -> str:
         return f"mixcl-{self.run.name}"
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +89,16 @@ def ray_job(job: Job, cluster: Cluster) -> str:
         },
     }
     return _yaml([_object("ray.io/v1", "RayJob", name, cluster) | {"spec": spec}])
+
+
+def apply(text: str) -> str:
+    """Hand manifests to kubectl, and return what it says; raises `LaunchError` where it refuses them."""
+    if shutil.which("kubectl") is None:
+        raise LaunchError("there is no kubectl here; install it, or look at the manifests with --dry-run")
+    done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise LaunchError(f"kubectl: {' '.join(done.stderr.split())}; see kubectl config current-context")
+    return done.stdout
 
 
 def _pod(job: Job, cluster: Cluster, command: Sequence[str] | None, gpus: int | None = None) -> dict[str, Any]:

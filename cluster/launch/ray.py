@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from mixcl_dist.cluster.launch.job import Job, LaunchError
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
 
-def run(job: Job, main: Callable[[Sequence[str]], int], *, address: str, read: Sequence[Path], failures: int) -> None:
+def run(job: Job, main: Callable[[Sequence[str]], int], *, address: str, failures: int) -> None:
     """Run `main(arguments of mixcl)` in every process of the job on the cluster at `address`, as one group.
 
-    All machines must see the run's folder and the paths `read` as this one does. Where a process or a machine is lost,
+    All machines must see the folder of the run, and its shards, as this one does. Where a process or a machine is lost,
     all processes are started again, at most `failures` times, and go on from the newest checkpoint.
     Raises `ClusterError` where the cluster cannot do it, `LaunchError` where it was tried and failed.
     """
@@ -24,7 +23,7 @@ def run(job: Job, main: Callable[[Sequence[str]], int], *, address: str, read: S
 
         total = job.nodes * job.processes
         check_resources({"CPUs": ("CPU", total * job.threads), "--gpus-per-node": ("GPU", job.nodes * job.gpus)})
-        check_shared(job.run.parent.resolve(), read)
+        check_shared(job.run.parent.resolve(), job.read)
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         folder = os.getcwd()
         trainer = TorchTrainer(

@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from mixcl_dist.cli import main
+
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
          "doctor", "config show"]  # fmt: skip
 
@@ -71,3 +73,23 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(arguments, said, tmp_pat
     assert said in last
     assert "Traceback" not in refused.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+LAUNCHED = ["--", "pretrain", "--data", "shards", "--run", "runs/a", "--pretrain.steps", "5"]
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        (["local", "--processes", "2"], "--nproc-per-node=2 --standalone"),
+        (["hosts", "--hosts", "a,b"], "ssh -tt -o BatchMode=yes b"),
+        (["slurm", "--nodes", "2", "--gpus-per-node", "8"], "#SBATCH --ntasks-per-node=8"),
+        (["kubernetes", "--image", "mixcl", "--claim", "archive"], "kind: Job"),
+        (["kubernetes", "--image", "mixcl", "--claim", "archive", "--ray-job"], "kind: RayJob"),
+        (["ray", "--nodes", "3"], "3 x 1 processes on auto"),
+    ],
+)
+def test_launch_shows_what_it_would_start(way, said, capsys):
+    assert main(["launch", *way, "--dry-run", *LAUNCHED]) == 0
+    shown = capsys.readouterr().out
+    assert said in shown and "--pretrain.steps 5" in shown
