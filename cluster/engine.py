@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
@@ -40,6 +41,8 @@ class Engine(Protocol):
     rank: int
     world_size: int
     module: torch.nn.Module
+    process_group: ProcessGroup | None
+    """All ranks, None where there is one alone."""
 
     def __call__(self, *args: Any) -> Any: ...
     def backward(self, loss: torch.Tensor) -> None: ...
@@ -112,6 +115,8 @@ class _DeepSpeed:
     """`Engine` over a `deepspeed.DeepSpeedEngine`."""
 
     def __init__(self, engine: Any, gradient_clipping: float):
+        import torch
+
         self._engine = engine
         self._largest_norm = gradient_clipping or math.inf
         self._norms: list[torch.Tensor | float | None] = []
@@ -119,6 +124,7 @@ class _DeepSpeed:
         self.rank = engine.global_rank
         self.world_size = engine.world_size
         self.module = engine.module
+        self.process_group = torch.distributed.group.WORLD if engine.world_size > 1 else None
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)

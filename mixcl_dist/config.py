@@ -160,6 +160,9 @@ class ObjectiveConfig:
     """Weight: both views of a patch agree as wholes."""
     reconstruction: Weight = 1.0
     """Weight: the clean view is restored from the degraded one."""
+    contrast: Literal["global", "rank"] = "global"
+    """With whose rows a row contrasts: those of all ranks, so that the loss is that of the whole batch at any number of
+    ranks, or those of its own rank, which then has nothing to wait for."""
     voxel_temperature: Temperature = 0.1
     """Divides the cosines of voxel rows."""
     crop_temperature: Temperature = 0.2

@@ -6,6 +6,8 @@ Legend: R rows, D width of an embedding, M sampled pairs of twins.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
@@ -16,17 +18,24 @@ from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.rows import Rows
 from mixcl_dist.pretraining.views import Views
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 SAMPLED_ROWS = 4096
 """Uniformity takes all pairs of a view's rows, and with more the figures hardly change."""
 
 
 def gradient_norms(
-    network: PretrainNetwork, views: Views, rows: Rows, config: ObjectiveConfig
+    network: PretrainNetwork,
+    views: Views,
+    rows: Rows,
+    config: ObjectiveConfig,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, torch.Tensor]:
     """Norm of the gradient of each term, weighted as it enters the loss, on the backbone's parameters; all 0-d.
 
-    It is that of this process's batch, before any averaging over ranks or passes and before clipping. Costs a forward
-    pass and a backward pass for each term. The parameters have to be whole: at ZeRO stage 3 they are not.
+    It is that of this process's part of the batch, before any averaging over ranks or passes and before clipping. Costs
+    a forward and a backward pass for each term. The parameters have to be whole: at ZeRO stage 3 they are not.
     """
     # Not `network(…)`: that runs DeepSpeed's hooks, which belong to its own passes, and what was compiled, which gives
     # its buffers away in the first of several backward passes.
@@ -34,7 +43,7 @@ def gradient_norms(
     parameters = list(network.backbone.parameters())
     norms = {}
     for term, alone in config.single_terms().items():
-        loss, _ = mixcl_loss(output, views, rows, alone)
+        loss, _ = mixcl_loss(output, views, rows, alone, process_group)
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         norms[f"gradient_norm_{term}"] = get_total_norm([grad for grad in gradients if grad is not None])
     return norms

@@ -69,6 +69,7 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
         seen.save(run)
     recorder.forget_after(first)
     batches = iter(stream)
+    group = engine.process_group if config.objective.contrast == "global" else None
     network.train()
     steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
     if engine.rank == 0:
@@ -89,13 +90,14 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
                 batch.candidate_bits,
                 config.rows,
                 draws,
+                group,
             )
             if inspected and config.engine.zero_stage != 3:
-                recorder.inspect(gradient_norms(network, views, rows, config.objective))
+                recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
             output = engine(views.image, rows.voxel_index)
             if inspected:
                 recorder.inspect(spread(output.voxel, rows.present))
-            loss, terms = mixcl_loss(output, views, rows, config.objective)
+            loss, terms = mixcl_loss(output, views, rows, config.objective, group)
             engine.backward(loss)
             engine.step()
             recorder.add(loss, terms)

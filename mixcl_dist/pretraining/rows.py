@@ -12,15 +12,19 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from mixcl_dist.config import RowsConfig
 from mixcl_dist.constants import constant, lattice
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.pretraining.draws import Draws
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MAX_SETS = 1024
 """Most different candidate sets of a batch: the loss makes a table of any two of them."""
@@ -35,7 +39,7 @@ class Rows:
     voxel_index: torch.Tensor
     """(R, 4) int64: view, x, y, z; valid also where a row is not present."""
     identity: torch.Tensor
-    """(R,) int64: number of the point that a row shows; each is shown twice."""
+    """(R,) int64: number of the point that a row shows; each is shown twice, and by one process alone."""
     candidate_set: torch.Tensor
     """(R,) int64: index into `set_table`."""
     set_table: torch.Tensor
@@ -53,27 +57,32 @@ def sample_rows(
     candidate_bits: torch.Tensor,
     config: RowsConfig,
     draws: Draws,
+    process_group: ProcessGroup | None = None,
 ) -> Rows:
     """Draw `config.per_view_pair` points a patch where both views see it, and say what each may be.
 
     `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 2) int64 with one bit for each
     of C + 2 classes: a column for each label and the last for ignored voxels; all on the draws' device. There are
     P = `config.per_view_pair` rows of each view, or one for each cell where that is less (see `_cells`). Of more than
-    `MAX_SETS` candidate sets in one batch, the rows of those with the highest bits are not present.
+    `MAX_SETS` candidate sets in one batch, the rows of those with the highest bits are not present. The batch is that
+    of all processes of `process_group`: they agree on one table of sets, and number their points apart.
     """
     patch_from_view = patch_from_view.double()
     voxel, present = _draw_points(patch_from_view, view_size, label, config, draws)
     sets = _union_of_labels(patch_from_view, voxel, label, candidate_bits).flatten()
-    candidate_set, table, fits = _number_sets(sets, _most_sets(len(label), candidate_bits.shape[1], len(sets)))
+    everyone, own = _gathered(sets, process_group)
+    patches = len(label) * (len(everyone) // len(sets))
+    capacity = _most_sets(patches, candidate_bits.shape[1], len(everyone))
+    candidate_set, table, fits = _number_sets(everyone, capacity)
     # A catalogue of more classes than bits comes without labels: every set is then all ones.
     bits = constant(tuple(1 << bit for bit in range(min(candidate_bits.shape[1], 63))), torch.int64, sets.device)
     view, identity = _row_numbers(*present.shape, sets.device)
     return Rows(
         voxel_index=torch.cat([view, voxel.long().flatten(0, 1)], dim=1),
-        identity=identity,
-        candidate_set=candidate_set.repeat(2),
+        identity=identity + own.start,
+        candidate_set=candidate_set[own].repeat(2),
         set_table=(table[:, None] & bits).bool(),
-        present=(present.flatten() & fits).repeat(2),
+        present=(present.flatten() & fits[own]).repeat(2),
     )
 
 
@@ -210,6 +219,16 @@ def _union_of_labels(
     found = found.clamp_(max=candidate_bits.shape[1] - 1)  # 255 is ignored
     first, second = candidate_bits.expand(2, -1, -1).gather(2, found)
     return first | second
+
+
+def _gathered(sets: torch.Tensor, process_group: ProcessGroup | None) -> tuple[torch.Tensor, slice]:
+    """Bit masks (N,) of all processes, in the order of ranks, from this process's own, and where these are."""
+    if process_group is None:
+        return sets, slice(0, len(sets))
+    parts = [torch.empty_like(sets) for _ in range(process_group.size())]
+    dist.all_gather(parts, sets, group=process_group)
+    first = process_group.rank() * len(sets)
+    return torch.cat(parts), slice(first, first + len(sets))
 
 
 def _number_sets(sets: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
