@@ -13,8 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.forward import LN2, LOG2E, is_wide, load_rows, load_tile, pair_masks, similarity
-from mixcl_dist.kernels.index import Index
+from mixcl_dist.kernels.forward import (
+    LN2,
+    LOG2E,
+    is_wide,
+    lengths,
+    load_rows,
+    load_tile,
+    of_pairs,
+    pair_masks,
+    similarity,
+)
+from mixcl_dist.kernels.index import Index, share_of
 from mixcl_dist.kernels.plan import Plan, Side, own_tiles
 from mixcl_dist.kernels.tuning import Launch
 
@@ -91,24 +101,13 @@ def sweep(
     """Write the gradient, Σ_j (g_ij + g_ji) z_j / τ over these columns."""
     for is_wide_variant in (False, True):
         backward_kernel[(len(plan.tiles), len(gradient.products))](
-            rows.embeddings,
-            columns.embeddings,
-            rows.keys,
-            columns.keys,
-            *plan,
-            index.packed_relations,
-            temperature,
-            rows.norm,
-            columns.norm,
+            *of_pairs(rows, columns, plan, index, temperature),
             *scalars,
             index.totals,
             gradient.upstream,
             gradient.embeddings,
             gradient.products,
-            rows.keys.shape[1],
-            columns.keys.shape[1],
-            plan.tiles.shape[1],
-            index.packed_relations.shape[1],
+            *lengths(rows, columns, plan, index),
             gradient.first_row,
             gradient.processes,
             HAS_GROUP=index.has_group,
@@ -151,23 +150,24 @@ def _scalars_kernel(
     position = tl.load(keys + 3 * R + row, mask=real, other=-1)
     wide = is_wide(row_norm, column_norm, temperature)
     gain = gain_of(totals).to(tl.float64)
-    both = tl.full((BLOCK,), float("inf"), tl.float32)
-    for relation in tl.static_range(2):
-        exponent, _, _ = row_scalars_of(
-            relation, positives, weights, totals, lse, N, position, is_present, wide, identity_weight, label_weight
-        )
-        both = tl.minimum(both, exponent)
-        tl.store(scalars + (3 + relation) * R + row, exponent, mask=real)
-    tl.store(scalars + 5 * R + row, both, mask=real)
-    factor_of_both = tl.zeros((BLOCK,), tl.float64)
-    for relation in tl.static_range(2):
-        exponent, factor, pull = row_scalars_of(
-            relation, positives, weights, totals, lse, N, position, is_present, wide, identity_weight, label_weight
-        )
-        factor_of_both += factor * tl.exp2(both.to(tl.float64) - exponent)
-        tl.store(scalars + relation * R + row, (factor * gain).to(tl.float32), mask=real)
-        tl.store(scalars + (6 + relation) * R + row, (pull * gain).to(tl.float32), mask=real)
-    tl.store(scalars + 2 * R + row, (factor_of_both * gain).to(tl.float32), mask=real)
+    exponent, factor, pull = row_scalars_of(
+        0, positives, weights, totals, lse, N, position, is_present, wide, identity_weight
+    )
+    label_exponent, label_factor, label_pull = row_scalars_of(
+        1, positives, weights, totals, lse, N, position, is_present, wide, label_weight
+    )
+    both = tl.minimum(exponent, label_exponent)
+    reference = both.to(tl.float64)
+    factor_of_both = factor * tl.exp2(reference - exponent) + label_factor * tl.exp2(reference - label_exponent)
+    scalars += row
+    tl.store(scalars, (factor * gain).to(tl.float32), mask=real)
+    tl.store(scalars + R, (label_factor * gain).to(tl.float32), mask=real)
+    tl.store(scalars + 2 * R, (factor_of_both * gain).to(tl.float32), mask=real)
+    tl.store(scalars + 3 * R, exponent, mask=real)
+    tl.store(scalars + 4 * R, label_exponent, mask=real)
+    tl.store(scalars + 5 * R, both, mask=real)
+    tl.store(scalars + 6 * R, (pull * gain).to(tl.float32), mask=real)
+    tl.store(scalars + 7 * R, (label_pull * gain).to(tl.float32), mask=real)
 
 
 @triton.jit
@@ -181,13 +181,11 @@ def row_scalars_of(
     position,
     is_present,
     wide,
-    identity_weight,
-    label_weight,
+    relation_weight,
 ):
     """The reference exponent (float32) of a row's softmax, its factor and the pull of a positive (float64)."""
     at = relation * N + position
-    share = tl.load(weights + at, mask=is_present, other=0) / tl.maximum(tl.load(totals + relation), 1e-300)
-    share *= identity_weight if relation == 0 else label_weight
+    share = share_of(tl.load(weights + at, mask=is_present, other=0), tl.load(totals + relation)) * relation_weight
     anchor = share > 0
     exact = tl.where(anchor, tl.load(lse + at, mask=is_present, other=0) / LN2, float("inf"))
     exponent = tl.where(wide, tl.where(anchor, exact, 1e30), 0.0).to(tl.float32)

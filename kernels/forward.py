@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixcl_dist.kernels.index import Index
+from mixcl_dist.kernels.index import Index, share_of
 from mixcl_dist.kernels.plan import Plan, Side, own_tiles
 from mixcl_dist.kernels.tiled import UNSHIFTED_LIMIT
 from mixcl_dist.kernels.tuning import Launch
@@ -33,29 +33,37 @@ def sweep(
     Args:
         rest: what is swept of the plan where no exponential can leave float32.
     """
-    padded = rows.keys.shape[1]
-    out = torch.empty(10, padded, dtype=torch.float32, device=temperature.device)
+    out = torch.empty(10, rows.keys.shape[1], dtype=torch.float32, device=temperature.device)
     for is_wide, listed in ((False, rest), (True, plan)):
         forward_kernel[(len(plan.tiles),)](
-            rows.embeddings,
-            columns.embeddings,
-            rows.keys,
-            columns.keys,
-            *listed,
-            index.packed_relations,
-            temperature,
-            rows.norm,
-            columns.norm,
+            *of_pairs(rows, columns, listed, index, temperature),
             out,
-            padded,
-            columns.keys.shape[1],
-            plan.tiles.shape[1],
-            index.packed_relations.shape[1],
+            *lengths(rows, columns, plan, index),
             HAS_GROUP=index.has_group,
             WIDE=is_wide,
             **launch.options(),
         )
     return out
+
+
+def of_pairs(rows: Side, columns: Side, plan: Plan, index: Index, temperature: Tensor) -> tuple[Tensor, ...]:
+    """What a sweep reads of pairs, the kernels' first arguments."""
+    return (
+        rows.embeddings,
+        columns.embeddings,
+        rows.keys,
+        columns.keys,
+        *plan,
+        index.packed_relations,
+        temperature,
+        rows.norm,
+        columns.norm,
+    )
+
+
+def lengths(rows: Side, columns: Side, plan: Plan, index: Index) -> tuple[int, int, int, int]:
+    """R, C, the columns of the plan's table and the words of a set's packed relations."""
+    return rows.keys.shape[1], columns.keys.shape[1], plan.tiles.shape[1], index.packed_relations.shape[1]
 
 
 def fold(out: Tensor, earlier: Tensor | None) -> Tensor:
@@ -177,7 +185,7 @@ def _finish_kernel(
         tl.store(lse + relation * count + position - first_row, total, mask=position >= 0)
         number = tl.load(positives + relation * N + position, mask=is_present, other=0)
         weight = tl.load(weights + relation * N + position, mask=is_present, other=0)
-        share = weight / tl.maximum(tl.load(totals + relation), 1e-300)
+        share = share_of(weight, tl.load(totals + relation))
         cosine = tl.where(number > 0, share * positive / tl.maximum(number, 1), 0.0)
         term = share * tl.where(number > 0, total, 0.0) - cosine / tl.load(temperature)
         tl.store(part + relation * tl.num_programs(0), tl.sum(term, 0) + poison)

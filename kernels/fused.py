@@ -17,7 +17,7 @@ from mixcl_dist.kernels import backward, forward, small, triangle
 from mixcl_dist.kernels.batch import Batch
 from mixcl_dist.kernels.distributed import Alone, Peers
 from mixcl_dist.kernels.implementation import held_dtype
-from mixcl_dist.kernels.index import Index, active_bits, for_columns, make_index, packed_width
+from mixcl_dist.kernels.index import Index, active_bits, for_columns, make_index, packed_width, share_of
 from mixcl_dist.kernels.output import empty_outputs
 from mixcl_dist.kernels.plan import Side, plan_tiles, sort_side
 from mixcl_dist.kernels.tuning import Launch, launch_for, launches_for
@@ -91,7 +91,8 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
         return small.kept_like(embeddings)
     # Not len(), which would tell a compiler that the number of rows never changes.
     rows, kinds, sets = embeddings.shape[0], 1 if group is None else 2, set_table.shape[0]
-    launch, padded = launches_for(embeddings)[0], _padded(embeddings)
+    launches = launches_for(embeddings)
+    width, padded = launches[0].width, _padded(embeddings, launches)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return embeddings.new_empty(shape, dtype=dtype)
@@ -111,7 +112,7 @@ def kept_like(embeddings: Tensor, set_table: Tensor, group: Tensor | None) -> li
         totals=empty(torch.float64, 7),
     )
     side = Side(
-        embeddings=empty(held_dtype(embeddings.dtype), padded, launch.width),
+        embeddings=empty(held_dtype(embeddings.dtype), padded, width),
         keys=empty(torch.int32, 4, padded),
         links=empty(torch.int64, kinds, rows),
         norm=empty(torch.float32),
@@ -154,12 +155,13 @@ def _forward_sweep(own: Side, columns: Side, index: Index, temperature: Tensor, 
 
 
 def _side(embeddings: Tensor, index: Index, which: slice) -> Side:
-    return sort_side(embeddings, index, which, _padded(embeddings), launches_for(embeddings)[0].width)
+    launches = launches_for(embeddings)
+    return sort_side(embeddings, index, which, _padded(embeddings, launches), launches[0].width)
 
 
-def _padded(embeddings: Tensor) -> int:
+def _padded(embeddings: Tensor, launches: tuple[Launch, Launch]) -> int:
     """The number of rows in whole blocks of both kernels."""
-    block = max(max(launch.tile.rows, launch.tile.columns) for launch in launches_for(embeddings))
+    block = max(max(launch.tile.rows, launch.tile.columns) for launch in launches)
     return max(triton.cdiv(embeddings.shape[0], block), 1) * block
 
 
@@ -182,7 +184,7 @@ def _output_kernel(
         weight = tl.load(totals + relation)
         tl.store(losses + relation, value)
         tl.store(anchors + relation, tl.load(totals + 2 + relation).to(tl.int64))
-        tl.store(floors + relation, tl.load(totals + 4 + relation) / tl.maximum(weight, 1e-300))
+        tl.store(floors + relation, share_of(tl.load(totals + 4 + relation), weight))
         similarity = tl.where(weight > 0, tl.load(sums + 2 + relation), float("nan"))
         tl.store(similarities + relation, similarity)
     tl.store(loss, total)

@@ -320,6 +320,12 @@ def _total_kernel(parts, totals, programs, identity_weight, label_weight, BLOCK:
                     most = tl.maximum(most, tl.max(tl.load(part, mask=block < programs, other=0), 0))
             tl.store(totals + 2 * value + relation, total)
             if value == 0:
-                share = most / tl.maximum(total, 1e-300)
+                share = share_of(most, total)
                 largest = tl.maximum(largest, share * (identity_weight if relation == 0 else label_weight))
     tl.store(totals + 6, largest)
+
+
+@triton.jit
+def share_of(part, total):
+    """part / total; 0 of 0, which is the total of a relation without anchors."""
+    return part / tl.maximum(total, 1e-300)
