@@ -16,20 +16,19 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-CLASSES = ("liver", "spleen", "left_kidney", "right_kidney", "aorta", "vertebrae")
+CLASSES = ("liver", "spleen", "kidneys", "aorta", "vertebrae")
 SITES = {
-    "abdomen": ("liver", "spleen", "vertebrae"),
-    "renal": ("left_kidney", "right_kidney", "aorta"),
+    "abdomen": ("liver", "spleen", "kidneys", "vertebrae"),
+    "renal": ("kidneys", "aorta", "vertebrae"),
     "archive": (),
 }
 """Each site annotates what it needed; the archive annotates nothing."""
 
 PHASES = {
-    "native": {"liver": 60, "spleen": 50, "kidney": 30, "medulla": 30, "blood": 40},
-    "arterial": {"liver": 75, "spleen": 115, "kidney": 180, "medulla": 90, "blood": 250},
-    "portal": {"liver": 110, "spleen": 120, "kidney": 175, "medulla": 150, "blood": 150},
+    "arterial": {"liver": 80, "spleen": 130, "kidney": 190, "medulla": 120, "blood": 260},
+    "portal": {"liver": 105, "spleen": 145, "kidney": 200, "medulla": 170, "blood": 170},
 }
-"""HU of what takes up contrast agent."""
+"""HU of what takes up contrast agent, in the two phases in which the abdomen is mostly scanned."""
 
 AIR, LUNG, FAT, MUSCLE, SKIN, BOWEL, SPONGY_BONE, CORTICAL_BONE = -1000, -850, -100, 50, 20, 25, 300, 700
 
@@ -202,15 +201,15 @@ class _Scene:
         f = self.frame
         inside = self.inner < 0.99
         bend = 4 * np.sin(f.z / 60 + self.rng.uniform(0, 6))
-        aorta = np.hypot(f.x + 14 - bend, f.y + 36) < 12 * self.rng.uniform(0.85, 1.2)
+        aorta = np.hypot(f.x + 14 - bend, f.y + 34) < 15 * self.rng.uniform(0.85, 1.15)
         self.paint(aorta, phase["blood"], "aorta")
         self.paint((np.hypot(f.x - 20 - bend, f.y + 32) < 11) & (f.z < 90), 0.3 * phase["blood"] + 60)
-        for side, name, height in ((-1, "left_kidney", -42), (1, "right_kidney", -55)):
+        for side, height in ((-1, -42), (1, -55)):
             x, y = side * 66, -42
             kidney = self.place((x, y, height), (27, 25, 54))
             hilum = f.ellipsoid((x - side * 30, y + 12, height), (17, 14, 16)) < 1
-            self.paint(inside & (kidney < 1) & ~hilum, phase["kidney"], name)
-            self.paint(inside & (kidney < 0.42) & ~hilum, phase["medulla"], name)
+            self.paint(inside & (kidney < 1) & ~hilum, phase["kidney"], "kidneys")
+            self.paint(inside & (kidney < 0.42) & ~hilum, phase["medulla"], "kidneys")
         texture = self.smooth_noise(25.0)
         spleen = inside & (self.place((-92, -42, 30), (32, 42, 50)) < 1)
         self.paint(spleen, phase["spleen"] + 4 * texture, "spleen")

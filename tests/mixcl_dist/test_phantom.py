@@ -7,6 +7,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.phantom import CLASSES, draw_torso, write_cohort
@@ -33,11 +34,10 @@ def centre_mm(label, name):
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
-        ("liver", 40, 140),
-        ("spleen", 35, 150),
-        ("left_kidney", 15, 220),
-        ("right_kidney", 15, 220),
-        ("aorta", 25, 310),
+        ("liver", 60, 130),
+        ("spleen", 100, 170),
+        ("kidneys", 110, 230),
+        ("aorta", 120, 310),
         ("vertebrae", 200, 600),
     ],
 )
@@ -50,14 +50,28 @@ def test_organs_have_the_volume_of_adults(patients):
     litres = SPACING_MM**3 / 1e6
     for _, label in patients:
         assert 0.7 < np.count_nonzero(label == CLASSES.index("liver") + 1) * litres < 2.5
-        assert 0.03 < np.count_nonzero(label == CLASSES.index("left_kidney") + 1) * litres < 0.35
+        assert 0.1 < np.count_nonzero(label == CLASSES.index("kidneys") + 1) * litres < 0.6
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_organs_are_wide_enough_to_be_learnt_in_minutes(patients, name):
+    for _, label in patients:
+        depth_mm = ndimage.distance_transform_edt(label == CLASSES.index(name) + 1, sampling=SPACING_MM).max()
+        assert 2 * depth_mm > 20  # at its widest
+
+
+def test_organs_stand_out_from_what_surrounds_them(patients):
+    for hu, label in patients:
+        for k in range(1, len(CLASSES) + 1):
+            shell = ndimage.binary_dilation(label == k, iterations=2) & (label == 0)
+            assert abs(np.median(hu[label == k]) - np.median(hu[shell])) > 40
 
 
 def test_sides_are_the_patients(patients):
     for _, label in patients:
         right = 0  # index 0 grows to the patient's right
-        assert centre_mm(label, "liver")[right] > centre_mm(label, "spleen")[right]
-        assert centre_mm(label, "right_kidney")[right] > centre_mm(label, "left_kidney")[right] + 60
+        liver, vertebrae, spleen = (centre_mm(label, name)[right] for name in ("liver", "vertebrae", "spleen"))
+        assert liver > vertebrae > spleen
         assert centre_mm(label, "vertebrae")[1] < centre_mm(label, "aorta")[1]  # the aorta lies before the spine
 
 
@@ -86,10 +100,10 @@ def test_sites_annotate_different_classes_and_validation_all(cohort):
     joined = open_source(sources[0])
     annotated = {case.name: case.reliable for case in joined.cases}
     assert annotated == {
-        "abdomen_000": ("liver", "spleen", "vertebrae"),
-        "abdomen_001": ("liver", "spleen", "vertebrae"),
-        "renal_000": ("left_kidney", "right_kidney", "aorta"),
-        "renal_001": ("left_kidney", "right_kidney", "aorta"),
+        "abdomen_000": ("liver", "spleen", "kidneys", "vertebrae"),
+        "abdomen_001": ("liver", "spleen", "kidneys", "vertebrae"),
+        "renal_000": ("kidneys", "aorta", "vertebrae"),
+        "renal_001": ("kidneys", "aorta", "vertebrae"),
         "validation_000": CLASSES,
     }
     assert [case.split for case in open_source(sources[1]).cases] == ["unlabelled"]
