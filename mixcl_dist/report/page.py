@@ -43,8 +43,12 @@ class Legend:
 def study_page(study: StudyFolder, results: StudyResults) -> str:
     sections = [pretraining_section(start.run, start.name) for start in study.starts if start.run]
     overlays, legend, setting = compared_overlays(study, results)
+    shown, shown_legend, shown_setting = compared_overlays(study, results, most_labels=True)
     return _render(
         "study.html",
+        shown=shown[:1],
+        shown_legend=shown_legend,
+        shown_setting=shown_setting,
         title=study.facts.get("name", study.path.name),
         facts=study.facts,
         results=results,
@@ -178,10 +182,11 @@ def sample_rows(run: RunFolder) -> tuple[list[PictureRow], list[Legend]]:
 
 
 def compared_overlays(
-    study: StudyFolder, results: StudyResults
+    study: StudyFolder, results: StudyResults, *, most_labels: bool = False
 ) -> tuple[list[PictureRow], list[Legend], dict[str, Any] | None]:
-    """The same cases segmented by every start of one (fraction, seed): the fewest labels that both finished."""
-    for fraction in results.fractions:
+    """The same cases segmented by every start of one (fraction, seed): the fewest (or most) labels that both finished,
+    and the first seed."""
+    for fraction in sorted(results.fractions, reverse=most_labels):
         for seed in sorted({trial.row["seed"] for trial in study.trials}):
             runs = _runs_with_overlays(study.trials, results.starts, fraction, seed)
             if SCRATCH in runs and len(runs) > 1:

@@ -218,6 +218,18 @@ def test_same_case_is_shown_for_both_starts_and_pretraining_beside_it(study):
     assert "Cases" in page.text and "not finished" in page.text
 
 
+def test_the_first_screen_shows_a_ct_its_labels_both_predictions_and_the_result(study):
+    page = write_report(study).read_text()
+    start = page.index("At a glance")
+    glance = page[start : page.index("</section>", start)]
+    assert re.findall(r'alt="v0, ([^"]*)"', glance) == ["CT", "Truth", "scratch", "mixcl"]
+    assert glance.count("<img") == 4 and page.index("<img") > start
+    for start_name in STARTS:
+        means = [np.mean(list(dice_of(start_name, max(FRACTIONS), seed).values())) for seed in SEEDS]
+        assert f"{100 * np.mean(means):.1f}" in glance
+    assert f"{100 * max(FRACTIONS):g} % of the labels, seed {SEEDS[0]}" in glance
+
+
 def test_validation_case_in_pretraining_is_called_a_leak(study):
     write_pretraining(study.parent / "pre", ["t0", "v1"])
     assert "1: a leak v1" in " ".join(Page(write_report(study)).text.split())
