@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mixcl_dist.config import Config
+from mixcl_dist.pretraining.summary import LABEL_TERM_OFF
 
 LEAST_ANCHORS = 100
 """Label anchors of a backward pass: with 7 to 10 the label term did not fall, with some 500 it did."""
@@ -22,6 +23,8 @@ def alarms(step: int, figures: Mapping[str, float], config: Config, *, labels: b
     """
     found = {}
     objective, anchors = config.objective, figures.get("voxel_label_anchors")
+    if objective.voxel_label and not labels:
+        found["label_term"] = LABEL_TERM_OFF
     if labels and objective.voxel_label and anchors is not None and anchors < LEAST_ANCHORS:
         found["label_anchors"] = (
             f"{anchors:.0f} label anchors a step at step {step}, and below {LEAST_ANCHORS} the "

@@ -61,7 +61,11 @@ class Recorder:
         if engine.rank == 0:
             facts = _label_facts(config, manifest, training_cases, label_cases)
             parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-            facts |= {"parameters": parameters, "arithmetic": arithmetic(engine.device)}
+            facts |= {
+                "parameters": parameters,
+                "arithmetic": arithmetic(engine.device),
+                "world_size": engine.world_size,
+            }
             self._run = Run.create(path, "pretrain", config, **facts | dict(history))
             if config.engine.zero_stage == 3 and config.pretrain.gradient_norms_every:
                 self._run.warn(
@@ -227,11 +231,13 @@ class Recorder:
 
 def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], label_cases: list[str]) -> dict:
     """Who was trained on, whose labels were read: what the few-label protocol is checked against."""
+    trained = set(training_cases)
     return {
         "shards": {
             "manifest_digest": manifest.digest,
             "cases": len(manifest.cases),
             "patches": manifest.patches,
+            "training_patches": sum(case.patches for case in manifest.cases if case.name in trained),
             "classes": manifest.classes,
             "spacing_mm": manifest.spacing_mm,
             "patch_size": manifest.patch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mixcl_dist.pretraining.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEAST_RANK_SHARE
+from mixcl_dist.pretraining.summary import above_floor
 from mixcl_dist.report.folders import TableTrial
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
 from mixcl_dist.report.table import Pair
 from mixcl_dist.studies.statistics import Difference
 
-ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900", "#56b4e9", "#7a5c3e")
-"""Scratch is grey everywhere; pre-trained starts follow in the study's order (Okabe and Ito, colour-blind safe)."""
+ARM_COLOURS = ("#8a8d91", "#0b78c2", "#d55e00", "#009e73", "#b0559a", "#b58900", "#6f5bd0", "#7a5c3e")
+"""Scratch is grey everywhere; pre-trained starts follow in the study's order.
+Seven hues that are told apart without colour vision's red, green or blue, dark enough for white paper."""
 
 _INK = "#010203"  # replaced by currentColor
 _STYLE = {
@@ -54,7 +56,7 @@ _STYLE = {
 TERMS = {
     "loss": "Total loss",
     "voxel_identity": "Voxel identity",
-    "voxel_label": "Voxel label",
+    "voxel_label": "Voxel label, above its floor",
     "crop_identity": "Crop identity",
     "reconstruction": "Reconstruction",
     "voxel_identity_similarity": "Similarity of a voxel's two views",
@@ -69,6 +71,8 @@ RATES = {
 LONGEST_NAME = 40
 """Characters of a class's or start's name in a figure."""
 PANEL_SIZE = (3.53, 2.35)
+SMOOTHED_FROM = 20
+"""Logged steps from which on a curve is drawn thin, with its running mean."""
 PER_CENT = ("data_wait_share", "clipped_share")
 """Shares from 0 to 1 that are drawn as per cent."""
 
@@ -235,13 +239,14 @@ def _draw_difference(axes: Axes, y: int, found: Difference, colour: str) -> None
         axes.plot([100 * found.low, 100 * found.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
 
 
-def loss_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:
-    """One panel for each loss term that was logged, with its floor as a dashed line."""
-    return _panels(f"loss-{name}", metrics, TERMS, "Losses of pre-training by step")
+def loss_curves(metrics: list[dict[str, float]], name: str, chance: Mapping[str, float]) -> list[Markup]:
+    """A figure for each loss term that was logged, with what it is by chance, where that is known, as a dashed line."""
+    return _panels(f"loss-{name}", metrics, TERMS, chance)
 
 
-def rate_curves(metrics: list[dict[str, float]], name: str) -> Markup | None:
-    return _panels(f"rate-{name}", metrics, RATES, "Learning rate, gradient norm and throughput by step")
+def rate_curves(metrics: list[dict[str, float]], name: str) -> list[Markup]:
+    """Learning rate, gradient norm and throughput by step, each a figure."""
+    return _panels(f"rate-{name}", metrics, RATES, {})
 
 
 def diagnostic_curves(
@@ -272,7 +277,8 @@ def diagnostic_curves(
         panel = DIAGNOSTICS[key]
         limit = LEAST_RANK_SHARE * embedding_width if key == "effective_rank" and embedding_width else panel.limit
         draw = functools.partial(_draw_panel, metrics=metrics, key=key, title=panel.title, limit=limit)
-        panels.append((_figure(f"{key}-{name}", PANEL_SIZE, draw, panel.title), panel.advice))
+        advice = panel.advice if limit is not None else panel.advice.replace("below the line", "below")
+        panels.append((_figure(f"{key}-{name}", PANEL_SIZE, draw, panel.title), advice))
     return panels
 
 
@@ -304,35 +310,36 @@ def _fraction_axis(axes: Axes, results: StudyResults) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _panels(name: str, metrics: list[dict[str, float]], panels: dict[str, str], label: str) -> Markup | None:
-    logged = _logged(metrics, panels)
-    if not logged:
-        return None
-    columns = min(3 if panels is TERMS else 4, len(logged))
-    rows = -(-len(logged) // columns)
-
-    def draw(figure: Figure) -> None:
-        for i, (key, title) in enumerate(logged.items()):
-            _draw_panel(figure.add_subplot(rows, columns, i + 1), metrics, key, title)
-
-    width = 10.6 / (3 if panels is TERMS else 4) * columns
-    return _svg(name, (width, 2.35 * rows), draw, label)
+def _panels(
+    name: str, metrics: list[dict[str, float]], panels: dict[str, str], chance: Mapping[str, float]
+) -> list[Markup]:
+    figures = []
+    for key, title in _logged(metrics, panels).items():
+        draw = functools.partial(_draw_panel, metrics=metrics, key=key, title=title, chance=chance.get(key))
+        figures.append(_figure(f"{key}-{name}", PANEL_SIZE, draw, f"{title} by step"))
+    return figures
 
 
 def _logged(metrics: list[dict[str, float]], panels: dict[str, str]) -> dict[str, str]:
     return {key: title for key, title in panels.items() if any(_is_number(row.get(key)) for row in metrics)}
 
 
-def _draw_panel(axes: Axes, metrics: list[dict[str, float]], key: str, title: str, limit: float | None = None) -> None:
+def _draw_panel(
+    axes: Axes,
+    metrics: list[dict[str, float]],
+    key: str,
+    title: str,
+    limit: float | None = None,
+    chance: float | None = None,
+) -> None:
     scale = 100 if key in PER_CENT else 1
     step, value = _series(metrics, key)
-    noisy = len(value) > 20 and key != "learning_rate"
+    noisy = len(value) > SMOOTHED_FROM and key != "learning_rate"
     axes.plot(step, scale * value, color=ARM_COLOURS[1], linewidth=0.8 if noisy else 1.8, alpha=0.4 if noisy else 1)
     if noisy:
         axes.plot(step, scale * _smooth(value), color=ARM_COLOURS[1], linewidth=1.8)
-    floor_step, floor = _series(metrics, f"{key}_floor")
-    if len(floor):
-        axes.plot(floor_step, floor, "--", color=ARM_COLOURS[2], linewidth=1.3, label="floor")
+    if chance is not None:
+        axes.axhline(chance, linestyle="--", color=ARM_COLOURS[0], linewidth=1.3, label="chance")
         axes.legend(loc="best")
     if limit is not None:
         axes.axhline(limit, linestyle="--", color=ARM_COLOURS[2], linewidth=1.3)
@@ -350,7 +357,8 @@ def _name_axes(axes: Axes, title: str) -> None:
 
 
 def _series(metrics: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    kept = [(row["step"], row[key]) for row in metrics if _is_number(row.get(key))]
+    at = {row["step"]: above_floor(row) if key == "voxel_label" else row.get(key) for row in metrics}
+    kept = [(step, value) for step, value in at.items() if _is_number(value)]
     return np.array([step for step, _ in kept]), np.array([value for _, value in kept], dtype=float)
 
 

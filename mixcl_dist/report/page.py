@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from mixcl_dist.pretraining import summary
 from mixcl_dist.report import figures, slices
 from mixcl_dist.report.folders import RunFolder, StudyFolder, TableFolder, Trial
 from mixcl_dist.report.results import MEAN, SCRATCH, StudyResults, headline, number_range, percent, points
@@ -128,21 +129,37 @@ def run_page(run: RunFolder) -> str:
 def pretraining_section(run: RunFolder, name: str) -> dict[str, Any]:
     """Curves and pictures of one pre-training, with what they amount to in words."""
     rows, legend = sample_rows(run)
+    config = _settings(run)
+    chance = summary.chance_levels(run.facts, config)
     return {
         "name": name,
         "facts": run.facts,
-        "summary": _summarise_losses(run.metrics),
-        "losses": figures.loss_curves(run.metrics, name),
+        "told": summary.told(run.facts, run.metrics),
+        "warnings": _warnings(run),
+        "summary": _summarise_losses(run.metrics, chance),
+        "terms": summary.terms_on(run.metrics),
+        "smoothed": len(run.metrics) > figures.SMOOTHED_FROM,
+        "chance": any(term in chance for term in summary.terms_on(run.metrics)),
+        "losses": figures.loss_curves(run.metrics, name, chance),
         "rates": figures.rate_curves(run.metrics, name),
-        "diagnostics": figures.diagnostic_curves(run.metrics, name, _embedding_width(run)),
+        "diagnostics": figures.diagnostic_curves(run.metrics, name, (config.get("network") or {}).get("voxel_dim")),
         "samples": rows,
         "legend": legend,
         "sample_step": int(run.samples["step"]) if run.samples and "step" in run.samples else None,
     }
 
 
-def _embedding_width(run: RunFolder) -> int | None:
-    return ((yaml.safe_load(run.config) or {}).get("network") or {}).get("voxel_dim")
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """config.yaml as it is; empty where there is none."""
+    return yaml.safe_load(run.config) or {}
+
+
+def _warnings(run: RunFolder) -> list[str]:
+    """What the run warned of, and that its label term was off where it did not say so."""
+    said = dict(run.facts.get("warnings", {}))
+    if summary.label_term_is_off(run.metrics):
+        said.setdefault("label_term", summary.LABEL_TERM_OFF)
+    return list(said.values())
 
 
 def finetuning_section(run: RunFolder) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def finetuning_section(run: RunFolder) -> dict[str, Any]:
     found = slices.labels_in(overlays["truth"], overlays["prediction"]) if overlays else ()
     return {
         "dice": run.dice,
-        "losses": figures.loss_curves(run.metrics, "finetune"),
+        "losses": figures.loss_curves(run.metrics, "finetune", {}),
         "overlays": rows,
         "legend": _legend(found, run.facts.get("classes", [])),
     }
@@ -260,17 +277,17 @@ def _class_figures(results: StudyResults) -> list[Markup]:
     ]
 
 
-def _summarise_losses(metrics: list[dict[str, float]]) -> list[str]:
-    """First and last value of each term, against its floor where it has one."""
+def _summarise_losses(metrics: list[dict[str, float]], chance: dict[str, float]) -> list[str]:
+    """First and last value of each term, and what it is by chance where that is known."""
     sentences = []
     for term, title in figures.TERMS.items():
-        logged = [row for row in metrics if row.get(term) is not None]
+        values = [(row, summary.above_floor(row) if term == "voxel_label" else row.get(term)) for row in metrics]
+        logged = [(row["step"], value) for row, value in values if value is not None]
         if len(logged) < 2:
             continue
-        first, last = logged[0], logged[-1]
-        change = f"{title}: {first[term]:.3g} at step {first['step']}, {last[term]:.3g} at step {last['step']}"
-        floor = last.get(f"{term}_floor")
-        sentences.append(change + (f" (floor {floor:.3g})." if floor is not None else "."))
+        (begin, first), (end, last) = logged[0], logged[-1]
+        by_chance = f" (chance {chance[term]:.3g})" if term in chance else ""
+        sentences.append(f"{title}: {first:.3g} at step {begin}, {last:.3g} at step {end}{by_chance}.")
     return sentences
 
 

@@ -14,15 +14,17 @@ DISPLAY_HU = (-250.0, 350.0)
 """Window of every CT picture: soft tissue with some fat and bone."""
 HEIGHT_PX = 300
 
-_HUES = (
-    *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"),  # Okabe and Ito
-    *("#8dd3c7", "#bc80bd", "#fb8072", "#b3de69", "#80b1d3", "#fdb462", "#ff7f00", "#6a3d9a", "#1b9e77"),
+CLASS_COLOURS = (
+    *("#ff9900", "#0077ff", "#00ffff", "#dd3399", "#ffff00", "#dd99ff", "#997733", "#55bb99"),
+    *("#bbdd77", "#ff0000", "#9977dd", "#ff7777", "#ff00dd", "#dd77bb", "#77ddbb", "#99ffbb"),
 )
+"""Each the one farthest from those before it, for eyes with and without each of the three colour blindnesses, of the
+colours that stand out from soft tissue; the first eight can be told apart by anyone. Beyond 16 they repeat."""
 
 
 def class_colour(label: int) -> str:
     """The colour of class index `label` (1-based) in every picture."""
-    return _HUES[(label - 1) % len(_HUES)]
+    return CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)]
 
 
 def ct_png(image: np.ndarray, window_hu: tuple[float, float], spacing: tuple[float, float] = (1.0, 1.0)) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mixcl_dist.config import from_dict, replace
+from mixcl_dist.config import ConfigError, from_dict, replace
 from mixcl_dist.report.folders import TableFolder, TableTrial
 from mixcl_dist.report.results import SCRATCH, points
 from mixcl_dist.studies.statistics import (
@@ -200,10 +200,14 @@ def _pair(trials: Sequence[TableTrial], fold: str, arm: str, reference: str, sca
 
 
 def _training(table: TableFolder) -> list[Training]:
-    """By the first trial of each arm, as all have equally many steps; nothing of a folder without config.yaml."""
+    """By the first trial of each arm, as all have equally many steps; nothing of a folder without config.yaml, or with
+    one of a version whose settings were others."""
     if not table.config:
         return []
-    config = from_dict(yaml.safe_load(table.config))
+    try:
+        config = from_dict(yaml.safe_load(table.config))
+    except ConfigError:
+        return []
     items = {item["name"]: item for item in table.facts["items"]}
     first = {(trial.fold, trial.arm): trial.name for trial in reversed(table.trials)}
     told = []

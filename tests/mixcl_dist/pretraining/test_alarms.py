@@ -29,7 +29,8 @@ def test_few_label_anchors_are_told_with_the_cure():
 
 def test_label_anchors_matter_only_where_labels_are_to_be_used():
     assert warned(voxel_label_anchors=0.0) == ["label_anchors"]
-    assert warned(voxel_label_anchors=0.0, labels=False) == []
+    assert warned(voxel_label_anchors=0.0, labels=False) == ["label_term"]
+    assert "budget.scans" in alarms(LATE, GOOD, Config(), labels=False)["label_term"]
     assert warned(voxel_label_anchors=0.0, settings={"objective.voxel_label": 0}) == []
 
 

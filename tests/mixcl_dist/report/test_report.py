@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import html
+import itertools
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -214,7 +216,7 @@ def test_of_several_draws_the_best_is_shown_and_the_page_warns(study):
 def test_same_case_is_shown_for_both_starts_and_pretraining_beside_it(study):
     page = Page(write_report(study))
     assert {"v0, Truth", "v0, scratch", "v0, mixcl", "patch 1, Embedding", "patch 2, No label here"} <= set(page.images)
-    assert "Voxel identity: 4.95 at step 1, 3 at step 40 (floor 2.5)." in page.text
+    assert "Voxel identity: 4.95 at step 1, 3 at step 40." in page.text
     assert "Cases" in page.text and "not finished" in page.text
 
 
@@ -265,7 +267,7 @@ def test_finetuning_run_has_its_table_by_class_and_case(study):
 
 def test_pretraining_run_has_its_page_and_metrics_as_csv(study):
     page = Page(write_report(study.parent / "pre"))
-    assert "pixel labels read of 1" in page.text
+    assert "Trained for 40 steps so far on 2 CT volumes by voxel identity." in page.text
     rows = list(csv.DictReader((study.parent / "pre" / "report" / "report.csv").open()))
     assert len(rows) == 40 and float(rows[-1]["voxel_identity"]) == 3.0
 
@@ -280,6 +282,122 @@ def test_pretraining_page_shows_what_was_measured_beside_the_loss_with_advice_an
     assert {"Gradient of each term on the backbone", "Label anchors a step", "Effective rank of voxel rows"} <= {
         label for label in re.findall(r'aria-label="([^"]*)"', index.read_text())
     }
+
+
+def text_of_pretraining(run: Path, steps: list[dict], config: str = "", **facts: object) -> str:
+    write(run / "run.json", {"kind": "pretrain", "name": "run", "finished": "2025-01-01T10:00:00+00:00"} | facts)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (run / "config.yaml").write_text(config)
+    return Page(write_report(run)).text
+
+
+STEPS = [
+    {"step": step, "voxel_identity": 6.0, "voxel_identity_similarity": 0.5 + step / 100, "reconstruction": 1 / step}
+    | {
+        "voxel_label": 5.0,
+        "voxel_label_floor": 4.0 + step / 100,
+        "voxel_label_anchors": 90.0 + step,
+        "samples": 4 * step,
+    }
+    for step in range(1, 21)
+]
+BATCHES = "{engine: {accumulation_steps: 2}, pretrain: {batch_size: 8}, rows: {per_view_pair: 16}}"
+
+
+def test_a_pretrainings_headline_says_on_what_by_which_terms_and_what_it_learnt(tmp_path):
+    text = text_of_pretraining(tmp_path, STEPS, training_cases=["a", "b", "c"], label_cases=["a"])
+    assert (
+        "Trained for 20 steps on 3 CT volumes (80 patches drawn) by voxel identity, voxel labels of 1 scan (100 label "
+        "anchors a step) and reconstruction: similarity of a voxel's two views 0.515 → 0.695; label loss above its "
+        "floor 0.985 → 0.805; reconstruction error 0.75 → 0.0513."
+    ) in text
+
+
+def test_a_label_term_without_labels_is_said_to_be_off(tmp_path):
+    without = [{k: v for k, v in step.items() if k not in ("voxel_label", "voxel_label_floor")} for step in STEPS]
+    text = text_of_pretraining(tmp_path, [step | {"voxel_label_anchors": 0.0} for step in without])
+    assert "by voxel identity and reconstruction:" in text and "label term is off" in text and "budget.scans" in text
+    assert "above its floor" not in text and "label term is off" not in text_of_pretraining(tmp_path, STEPS)
+
+
+def test_an_identity_loss_stands_beside_chance_and_a_label_loss_above_its_floor(tmp_path):
+    """Chance is InfoNCE's value when all embeddings are one: the twin is one of all other rows of the batch."""
+    rows = 2 * (8 // 2) * 16
+    chance = -np.log(np.exp(0) / (np.exp(np.zeros(rows - 1)).sum()))
+    text = text_of_pretraining(tmp_path, STEPS, BATCHES)
+    assert f"Voxel identity: 6 at step 1, 6 at step 20 (chance {chance:.3g})." in text
+    assert "Voxel label, above its floor: 0.99 at step 1, 0.8 at step 20." in text
+
+
+def test_captions_tell_only_of_what_is_drawn(tmp_path, study):
+    short = text_of_pretraining(tmp_path, [{k: v for k, v in s.items() if "label" not in k} for s in STEPS])
+    assert not [line for line in ("running mean", "Chance", "floor", "Embedding") if line in short]
+    long = text_of_pretraining(tmp_path, [s | {"step": s["step"] + 20 * k} for k in (0, 1) for s in STEPS], BATCHES)
+    assert "thick: running mean" in long and "Chance is where" in long and "cannot fall below its floor" in long
+    change_trials(study, lambda row: {"status": "failed"} if row["seed"] else {})
+    once = Page(write_report(study)).text
+    assert not [line for line in ("t-interval", "grey line", "one standard deviation") if line in once]
+
+
+def test_development_cases_are_not_called_validation_cases(study):
+    for file in [study / "study.json", *study.glob("trials/*/run.json")]:
+        write(file, json.loads(file.read_text()) | {"scored": "development"})
+    assert "Development cases at 5 %" in Page(write_report(study)).text
+    assert "Development cases, the slice" in Page(write_report(study / "trials" / "mixcl-0.05-0")).text
+
+
+@pytest.mark.parametrize("folder", ["study", "study/trials/scratch-0.05-0"])
+def test_words_of_the_field_are_explained(study, folder):
+    text = Page(write_report(study.parent / folder)).text
+    assert "Dice : how far" in text and "Scratch : the same network" in text
+
+
+def simulated(colour: str) -> list[np.ndarray]:
+    """Lab of a colour as seen with full colour vision and without red, green or blue (Machado et al. 2009)."""
+    code = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    seen = [np.eye(3)] + [np.array(m) for m in DEFICIENCIES]
+    white = TO_XYZ.sum(axis=1)
+    found = []
+    for matrix in seen:
+        x, y, z = np.cbrt(TO_XYZ @ np.clip(matrix @ linear, 0, 1) / white)
+        found.append(np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)]))
+    return found
+
+
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+DEFICIENCIES = (
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+)
+
+
+def test_eight_classes_can_be_told_apart_by_anyone_and_stand_out_from_dark_tissue():
+    colours = [slices.class_colour(k) for k in range(1, 17)]
+    assert len(set(colours)) == 16
+    for one, other in itertools.combinations(colours[:8], 2):
+        distances = [np.linalg.norm(a - b) for a, b in zip(simulated(one), simulated(other), strict=True)]
+        assert distances[0] > 30 and min(distances) > 20, (one, other, distances)
+    tissue = simulated("#333333")[0][0]
+    assert all(simulated(colour)[0][0] - tissue > 30 for colour in colours)
+
+
+@pytest.mark.parametrize("folder", ["study", "pre", "study/trials/mixcl-0.05-0"])
+def test_nothing_overflows_on_a_telephone(study, folder, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium to look at the page with; install chromium")
+    index = write_report(study.parent / folder)
+    # In a frame, as a headless window is never narrower than 500 px.
+    frame = tmp_path / "frame.html"
+    script = "document.title = f.contentDocument.documentElement.scrollWidth"
+    frame.write_text(f'<iframe id=f src="{index}" width=420 height=900 style="border:0" onload="{script}"></iframe>')
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    command = [browser, *quiet, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=3000", "--dump-dom", f"file://{frame}"]
+    dom = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
+    assert int(re.findall("<title>(.*?)</title>", dom)[0]) <= 420
 
 
 def test_run_that_has_logged_nothing_says_so(tmp_path):
