@@ -140,28 +140,42 @@ def untilt(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return moved, right
 
 
+def antialiased(hu: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """`hu` (X, Y, Z) as float32, blurred along each axis that is about to lose resolution.
+
+    `step` (3,) is the new voxel's edge in old voxels. A point spread as wide as the old voxel (full width at half
+    maximum) becomes as wide as the new one.
+    """
+    sigma = np.sqrt(np.maximum(step**2 - 1, 0)) / math.sqrt(8 * math.log(2))
+    return ndimage.gaussian_filter(hu.astype(np.float32), sigma, mode="nearest")
+
+
+def resampled_grid(shape: Sequence[int], step: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Size of a grid of voxels `step` (3,) times as large that begins at the edge of one of `shape`, and the (4, 4) map
+    of its indices to old ones: the first voxel's centre moves by half the difference of the two voxels."""
+    size = tuple(int(n) for n in np.maximum(1, np.rint(np.asarray(shape) / step)))
+    to_old = np.diag([*step, 1.0])
+    to_old[:3, 3] = (step - 1) / 2
+    return size, to_old
+
+
 def resample(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     """The same field at another spacing (mm).
 
-    HU are interpolated linearly; an axis that loses resolution is first blurred so that a point spread as
-    wide as the old voxel (full width at half maximum) becomes as wide as the new one. Labels take the nearest
-    voxel. The new grid begins at the old one's edge, so the first voxel's centre moves by half the difference
-    of the two spacings.
+    HU are `antialiased` and then interpolated linearly. Labels take the nearest
+    voxel. The new grid is the `resampled_grid`.
     """
-    shape = np.array(volume.hu.shape)
     step = np.asarray(spacing_mm, dtype=float) / volume.spacing  # new voxel in old voxels
     if np.allclose(step, 1, atol=1e-4):
         return volume
-    size = tuple(int(n) for n in np.maximum(1, np.rint(shape / step)))
-    offset = (step - 1) / 2
-    sigma = np.sqrt(np.maximum(step**2 - 1, 0)) / math.sqrt(8 * math.log(2))
-    hu = ndimage.gaussian_filter(volume.hu.astype(np.float32), sigma, mode="nearest")
-    hu = ndimage.affine_transform(hu, step, offset, output_shape=size, order=1, mode="nearest")
+    size, to_old = resampled_grid(volume.hu.shape, step)
+    offset = to_old[:3, 3]
+    hu = ndimage.affine_transform(
+        antialiased(volume.hu, step), step, offset, output_shape=size, order=1, mode="nearest"
+    )
     label = volume.label
     if label is not None:
         label = ndimage.affine_transform(label, step, offset, output_shape=size, order=0, mode="nearest")
-    to_old = np.diag([*step, 1.0])
-    to_old[:3, 3] = offset
     return Volume(np.rint(hu).astype(np.int16), volume.affine @ to_old, label)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from importlib import metadata
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from mixcl_dist import __version__
+from mixcl_dist.data_shards import volume
+from mixcl_dist.export import inference
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import ExportError, Trained
 from mixcl_dist.networks import dynunet
@@ -28,30 +31,60 @@ governing permissions and limitations under the License.
 The training data have terms of their own.
 """
 _USE = """\
-Put CT files (NIfTI) into a folder IMAGES, install `monai`, `pytorch-ignite`, `fire` and `nibabel`, and run here:
+Put CT files (NIfTI) into a folder IMAGES, install `monai`, `nibabel` and `scipy`, and run in this bundle's folder:
 
-```bash
-python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json \\
-    --bundle_root . --dataset_dir IMAGES --output_dir SEGMENTATIONS
+```python
+from monai.bundle import run
+
+run(
+    config_file="configs/inference.json",
+    meta_file="configs/metadata.json",
+    bundle_root=".",
+    dataset_dir="IMAGES",
+    output_dir="SEGMENTATIONS",
+)
 ```
 
-Each segmentation is written on the grid of its CT."""
+Where `fire` is installed, `python -m monai.bundle run --config_file configs/inference.json …` does the same. Each
+segmentation is written on the grid of its CT. `scripts/inference.py` resamples a CT as in training:
+blurred where the grid becomes coarser, which MONAI's own transforms do not do."""
+_SCRIPT = """\
+\"\"\"The part of preprocessing and inference that MONAI does not have; written by mixcl-dist.\"\"\"
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
+from scipy import ndimage
+
+"""
 
 
 def write(trained: Trained, folder: Path) -> None:
-    """Write configs/, models/model.pt, docs/README.md and LICENSE; raises `ExportError` for a run without classes."""
+    """Write configs/, models/, scripts/, docs/ and LICENSE; raises `ExportError` for a run without classes."""
     if not trained.is_segmentation:
         raise ExportError(
             f"{trained.run}: a bundle segments, and this run is a pre-training; fine-tune it first "
             "(mixcl finetune --from), or export it to monai"
         )
-    for name in ("configs", "models", "docs"):
+    for name in ("configs", "models", "scripts", "docs"):
         (folder / name).mkdir()
+    (folder / "scripts" / "__init__.py").touch()
+    (folder / "scripts" / "inference.py").write_text(_script())
     torch.save(trained.state_dict(), folder / "models" / "model.pt")
     for name, content in (("metadata", _metadata(trained)), ("inference", _inference(trained))):
         (folder / "configs" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
     (folder / "docs" / "README.md").write_text(card(trained, trained.facts["name"], _USE))
     (folder / "LICENSE").write_text(_LICENSE)
+
+
+def _script() -> str:
+    """One definition of preprocessing: the source that training itself runs."""
+    parts = (volume.antialiased, volume.resampled_grid, inference.TrainingSpacingd, inference.segment)
+    return "\n\n".join([f"{_SCRIPT}AIR_HU = {volume.AIR_HU}\n", *map(inspect.getsource, parts)])
 
 
 def _inert(name: object) -> str:
@@ -74,8 +107,7 @@ def _metadata(trained: Trained) -> dict[str, Any]:
         "numpy_version": metadata.version("numpy"),
         "required_packages_version": {
             "nibabel": metadata.version("nibabel"),
-            "pytorch-ignite": "0.4.11",
-            "fire": "0.5.0",
+            "scipy": metadata.version("scipy"),
         },
         "name": _inert(trained.facts["name"]),
         "task": "Segmentation of CT",
@@ -116,7 +148,13 @@ def _metadata(trained: Trained) -> dict[str, Any]:
 def _inference(trained: Trained) -> dict[str, Any]:
     """MONAI evaluates the strings of this file: all are written here, and only numbers come from the run's folder."""
     return {
-        "imports": ["$import glob", "$import os", "$import numpy", "$import torch"],
+        "imports": [
+            "$import glob",
+            "$import os",
+            "$import numpy",
+            "$import torch",
+            "$from scripts.inference import segment",
+        ],
         "bundle_root": ".",
         "dataset_dir": "images",
         "output_dir": "$@bundle_root + '/eval'",
@@ -128,7 +166,6 @@ def _inference(trained: Trained) -> dict[str, Any]:
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(trained)},
         "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
-        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
         "inferer": {
             "_target_": "SlidingWindowInferer",
             "roi_size": trained.patch_size,
@@ -138,31 +175,15 @@ def _inference(trained: Trained) -> dict[str, Any]:
             "cval": -1.0,
         },
         "postprocessing": {"_target_": "Compose", "transforms": _postprocessing()},
-        "handlers": [
-            {
-                "_target_": "CheckpointLoader",
-                "load_path": "@checkpoint",
-                "load_dict": {"model": "@network"},
-                "map_location": "@device",
-            }
-        ],
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-        },
-        "initialize": [],
-        "run": ["$@evaluator.run()"],
+        "load": "$@network.load_state_dict(torch.load(@checkpoint, map_location=@device, weights_only=True))",
+        "initialize": ["$@load"],
+        "run": ["$segment(@dataset, @network, @inferer, @postprocessing, @device)"],
     }
 
 
 def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
     low, high = trained.network.window_hu
-    resampling = {"_target_": "Spacingd", "keys": "image", "pixdim": trained.spacing_mm, "mode": "bilinear"}
+    resampling = {"_target_": "scripts.inference.TrainingSpacingd", "keys": "image", "pixdim": trained.spacing_mm}
     return [
         {"_target_": "LoadImaged", "keys": "image"},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},

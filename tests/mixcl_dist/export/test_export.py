@@ -167,21 +167,6 @@ def test_bundles_transforms_network_and_inferer_segment_as_we_do(finetuned, segm
     assert (logits.argmax(0).numpy() == ours).mean() > 0.999  # resolution of float32 at ties
 
 
-def test_bundle_runs_from_the_command_line_of_its_card(finetuned, segmenter, ct_file, tmp_path):
-    pytest.importorskip("ignite", reason="pytorch-ignite, which bundles are run with, is not installed")
-    out = export(finetuned, "bundle", tmp_path / "bundle")
-    command = re.search(r"```bash\npython (.*?)```", (out / "docs" / "README.md").read_text(), re.DOTALL)
-    assert command
-    arguments = command[1].replace("\\\n", " ").replace("IMAGES", str(ct_file.parent)).split()
-    arguments[arguments.index("SEGMENTATIONS")] = str(tmp_path / "segmented")
-    result = subprocess.run([sys.executable, *arguments], cwd=out, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    written = nib.load(tmp_path / "segmented" / "case" / "case_seg.nii.gz")
-    np.testing.assert_allclose(written.affine, nib.load(ct_file).affine)
-    theirs = np.asarray(nib.as_closest_canonical(written).dataobj)
-    assert (theirs == our_segmentation(ct_file, segmenter)).mean() > 0.999
-
-
 def test_bundles_metadata_has_what_monais_schema_requires(finetuned, tmp_path):
     out = export(finetuned, "bundle", tmp_path / "bundle")
     metadata = json.loads((out / "configs" / "metadata.json").read_text())
