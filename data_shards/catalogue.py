@@ -16,6 +16,10 @@ MAX_CANDIDATES = 60
 """Candidate sets are int64 bit masks: one bit for each class, two for everything else, none for the sign."""
 
 
+class CatalogueError(ValueError):
+    """Classes that do not fit one catalogue; the message is one line with the cure."""
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Class names in label order: label k > 0 is `classes[k - 1]`, 0 is everything else, `IGNORED` is unknown."""
@@ -24,9 +28,10 @@ class Catalogue:
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"class names must differ: {', '.join(self.classes)}")
+            twice = next(name for number, name in enumerate(self.classes) if name in self.classes[:number])
+            raise CatalogueError(f"class {twice!r} comes twice; give each class one name")
         if len(self.classes) > MAX_CLASSES:
-            raise ValueError(f"{len(self.classes)} classes; at most {MAX_CLASSES} fit: leave some sources out")
+            raise CatalogueError(f"{len(self.classes)} classes; at most {MAX_CLASSES} fit: leave some sources out")
 
     def index(self, name: str) -> int:
         """The label of class `name`, counted from 1; raises `KeyError` that names the nearest class."""

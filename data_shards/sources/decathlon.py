@@ -12,6 +12,7 @@ A case list is a JSON list of such entries, each with its own `labels`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,11 @@ from mixcl_dist.data_shards.sources.classes import FILE_NAME
 from mixcl_dist.data_shards.sources.voxels import files_of, format_of
 from mixcl_dist.data_shards.volume import CaseError
 
+NOTHING = re.compile(
+    r"\b(back ?ground|bg|clear|none|no|not|nothing|non|empty|others?|else|rest|void|air|outside|exterior|unlabell?ed|"
+    r"unknown|normal|0)\b"
+)
+"""What value 0 is called where it stands for no organ."""
 SPLITS: dict[str, Split] = {
     "training": "training",
     "validation": "validation",
@@ -87,22 +93,28 @@ def open_case_list(file: Path, entries: list[Any], unnamed: ClassValues) -> Sour
 
 
 def class_values(labels: Any, where: Path) -> ClassValues:
-    """Value in the label file → class, from {"1": "liver"} or nnU-Net's {"liver": 1}, value 0 left out.
+    """Value in the label file → class, from {"1": "liver"} or nnU-Net's {"liver": 1}; 0 is background.
 
-    A class "ignore" is what nnU-Net means by it: voxels of unknown class.
+    A class "ignore" is what nnU-Net means by it: voxels of unknown class. Raises `CaseError`.
     """
-    pairs = []
+    pairs: dict[int, str] = {}
     for key, value in labels.items() if isinstance(labels, Mapping) else ():
-        number, name = (value, key) if isinstance(value, int | list) else (key, value)
+        number, name = (value, key) if isinstance(value, int | float | list) else (key, value)
+        number = int(number) if isinstance(number, float) and number.is_integer() else number
         if isinstance(number, list):
             cure = "give each class one value, without nnU-Net's regions"
             raise CaseError(f"class {name!r} is a region of several values", where=where, cure=cure)
-        if not isinstance(name, str) or not str(number).isdecimal():
+        if not isinstance(name, str) or not name.strip() or not str(number).isdecimal():
             cure = 'write {"1": "liver"} or {"liver": 1}'
             raise CaseError(f"labels hold {key!r}: {value!r}", where=where, cure=cure)
-        if int(number) > 0:
-            pairs.append((int(number), name))
-    return tuple(sorted(pairs))
+        number = int(number)
+        if number == 0 and name != IGNORE and not NOTHING.search(re.sub("[_-]", " ", name.casefold())):
+            cure = f"give {name!r} another value in the label files, or call it background"
+            raise CaseError(f"value 0, which is background, is named {name!r}", where=where, cure=cure)
+        if pairs.setdefault(number, name) != name:
+            cure = "give each value one name"
+            raise CaseError(f"value {number} is named {pairs[number]!r} and {name!r}", where=where, cure=cure)
+    return tuple(sorted((number, name) for number, name in pairs.items() if number > 0 or name == IGNORE))
 
 
 def class_names(values: ClassValues) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ equal ones to the first. Where one of them marks what is to be ignored, it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from mixcl_dist.data_shards.volume import CaseError, spacing_of, to_ras
 
 MAX_LABEL_SHIFT = 0.1
 """Of a voxel, between label and image at any corner: more than headers lose by rounding."""
+MAX_OFF_WHOLE = 0.01
+"""Between a label and a whole number: what a header's slope and intercept, or float arithmetic, leave behind."""
 
 
 def read_label(case: Case, catalogue: Catalogue, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -70,25 +72,47 @@ def _on_grid(file: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarr
     apart = np.linalg.norm(corners @ (label_affine - affine).T, axis=1).max()
     if apart > MAX_LABEL_SHIFT * min(spacing_of(affine)):
         cure = "copy the image's geometry to the label if their voxels match, else resample it"
-        raise CaseError(f"label lies {apart:.1f} mm off the image", where=file, cure=cure)
+        what = f"label lies {apart:.1f} mm off the image: {_difference(label_affine, affine)}"
+        raise CaseError(what, where=file, cure=cure)
     return stored
 
 
+def _difference(label: np.ndarray, image: np.ndarray) -> str:
+    """In what two affines of one size differ, each with its own figures, the label's first."""
+    spacings = spacing_of(label), spacing_of(image)
+    if not np.allclose(*spacings, rtol=1e-3):
+        return "its spacing is {} mm, the image's {}".format(*(" x ".join(f"{mm:.4g}" for mm in s) for s in spacings))
+    axes = (label[:3, :3] / spacings[0]).T @ (image[:3, :3] / spacings[1])
+    turned = np.degrees(np.arccos(np.clip((np.trace(axes) - 1) / 2, -1, 1)))
+    if turned > 0.1:
+        return f"its axes are turned by {turned:.1f} degrees"
+    shift = ", ".join(f"{mm:+.1f}" for mm in label[:3, 3] - image[:3, 3])
+    return f"its origin is moved by ({shift}) mm"
+
+
 def _recoded(stored: np.ndarray, codes: dict[int, int], file: Path) -> np.ndarray:
+    """The catalogue's numbers of a label file's values, which are whole within `MAX_OFF_WHOLE`."""
     known = {0: 0} | codes
     found = np.unique(stored)
-    wrong = [f"{value:g}" for value in found if value not in known]
-    if wrong:
-        shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+    whole = np.rint(found)
+    if broken := [f"{value:g}" for value in found[np.abs(found - whole) > MAX_OFF_WHOLE]]:
+        cure = "write class numbers: was it resampled by more than the nearest voxel, or is it a probability?"
+        raise CaseError(f"label holds {_some(broken)}, which is not whole", where=file, cure=cure)
+    if wrong := [f"{value:.0f}" for value in np.unique(whole) if value not in known]:
         cure = f"name it under 'labels' or correct the file (named: {', '.join(map(str, sorted(known)[1:]))})"
-        raise CaseError(f"label holds {shown}, which has no class name", where=file, cure=cure)
-    return np.array([known[int(value)] for value in found], dtype=np.uint8)[np.searchsorted(found, stored)]
+        raise CaseError(f"label holds {_some(wrong)}, which has no class name", where=file, cure=cure)
+    return np.array([known[int(value)] for value in whole], dtype=np.uint8)[np.searchsorted(found, stored)]
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
 def _mask(file: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Where a file of 0 and one other value, each within `MAX_OFF_WHOLE`, is not 0."""
     stored = _on_grid(file, shape, affine)
-    mask = stored != 0
-    if mask.any() and np.ptp(stored[mask]):
-        what = "holds several values, so it is no mask"
+    mask = np.abs(stored) > MAX_OFF_WHOLE
+    if mask.any() and np.ptp(stored[mask]) > 2 * MAX_OFF_WHOLE:
+        what = f"holds {_some([f'{value:g}' for value in np.unique(stored)])}, so it is no mask"
         raise CaseError(what, where=file, cure="write one file of 0 and 1 for each class")
     return mask
