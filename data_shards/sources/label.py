@@ -113,6 +113,6 @@ def _mask(file: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     stored = _on_grid(file, shape, affine)
     mask = np.abs(stored) > MAX_OFF_WHOLE
     if mask.any() and np.ptp(stored[mask]) > 2 * MAX_OFF_WHOLE:
-        what = f"holds {_some([f'{value:g}' for value in np.unique(stored)])}, so it is no mask"
+        what = f"holds several values ({_some([f'{value:g}' for value in np.unique(stored)])}), so it is no mask"
         raise CaseError(what, where=file, cure="write one file of 0 and 1 for each class")
     return mask
