@@ -71,5 +71,6 @@ def merged(classes_of_sources: Iterable[Sequence[str]]) -> Catalogue:
 
 def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
     """One line that refuses `name` and offers the nearest of `names`."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"{kind} {name!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else "")
+    folded = {known.casefold(): known for known in names}
+    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    return f"{kind} {name!r} is unknown" + (f"; did you mean {folded[close[0]]!r}?" if close else "")

@@ -47,7 +47,7 @@ def open_source(path: Path) -> Source:
         source = masks.open_masks(folder) if masks.is_masks(folder) else open_folder(folder, classes)
     else:
         source = _opened(file, decathlon.read_json(file), classes.values() if classes else ())
-    return with_splits(mapped(source, classes), folder)
+    return with_splits(mapped(source, classes, folder), folder)
 
 
 def _opened(file: Path, content: Any, unnamed: ClassValues) -> Source:

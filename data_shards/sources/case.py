@@ -68,6 +68,8 @@ class Source:
     problems: tuple[CaseError, ...]
     labels_from: str = ""
     """How cases of such a source get labels, as the cure where none has any."""
+    unlisted: tuple[str, ...] = ()
+    """Structures of RTSTRUCTs and SEGs that are in no class: their names where these may be told, else empty."""
 
 
 def file_stem(file: Path) -> str:

@@ -8,8 +8,8 @@
 
 A source is a value, or the name of one in `dataset.json`, of a mask file, of a ROI or of a segment. A class is
 annotated in the cases where all its parts are. Structures that are not listed belong to no class. Names are compared
-without regard to case. ROIs and segments are known by name alone, and their names, which people write freely, are
-used for nothing else.
+without regard to case. ROIs and segments are known by name alone; their names, which people write freely, are used for
+nothing else, and messages tell those alone that are made of anatomical terms.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from mixcl_dist.data_shards.volume import CaseError
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "classes.yaml"
+MAX_SHOWN = 30
+"""Structures in one message."""
 Part = tuple[int | str, ...]
 """The values or names that one structure goes by; names in lower case."""
 
@@ -70,9 +72,10 @@ def read_class_map(folder: Path) -> ClassMap | None:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise CaseError(f"cannot be read: {error}", where=file, cure="check it and its permission") from None
-    except (yaml.YAMLError, TypeError) as error:
-        raise CaseError(f"not valid YAML: {error}", where=file, cure="correct it at that place") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise CaseError(f"cannot be read: {reason}", where=file, cure="check it and its permission") from None
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        raise CaseError(f"not valid YAML: {_place(error)}", where=file, cure="correct it at that place") from None
     if not isinstance(content, dict) or not content.keys() - {IGNORE, BACKGROUND}:
         raise CaseError("names no classes", where=file, cure="write lines as in `liver: {source: 5}`")
     parts = {}
@@ -83,6 +86,13 @@ def read_class_map(folder: Path) -> ClassMap | None:
     if twice is not None:
         raise CaseError(f"{twice!r} stands there twice", where=file, cure="give it to one class")
     return ClassMap(file, parts)
+
+
+def _place(error: Exception) -> str:
+    """What is wrong and where, without the parser's excerpt of the file."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or str(error) or type(error).__name__
+    return what if mark is None else f"{what}, in line {mark.line + 1} at column {mark.column + 1}"
 
 
 def _parts(file: Path, name: Any, entry: Any) -> tuple[Part, ...]:
@@ -105,21 +115,25 @@ def _parts(file: Path, name: Any, entry: Any) -> tuple[Part, ...]:
     return tuple(tuple(key.strip().casefold() if isinstance(key, str) else key for key in part) for part in parts)
 
 
-def mapped(source: Source, classes: ClassMap | None) -> Source:
-    """`source` with the classes of `classes` for its own.
+def mapped(source: Source, classes: ClassMap | None, folder: Path) -> Source:
+    """`source`, which lies in `folder`, with the classes of `classes` for its own.
 
     Raises `CaseError` where no label has a structure that is listed, unless the source's problems may be the reason.
     """
     if classes is None:
+        if source.unlisted:
+            what = "%s: labels in RTSTRUCTs and SEGs are not read, as no %s there says what is what (there are %s)"
+            cure = "write one, as in `liver: {source: Liver}`"
+            logger.warning(f"{what}; {cure}", folder, FILE_NAME, _shown(source.unlisted))
         return source
-    labelled = [case for case in source.cases if case.labels]
-    unknown = _unknown(labelled, classes)
+    labelled = [_with_reserved(case, classes) for case in source.cases if case.labels]
+    unknown = _unknown(labelled, source.unlisted, classes)
     if unknown and not source.problems:
         raise unknown[0]
     kept, problems = [], [*source.problems, *unknown]
     for case in source.cases:
         try:
-            kept.append(_mapped(case, classes) if case.labels else case)
+            kept.append(_mapped(_with_reserved(case, classes), classes) if case.labels else case)
         except CaseError as problem:
             problems.append(problem)
     listed = {key for parts in classes.parts.values() for part in parts for key in part}
@@ -135,17 +149,47 @@ def _keys(case: Case, value: int, name: str) -> set[int | str]:
     return {name.strip().casefold()} | ({value} if case.label_format == "voxels" else set())
 
 
-def _unknown(labelled: Sequence[Case], classes: ClassMap) -> list[CaseError]:
-    """What is listed and no case has; of ROIs and segments, none is here whose name is not listed."""
+def _with_reserved(case: Case, classes: ClassMap) -> Case:
+    """`case` with the values under "ignore" and "background" that its label file may hold and nothing else names."""
+    if case.label_format != "voxels":
+        return case
+    named = dict(case.label_values)
+    listed = {key for name in (IGNORE, BACKGROUND) for part in classes.parts.get(name, ()) for key in part}
+    reserved = {key: str(key) for key in listed if isinstance(key, int) and key not in named}
+    return replace(case, label_values=tuple(sorted((named | reserved).items())))
+
+
+def _unknown(labelled: Sequence[Case], unlisted: Sequence[str], classes: ClassMap) -> list[CaseError]:
+    """What is listed and no case has, with what there is instead.
+
+    A value under "ignore" or "background" says what would be meant if it came.
+    """
+    pairs = {
+        (value if case.label_format == "voxels" else None, name)
+        for case in labelled
+        for value, name in case.label_values
+    }
     known = {key for case in labelled for value, name in case.label_values for key in _keys(case, value, name)}
-    names = sorted({name for case in labelled for _, name in case.label_values})
+    names = sorted({name for _, name in pairs} | set(filter(None, unlisted)))
+    shown = sorted(name if value is None or str(value) == name else f"{name} ({value})" for value, name in pairs)
     errors = []
     for class_name, parts in classes.parts.items():
         for part in (part for part in parts if not known.intersection(part)):
+            if class_name in (IGNORE, BACKGROUND) and all(isinstance(key, int) for key in part):
+                continue
             what = unknown_name("value" if isinstance(part[0], int) else "structure", str(part[0]), names)
-            cure = f"correct what {class_name} is read from"
+            cure = f"correct what {class_name} is read from; there are {_shown([*shown, *unlisted])}"
             errors.append(CaseError(f"{what}; no label has it", where=classes.file, cure=cure))
     return errors
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first of `names`, each once, and how many more there are; empty ones may not be told."""
+    told = sorted({name for name in names if name}, key=str.casefold)
+    parts = [*told[:MAX_SHOWN], *([f"{len(told) - MAX_SHOWN} more"] if len(told) > MAX_SHOWN else [])]
+    if hidden := sum(not name for name in names):
+        parts.append(f"{hidden} whose names may be a patient's and are not shown")
+    return ", ".join(parts) or "no structures at all"
 
 
 def _mapped(case: Case, classes: ClassMap) -> Case:

@@ -2,15 +2,17 @@
 
 An object belongs to the series that it references or, since copies of a scan get other UIDs, to the only series in its
 frame of reference. The names of ROIs and segments are written by people and may hold those of patients: they are
-looked up in `classes.yaml` and go nowhere else.
+looked up in `classes.yaml`, and messages tell none but those made of anatomists' words.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,6 +31,13 @@ CLOSED = frozenset({"CLOSED_PLANAR", "CLOSEDPLANAR_XOR"})
 MAX_OFF_GRID = 0.1
 """Of a voxel, between a contour and its slice or a segment's voxels and the image's."""
 
+PLANNING_WORDS = frozenset({
+    "avoidance", "bowel", "brainstem", "cochlea", "ct", "ctv", "external", "gtv", "itv", "l", "lens", "lesion", "lt",
+    "mass", "neoplasm", "node", "nodes", "oar", "oesophagus", "parotids", "pet", "prv", "ptv", "r", "roi", "rt",
+    "tumor", "tumour",
+})  # fmt: skip
+"""What planners call structures by, beside anatomical terms."""
+
 
 @dataclass(frozen=True)
 class _Drawing:
@@ -40,20 +49,29 @@ class _Drawing:
     frames: frozenset[str]
     structures: ClassValues
     """Number → name, of those that were drawn and are listed."""
-    unlisted: int
-    """How many others there are."""
+    unlisted: tuple[str, ...]
+    """Names of the others, where a name may be told, or else an empty string."""
 
 
-def with_drawings(
-    found: Sequence[Series], files: Sequence[Path], listed: frozenset[str]
-) -> tuple[list[Case], list[CaseError]]:
+@dataclass(frozen=True)
+class Labelled:
+    """Series with what was drawn on them."""
+
+    cases: list[Case] = field(default_factory=list)
+    problems: list[CaseError] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    """Names of structures that nobody listed; an empty string for one that may not be told."""
+
+
+def with_drawings(found: Sequence[Series], files: Sequence[Path], listed: frozenset[str]) -> Labelled:
     """The series' cases, with the RTSTRUCT or SEG among `files` that has structures named in `listed`.
 
     Their `label_values` hold names as they stand in the object, to be mapped to classes at once. A series that several
     objects fit becomes a problem, and so does an object that fits none or several.
     """
     of_series: dict[int, list[_Drawing]] = defaultdict(list)
-    cases, problems, unlisted = [], [], 0
+    labelled = Labelled()
+    cases, problems, unlisted = labelled.cases, labelled.problems, labelled.unlisted
     for file in files:
         try:
             drawing = _read_drawing(file, listed)
@@ -63,7 +81,7 @@ def with_drawings(
         except CaseError as problem:
             problems.append(problem)
     if unlisted:
-        logger.info("%d ROIs and segments of %d objects belong to no class", unlisted, len(files))
+        logger.info("%d ROIs and segments of %d objects belong to no class", len(unlisted), len(files))
     for number, one in enumerate(found):
         drawings = of_series[number]
         if len(drawings) > 1:
@@ -71,7 +89,7 @@ def with_drawings(
             problems.append(CaseError(what, where=one.case.files[0], cure=f"keep one, e.g. {drawings[0].file}"))
         else:
             cases.append(_labelled(one.case, drawings[0]) if drawings else one.case)
-    return cases, problems
+    return labelled
 
 
 def draw_rois(
@@ -217,20 +235,42 @@ def _rtstruct(file: Path, dataset: pydicom.Dataset, listed: frozenset[str]) -> _
     if len(frames) > 1:
         raise CaseError("has ROIs in several frames of reference", where=file, cure="split it into one for each")
     structures = tuple((number, name) for number, name, _ in used)
-    return _Drawing(file, "rtstruct", frozenset(series), frozenset(frames), structures, len(rois) - len(used))
+    unlisted = [name for number, name, _ in rois if number in drawn and not _listed(name, listed)]
+    return _Drawing(file, "rtstruct", frozenset(series), frozenset(frames), structures, _told(unlisted, dataset))
 
 
 def _seg(file: Path, dataset: pydicom.Dataset, listed: frozenset[str]) -> _Drawing:
-    structures = []
+    structures, others = [], []
     for segment in dataset.SegmentSequence:
         names = [str(segment.get("SegmentLabel") or "")]
         names += [str(code.get("CodeMeaning") or "") for code in segment.get("SegmentedPropertyTypeCodeSequence") or ()]
-        structures += [(int(segment.SegmentNumber), name) for name in names if _listed(name, listed)][:1]
+        hits = [(int(segment.SegmentNumber), name) for name in names if _listed(name, listed)]
+        structures += hits[:1]
+        others += [] if hits else names[:1]
     series = (str(one.SeriesInstanceUID) for one in dataset.get("ReferencedSeriesSequence") or ())
     frame = str(dataset.get("FrameOfReferenceUID") or "")
-    unlisted = len(dataset.SegmentSequence) - len(structures)
-    return _Drawing(file, "seg", frozenset(series), frozenset({frame}), tuple(structures), unlisted)
+    told = _told(others, dataset)
+    return _Drawing(file, "seg", frozenset(series), frozenset({frame}), tuple(structures), told)
 
 
 def _listed(name: str, listed: frozenset[str]) -> bool:
     return name.strip().casefold() in listed
+
+
+def _told(names: Sequence[str], dataset: pydicom.Dataset) -> tuple[str, ...]:
+    """Those of `names` that are made of anatomists' and planners' words and are no part of the patient's name or ID."""
+    patient = {word for key in ("PatientName", "PatientID") for word in _words(str(dataset.get(key) or ""))}
+    return tuple(name if set(_words(name)) <= _vocabulary() - patient else "" for name in names)
+
+
+def _words(name: str) -> list[str]:
+    """The words of `name`, parted at capitals, and numbers of more than two digits, in lower case."""
+    words = re.findall(r"\d{3,}|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+", name)
+    return [word.casefold() for word in words]
+
+
+@functools.cache
+def _vocabulary() -> frozenset[str]:
+    from pydicom.sr.codedict import codes
+
+    return PLANNING_WORDS.union(*(map(_words, codes.CID7192.dir())), "lr")

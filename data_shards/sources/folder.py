@@ -35,13 +35,12 @@ def open_folder(folder: Path, classes: ClassMap | None) -> Source:
             problems.append(problem)
     series, drawings, unusable = find_series([file for file in files if not file.name.endswith(VOXEL_ENDINGS)])
     problems += unusable
-    if classes is None:
-        cases += [one.case for one in series]
-    else:
-        labelled, misfits = with_drawings(series, drawings, classes.names())
-        cases, problems = cases + labelled, problems + misfits
+    labelled = with_drawings(series, drawings, frozenset() if classes is None else classes.names())
+    cases += labelled.cases
+    problems += labelled.problems if classes else []  # of labels that nobody asked for
     if not cases and not problems:
         cure = "give a folder of .nii.gz, .nrrd or .mha files or DICOM series, or of a dataset.json"
         raise CaseError("holds no CT", where=folder, cure=cure)
     source = collect("folder", folder, cases, problems)
-    return replace(source, labels_from="list the scans with their labels in a dataset.json, or add a classes.yaml")
+    labels_from = "list the scans with their labels in a dataset.json, or add a classes.yaml for RTSTRUCT and SEG"
+    return replace(source, labels_from=labels_from, unlisted=tuple(labelled.unlisted))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue, merged
 from mixcl_dist.data_shards.sources import CaseError, Source, open_source, read_case
+from mixcl_dist.data_shards.sources.classes import read_class_map
 
+README = Path(__file__).parents[3] / "README.md"
 LABELS = {"0": "background", "1": "kidney_left", "2": "kidney_right", "3": "Liver", "4": "couch"}
 
 
@@ -100,11 +105,48 @@ def test_values_without_names_are_named_here_and_every_one_must_be(folder):
     assert "has no class names" in str(open_source(folder).problems[0])
 
 
+def test_values_to_ignore_or_of_no_class_need_no_name_and_need_not_come(folder):
+    """As in the README, though the data set's own names know nothing of 255."""
+    label = stored()
+    label[0, 0, :2] = 255, 7
+    write(folder / "a_label.nii.gz", label)
+    found = label_of(opened(folder, "liver: {source: Liver}\nignore: 255\nbackground: [7, 8]\n"))
+    meant = np.zeros(256, np.uint8)
+    meant[[3, 255]] = 1, IGNORED
+    np.testing.assert_array_equal(found, meant[label])
+
+
+def test_the_readme_s_example_is_taken(folder):
+    text = re.search(r"`(kidney: \{.*?\})`, `(ignore: 255)`", README.read_text())
+    assert opened(folder, "\n".join(text.groups())).classes == ("kidney",)
+
+
+@given(st.text("liver: {}[],\n\t-?!&*#|>'\"%@`5\\\0é", max_size=30) | st.binary(max_size=20))
+def test_whatever_a_class_map_holds_it_is_read_or_refused_in_one_line(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "classes.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    try:
+        assert read_class_map(folder).parts
+    except CaseError as refused:
+        assert str(refused).startswith(f"{folder / 'classes.yaml'}: ") and "\n" not in str(refused)
+        assert len(str(refused)) < len(str(folder)) + 300
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("liver: {source: livr}", "structure 'livr' is unknown; did you mean 'Liver'"),
-        ("liver: {source: 55}", "value '55' is unknown"),
+        (
+            "liver: {source: livr}",
+            r"structure 'livr' is unknown; did you mean 'Liver'.*; .*there are couch \(4\), kidney",
+        ),
+        ("liver: {source: 55}", r"value '55' is unknown; .*there are couch \(4\), kidney"),
+        ("liver: {source: 2022-13-45}", "not valid YAML: month must be"),
+        (
+            "liver: {source: 3}\nspleen: {source: 1\n",
+            "not valid YAML: expected ',' or '}', but got .*, in line 3 at column 1",
+        ),
+        ("\t- liver", "not valid YAML: found character .* in line 1 at column 1"),
+        ("[" * 400, "not valid YAML"),
         ("liver: {sorce: 3}", "setting 'sorce' is unknown; did you mean 'source'"),
         ("liver: 3", "liver: has no 'source'"),
         ("liver: {source: }", "None is neither a value nor a name"),

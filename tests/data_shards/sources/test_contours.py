@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydicom.sr.codedict import codes
 
 from mixcl_dist.data_shards.catalogue import Catalogue
-from mixcl_dist.data_shards.sources import CaseError, open_source, read_case
+from mixcl_dist.data_shards.sources import CaseError, open_images, open_source, read_case
 from mixcl_dist.data_shards.sources.contours import fill
 from mixcl_dist.data_shards.volume import to_ras
 
@@ -96,10 +96,23 @@ def test_contours_are_the_mask_that_the_data_set_gives_voxel_for_voxel(ct, tmp_p
     np.testing.assert_array_equal(label_of(folder), truth(ct, name))
 
 
-def test_without_a_class_map_contours_are_passed_over(series):
+def test_without_a_class_map_contours_are_not_read_and_it_is_said(series, caplog):
     (series / "classes.yaml").unlink()
     source = open_source(series)
     assert source.problems == () and [(case.split, case.labels) for case in source.cases] == [("unlabelled", ())]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{series}: labels in RTSTRUCTs and SEGs are not read, as no classes.yaml")
+    assert "(there are GTV_Mass_CT)" in said and "write one, as in `liver: {source: Liver}`" in said
+    caplog.clear()
+    open_images(series)
+    assert not caplog.records, "labels are not asked for"
+
+
+def test_an_unreadable_drawing_matters_where_labels_are_asked_for_alone(series, change):
+    change(lambda dataset: dataset.__delitem__("StructureSetROISequence"))
+    assert "cannot be read as DICOM" in problems_of(series)
+    (series / "classes.yaml").unlink()
+    assert open_source(series).problems == ()
 
 
 def test_order_and_orientation_of_slices_do_not_matter_to_contours(ct, series):
@@ -195,13 +208,35 @@ def test_roi_names_that_are_not_listed_go_nowhere(change, caplog, capfd, tmp_pat
     caplog.set_level(logging.DEBUG)
     folder = change(name)
     source = open_source(folder)
+    (folder / "classes.yaml").unlink()
+    open_source(folder)
     (folder / "classes.yaml").write_text("liver: {source: SMITH JOHN}")
     with pytest.raises(CaseError) as refused:
         open_source(folder)
     assert "did you mean" not in str(refused.value)
     said = caplog.text + repr(source) + "".join(capfd.readouterr()) + str(refused.value).replace("'smith john'", "")
-    assert "smith" not in said.lower() and "gtv" not in said.lower()
+    assert "smith" not in said.lower()
+    assert "there are GTV_Mass_CT, 2 whose names may be a patient's" in caplog.text
+    assert "there are GTV_Mass_CT, 2 whose names may be a patient's" in str(refused.value)
     assert "2 ROIs and segments of 1 objects belong to no class" in caplog.text
+
+
+def test_a_word_of_the_patient_s_name_is_not_told_though_it_is_one_of_anatomy(change, caplog):
+    def name(dataset: pydicom.Dataset) -> None:
+        dataset.PatientName, dataset.StructureSetROISequence[0].ROIName = "Brain^Joan", "Brain"
+
+    folder = change(name)
+    (folder / "classes.yaml").unlink()
+    open_source(folder)
+    assert "there are 1 whose names may be a patient's" in caplog.text and "Brain" not in caplog.text
+
+
+def test_a_wrong_name_is_told_which_there_are(series):
+    (series / "classes.yaml").write_text("tumour: {source: GTV_Mass}\nignore: 255")
+    with pytest.raises(CaseError, match=r"'gtv_mass' is unknown; did you mean 'GTV_Mass_CT'.*there are GTV_Mass_CT"):
+        open_source(series)
+    (series / "classes.yaml").write_text("tumour: {source: GTV_Mass_CT}\nignore: 255")
+    assert open_source(series).problems == ()
 
 
 def test_a_roi_without_contours_is_not_annotated(change):
