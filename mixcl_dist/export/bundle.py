@@ -83,7 +83,7 @@ def write(trained: Trained, folder: Path) -> None:
 
 def _script() -> str:
     """One definition of preprocessing: the source that training itself runs."""
-    parts = (volume.antialiased, volume.resampled_grid, inference.TrainingSpacingd, inference.segment)
+    parts: tuple[Any, ...] = (volume.antialiased, volume.resampled_grid, inference.TrainingSpacingd, inference.segment)
     return "\n\n".join([f"{_SCRIPT}AIR_HU = {volume.AIR_HU}\n", *map(inspect.getsource, parts)])
 
 

@@ -53,7 +53,7 @@ def label_term_is_off(metrics: Metrics) -> bool:
 
 def learnt(metrics: Metrics) -> list[str]:
     """What the terms came to, from the beginning to the end, and what a probe of the features reached."""
-    above = [{"label": above_floor(row)} for row in metrics if above_floor(row) is not None]
+    above = [{"label": excess} for row in metrics if (excess := above_floor(row)) is not None]
     found = [
         _change(metrics, "voxel_identity_similarity", "similarity of a voxel's two views"),
         _change(above, "label", "label loss above its floor"),
@@ -77,7 +77,8 @@ def chance_levels(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     little. Empty where `facts` or `config` (nested dictionaries, as in config.yaml) do not say how many rows there are.
     """
     try:
-        parts = config["engine"]["accumulation_steps"] * facts.get("world_size", 1)
+        alone = config["objective"].get("contrast", "rank") == "rank"  # earlier runs contrasted within ranks
+        parts = config["engine"]["accumulation_steps"] * (facts.get("world_size", 1) if alone else 1)
         views = 2 * (config["pretrain"]["batch_size"] // parts)
         rows = views * config["rows"]["per_view_pair"]
         return {"voxel_identity": math.log(rows - 1), "crop_identity": math.log(views - 1)} if views > 2 else {}
