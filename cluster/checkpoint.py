@@ -81,6 +81,15 @@ def newest(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Pat
     return None
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints made at `step` or later, so that no run goes on from them; nothing is deleted."""
+    for path in _published(folder):
+        if int(path.name.removeprefix("step_")) >= step:
+            aside = path.with_name(f"diverged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def read_state(checkpoint: Path) -> dict:
     """The `state` that was given to `publish`."""
     return json.loads((checkpoint / SEAL).read_text())["state"]

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.cluster.group import Group, described
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+
+STATE = "engine.safetensors"
+"""In a checkpoint: every tensor whole and under its parameter's name, so that any number of ranks can take it up."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam and AdamW keep of every parameter."""
+
+
+class EngineError(ValueError):
+    """Ranks that do not fit together, or a state that cannot be taken up; the message is one line with the cure."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
@@ -32,6 +48,9 @@ class EngineConfig:
     """Largest norm of the global gradient; 0 leaves it as it is."""
     compile: bool = False
     """Let `torch.compile` make the network's kernels, which takes minutes once."""
+    timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600.0
+    """Seconds that a rank waits for the others before it ends: longer than the longest time that one works alone, for
+    a checkpoint, a probe or a shard that is slow to come."""
 
 
 class Engine(Protocol):
@@ -50,6 +69,9 @@ class Engine(Protocol):
     def learning_rate(self) -> float: ...
     def gradient_norms(self) -> list[float]: ...
     def barrier(self) -> None: ...
+    def gather(self, value: Any) -> list[Any]: ...
+    def any(self, flag: bool) -> bool: ...
+    def together(self) -> AbstractContextManager: ...
     def whole_parameters(self) -> AbstractContextManager: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
@@ -63,24 +85,32 @@ def launch(
     *,
     micro_batch_size: int,
     config: EngineConfig,
+    common: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Wrap `module` in a DeepSpeed engine; without a launcher it is a group of one process, no MPI needed.
 
-    `micro_batch_size` is the number of samples of one rank in one backward pass. Under a launcher (RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT in the environment) the process joins that group. DeepSpeed switches off an autocast
-    around the engine on a GPU, so a module that wants one has it within its forward. At ZeRO stage 0 nothing in a step
-    waits for the device.
+    `micro_batch_size` is the number of samples of one rank in one backward pass. Under a launcher (`described`) the
+    process joins that group; `common` are the settings, as JSON has them, that all its ranks must have alike.
+    `optimizer` makes an Adam or AdamW, `scheduler` a schedule whose rate is a function of its `last_epoch` alone.
+    DeepSpeed switches off an autocast around the engine on a GPU, so a module that wants one has it within its forward.
+    At ZeRO stage 0 nothing in a step waits for the device. A step whose gradient is not finite changes nothing but the
+    rate (at stage 0 where the optimizer is one with `fused=True`).
+    Raises `GroupError`, and `EngineError` where ranks are missing or differ.
     """
-    alone = _stand_alone()
+    group = described()
+    alone = group.world_size == 1
     deepspeed = _import_deepspeed()
+    _set_environment(group)
     stage = _zero_stage(config)
 
     if config.compile:
         module.compile(dynamic=False)
-    if alone:
-        # One process has nobody to share memory with: this spares a C++ build of half a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    # It serves inference alone, and its C++ build takes half a minute and leaves a lock where it is killed, on which
+    # every later start would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with _lost_ranks(config.timeout_s):
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=config.timeout_s))
+        _compare(common or {}, group)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
         model=module,
@@ -97,34 +127,33 @@ def launch(
             "timers": {"throughput": {"enabled": False}},
         },
     )
+    _limit_waits(config.timeout_s)
     if not stage and alone:
         engine.enable_backward_allreduce = False  # there is nobody to reduce with: it would only copy all gradients
-    return _DeepSpeed(engine, config.gradient_clipping)
+    return _DeepSpeed(engine, config)
 
 
 def _zero_stage(config: EngineConfig) -> int:
-    return config.zero_stage if config.zero_stage is not None else int(world_size() > 1)
-
-
-def world_size() -> int:
-    """Processes in the group that a launcher has described, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return config.zero_stage if config.zero_stage is not None else int(described().world_size > 1)
 
 
 class _DeepSpeed:
     """`Engine` over a `deepspeed.DeepSpeedEngine`."""
 
-    def __init__(self, engine: Any, gradient_clipping: float):
+    def __init__(self, engine: Any, config: EngineConfig):
         import torch
 
         self._engine = engine
-        self._largest_norm = gradient_clipping or math.inf
-        self._norms: list[torch.Tensor | float | None] = []
+        self._largest_norm = config.gradient_clipping or math.inf
+        self._timeout_s = config.timeout_s
+        self._norms: list[torch.Tensor | float] = []
+        self._optimizer: Any = engine.basic_optimizer  # torch's own, within DeepSpeed's
         self.device = engine.device
         self.rank = engine.global_rank
         self.world_size = engine.world_size
         self.module = engine.module
         self.process_group = torch.distributed.group.WORLD if engine.world_size > 1 else None
+        self._hosts = _group_of_hosts(config.timeout_s) if self.world_size > 1 else None
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -139,18 +168,27 @@ class _DeepSpeed:
             self._engine.step()
         elif self._engine.zero_optimization_stage():
             self._engine.step()
-            self._norms.append(self._engine.get_global_grad_norm())
+            applied = self._engine.was_step_applied()  # DeepSpeed leaves out a step whose gradient is not finite
+            self._norms.append(self._engine.get_global_grad_norm() if applied else math.inf)
+            if not applied:
+                self._engine.lr_scheduler.step()  # the rate is one of the run's step
         else:  # DeepSpeed would clip with a few kernels for each parameter and constants that the host waits for
-            self._norms.append(clip_grad_norm_(self.module.parameters(), self._largest_norm))
+            norm = clip_grad_norm_(self.module.parameters(), self._largest_norm)
+            self._norms.append(norm)
+            if self._optimizer.defaults.get("fused"):
+                self._optimizer.found_inf = (~norm.isfinite()).float()  # its kernel then leaves all as it is
             self._engine.step()
 
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
 
     def gradient_norms(self) -> list[float]:
-        """Norm of the global gradient before clipping, of each step since the last call; waits for the device."""
+        """Norm of the global gradient before clipping, of each step since the last call; waits for the device.
+
+        The same on all ranks. One that is not finite is of a step that was left out.
+        """
         norms, self._norms = self._norms, []
-        return [float("nan") if norm is None else float(norm) for norm in norms]
+        return [float(norm) for norm in norms]
 
     def barrier(self) -> None:
         from deepspeed import comm
@@ -165,11 +203,148 @@ class _DeepSpeed:
 
         return deepspeed.zero.GatheredParameters(list(self.module.parameters()))
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of each rank, as JSON has it."""
+        return _gather(value, self.world_size)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; their hosts wait for each other, for no device."""
+        if self._hosts is None:
+            return flag
+        import torch
+        from torch import distributed
+
+        raised = torch.tensor([int(flag)])
+        distributed.all_reduce(raised, distributed.ReduceOp.MAX, group=self._hosts)
+        return bool(raised)
+
+    def together(self) -> AbstractContextManager:
+        """Block in which the loss of another rank is an `EngineError`, after `timeout_s` at the latest."""
+        return _lost_ranks(self._timeout_s)
+
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        """Rank 0 writes the whole state, which it must be able to hold in memory; every rank has to call."""
+        from safetensors.torch import save_file
+
+        with self.whole_parameters():
+            weights = self.module.state_dict()
+            tensors = {f"module.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()} if self.rank == 0 else {}
+        updates = self._updates()
+        for name, parameter in self._trained():
+            for moment in MOMENTS if updates else ():
+                whole = self._whole_moment(parameter, moment).detach().cpu().contiguous()
+                if self.rank == 0:
+                    tensors[f"optimizer.{moment}.{name}"] = whole
+        if self.rank == 0:
+            facts = {"format": "1", "steps": str(self._engine.global_steps), "updates": str(updates)}
+            save_file(tensors, folder / STATE, metadata=facts)
 
     def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag="engine")
+        """Take up what any number of ranks saved at any ZeRO stage; raises `EngineError`.
+
+        Rates and decays are this engine's. The file holds numbers alone: nothing in it can be run.
+        """
+        path = folder / STATE
+        tensors, steps, updates = _read_state(path)
+        expected = {f"module.{name}": shape for name, shape in self._shapes(self.module.state_dict()).items()}
+        trained = dict(self._trained())
+        moments = MOMENTS if updates else ()
+        for moment in moments:
+            expected |= {f"optimizer.{moment}.{name}": shape for name, shape in self._shapes(trained).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+            raise EngineError(f"{path}: is of another network, {differing[0]} first; go on with the run's own settings")
+        self._load_weights({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
+        if updates:
+            self._make_moments(updates)
+        for name, parameter in trained.items():
+            for moment in moments:
+                self._set_moment(parameter, moment, tensors[f"optimizer.{moment}.{name}"].to(self.device))
+        self._engine.global_steps = steps
+        if steps:
+            scheduler = self._engine.lr_scheduler
+            scheduler.last_epoch, scheduler._step_count = steps - 1, steps + 1
+            scheduler.step()
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, weights) for name, weights in self.module.named_parameters() if weights.requires_grad)
+
+    def _shapes(self, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of whole tensors, which ZeRO stage 3 has scattered."""
+        named = dict(self.module.named_parameters())
+        return {name: tuple(getattr(named.get(name), "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+
+    def _states(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """The tensors that torch's optimizer updates, flat parts of all parameters where ZeRO shards, and its state."""
+        zero = self._engine.optimizer
+        match self._engine.zero_optimization_stage():
+            case 0:
+                updated = [weights for _, weights in self._trained()]
+            case 3:
+                updated = zero.fp32_partitioned_groups_flat
+            case _:
+                updated = zero.single_partition_of_fp32_groups
+        return [(tensor, self._optimizer.state[tensor]) for tensor in updated]
+
+    def _updates(self) -> int:
+        """How often the weights have been updated; before the first time the optimizer has no state."""
+        return int(self._states()[0][1].get("step", 0))
+
+    def _make_moments(self, updates: int) -> None:
+        """The state that torch's optimizer makes in its first update, here before it."""
+        import torch
+
+        for tensor, state in self._states():
+            where = tensor.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.tensor(float(updates), device=where)
+            state.update({moment: torch.zeros_like(tensor) for moment in MOMENTS})
+        if self._engine.zero_optimization_stage() in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _whole_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self._engine.zero_optimization_stage():
+            return self._optimizer.state[parameter][moment]
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, whole: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        match self._engine.zero_optimization_stage():
+            case 0:
+                self._optimizer.state[parameter][moment].copy_(whole)
+            case 3:
+                safe_set_local_optimizer_state(parameter, self._part(parameter, whole), moment)
+            case _:
+                safe_set_full_optimizer_state(parameter, whole, moment)
+
+    def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        import deepspeed
+        import torch
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        stage = self._engine.zero_optimization_stage()
+        parameters = list(self.module.parameters())
+        whole = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if stage == 3 else nullcontext()
+        with whole, torch.no_grad():
+            if stage < 3 or self.rank == 0:
+                self.module.load_state_dict(weights)
+        for name, parameter in self._trained():  # the numbers that ZeRO's optimizer works on
+            if stage == 3:
+                safe_set_local_fp32_param(parameter, self._part(parameter, weights[name].to(self.device)))
+            elif stage:
+                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+
+    def _part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor at ZeRO stage 3; the last one is filled up with zeros."""
+        import torch
+
+        size = parameter.ds_tensor.numel()
+        part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
+        return torch.nn.functional.pad(part, (0, size - part.numel()))
 
     def close(self) -> None:
         from deepspeed import comm
@@ -182,6 +357,9 @@ def _import_deepspeed() -> Any:
     """Import DeepSpeed without its notices; what it has to say as a warning is still said."""
     import torch
 
+    # It is DeepSpeed that calls them, several times in every step.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -191,19 +369,106 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _stand_alone() -> bool:
-    """Describe a group of one in the environment unless a launcher has described another; tell whether it is so."""
-    if world_size() > 1:
-        return False
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+def _set_environment(group: Group) -> None:
+    """Describe the group as torch and DeepSpeed read it; DeepSpeed would look for MPI otherwise."""
+    import torch
+
+    port = group.port
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    # srun may show each process one GPU alone, which is then number 0 for all of them.
+    devices = torch.accelerator.device_count() or group.local_rank + 1
+    names = {
+        "RANK": group.rank,
+        "LOCAL_RANK": group.local_rank % devices,
+        "WORLD_SIZE": group.world_size,
+        "MASTER_ADDR": group.address,
+        "MASTER_PORT": port,
     }
-    os.environ.update(alone)
-    return True
+    os.environ.update({name: str(value) for name, value in names.items()})
+
+
+def _compare(common: Mapping[str, Any], group: Group) -> None:
+    """Raise `EngineError` on every rank where one has been started with other settings than rank 0."""
+    if group.world_size == 1:
+        return
+    first, *others = _gather(dict(common), group.world_size)
+    for rank, theirs in enumerate(others, 1):
+        if names := sorted(name for name in first | theirs if first.get(name) != theirs.get(name)):
+            shown = [f"{name} ({first.get(name)} and {theirs.get(name)})" for name in names[:3]]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            cure = "start all ranks with the same command and the same installation"
+            raise EngineError(f"ranks 0 and {rank} differ in {', '.join(shown)}{more}; {cure}")
+
+
+def _gather(value: Any, world_size: int) -> list[Any]:
+    """Of every rank its value, as JSON: what a peer sends is never unpickled."""
+    import torch
+    from torch import distributed
+
+    if world_size == 1:
+        return [json.loads(json.dumps(value))]
+    device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+    distributed.all_gather(sizes, torch.tensor([len(content)], device=device))
+    longest = max(map(int, sizes))
+    contents = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world_size)]
+    distributed.all_gather(contents, torch.nn.functional.pad(content, (0, longest - len(content))))
+    return [json.loads(row[:size].cpu().numpy().tobytes()) for row, size in zip(contents, sizes, strict=True)]
+
+
+@contextmanager
+def _lost_ranks(timeout_s: float) -> Iterator[None]:
+    """Turn what torch raises where another rank has died or does not answer into one line."""
+    from torch import distributed
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, distributed.DistError) and not any(word in text for word in ("gloo", "NCCL")):
+            raise
+        raise EngineError(_reason(text, timeout_s)) from None
+
+
+def _reason(text: str, timeout_s: float) -> str:
+    if "EADDRINUSE" in text:
+        return f"MASTER_PORT {os.environ['MASTER_PORT']} is taken on this machine; set it to another"
+    ended = "onnection" in text and "imed out" not in text
+    what = "has ended" if ended else f"did not answer within engine.timeout_s, {timeout_s:g} s"
+    cure = "see what it says, then start all ranks again, with --resume latest where there is a checkpoint"
+    return f"another rank {what}; {cure}"
+
+
+def _group_of_hosts(timeout_s: float) -> Any:
+    """For words between the processes of all ranks, whatever their devices do."""
+    from torch import distributed
+
+    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def _limit_waits(timeout_s: float) -> None:
+    """Let the groups that DeepSpeed made for itself wait no longer than the first one."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Tensors of a saved state, steps taken, and updates among them; raises `EngineError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != "1":
+                raise ValueError("is no engine's state of this version")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            return tensors, int(facts["steps"]), int(facts["updates"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{path}: cannot be taken up ({reason}); begin anew with another --run") from None

@@ -21,7 +21,11 @@ SETTINGS = """settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the process's exit code: 0 done, 1 done with problems, 2 refused, 130 interrupted."""
+    """Run one verb; returns the process's exit code.
+
+    0 done, 1 done with problems, 2 refused, 130 interrupted; 75 (sysexits.h: try again) asked to stop, and to be put
+    into a scheduler's queue again.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -119,14 +123,21 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _pretrain(options: argparse.Namespace) -> None:
+def _pretrain(options: argparse.Namespace) -> int:
+    from mixcl_dist.cluster.launch.job import REQUEUE
     from mixcl_dist.pretraining.pretrain import pretrain
+    from mixcl_dist.run import Stopped
 
     if options.resume and (options.run / "config.yaml").exists():
         options.config.insert(0, options.run / "config.yaml")
     resume = options.resume is not None
-    pretrain(_config(options), shards=options.data, run=options.run, start=options.start, resume=resume)
+    try:
+        pretrain(_config(options), shards=options.data, run=options.run, start=options.start, resume=resume)
+    except Stopped as stopped:
+        print(f"mixcl: {stopped}", file=sys.stderr)
+        return REQUEUE
     print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
+    return 0
 
 
 def _probe(options: argparse.Namespace) -> None:

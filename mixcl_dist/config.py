@@ -235,6 +235,8 @@ class PretrainConfig:
     """Number that the first weights, the order of patches and all augmentation follow from."""
     log_every: Steps = 10
     """Steps between lines of metrics."""
+    max_skipped: Count = 10
+    """Steps in a row that may be left out, as their gradient is not finite, before the run stops."""
     sample_every: Steps = 200
     """Steps between the pictures kept for the report."""
     probe_every: StepsOrNever = 0

@@ -8,6 +8,8 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +19,22 @@ from tqdm import tqdm
 
 from mixcl_dist import __version__
 from mixcl_dist.config import Config, to_yaml
+from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive
 from mixcl_dist.data_shards.versions import versions_of
 
 PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "monai", "ray", "numpy")
 
 
+LOCK = ".lock"
+"""In a folder that `held` holds."""
+
+
 class RunError(ValueError):
     """A run's folder that cannot be used; the message is one line with the cure."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, and has saved all that it did; the message is one line that says how to go on."""
 
 
 class Run:
@@ -48,12 +59,9 @@ class Run:
         earlier = read_json(known) if known.exists() else {}
         if earlier and earlier.get("kind") != kind:
             raise RunError(f"{path}: holds a {earlier.get('kind')} run; give another --run")
-        if not earlier and path.exists() and any(path.iterdir()):
+        if not earlier and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
             raise RunError(f"{path}: holds other files; give an empty or new folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{path}: {error.strerror}; give a folder that you may write") from None
+        path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "config.yaml", to_yaml(config).encode())
         head = {
             "kind": kind,
@@ -103,6 +111,30 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self.path / "tensorboard"))
+
+
+@contextmanager
+def held(folder: Path, option: str) -> Iterator[None]:
+    """Make the folder of a run, a study or a table, and let no other process work in it.
+
+    One that is empty in the end is removed again. `option` is the one that another folder is given by. Raises
+    `RunError` where another process works in it, or where it cannot be made.
+    """
+    made = not folder.exists()
+    try:
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(folder / LOCK, lambda line: print(f"mixcl: {line}", file=sys.stderr)))
+            except HeldError as error:
+                raise RunError(f"{folder}: {error}, or give another {option}") from None
+            except OSError as error:
+                raise RunError(f"{folder}: {error.strerror}; give a folder that you may write") from None
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def read_json(path: Path) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixcl_dist.data_shards.building.settings import BuildConfig, BuildError, Progress
-from mixcl_dist.data_shards.storage.publishing import exclusive, remove_unpublished
+from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive, remove_unpublished
 
 if TYPE_CHECKING:
     from mixcl_dist.data_shards.building.processes import Mapper
@@ -70,7 +71,7 @@ def build(
     elsewhere = run or in_processes(config.workers)
     with _writing_to(out):
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(out / ".build" / "lock"):
+        with exclusive(out / ".build" / "lock", lambda line: print(f"build: {line}", file=sys.stderr)):
             remove_unpublished(out)
             base = appending.finished(out, config)
             catalogue = appending.grown_catalogue(base, opened)
@@ -96,8 +97,8 @@ def _writing_to(out: Path) -> Iterator[None]:
     """Turn a failure to write into one line with its cure."""
     try:
         yield
-    except BlockingIOError:
-        raise BuildError(f"{out}: another build is writing here; wait for it, or give another --out") from None
+    except HeldError as held:
+        raise BuildError(f"{out}: another build: {held}, or give another --out") from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free space there and build again: what is done is kept" if full else "give an --out that can be written"

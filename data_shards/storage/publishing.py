@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ORPHANS_END_S = 10.0
+"""How long the children of a killed holder, which have its lock, may take to end."""
 
 
 @contextmanager
@@ -40,9 +45,73 @@ def remove_unpublished(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class HeldError(BlockingIOError):
+    """A lock that another process holds, or that a machine left behind; `str()` says who it is and what to do."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; raises `BlockingIOError` when another process holds it."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+def exclusive(path: Path, warn: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold the lock file `path`, in which stands "host pid" as long as it is held; raises `HeldError`.
+
+    What a process of this machine left when it was killed is taken over, told to `warn` in one line. A process of
+    another machine cannot be asked whether it lives, where the file system does not tell by itself: it is believed.
+    """
+    host, pid = os.uname().nodename, os.getpid()
+    with _locked(path) as file:
+        earlier = _holder(file.fileno())
+        if earlier and earlier[0] != host:
+            raise HeldError(
+                f"process {earlier[1]} of machine {earlier[0]} is working here; if it runs no more, delete {path}"
+            )
+        if earlier:
+            warn(f"{path}: process {earlier[1]} was ended while it worked here; its place is taken")
+        os.truncate(file.fileno(), 0)
+        os.pwrite(file.fileno(), f"{host} {pid}".encode(), 0)
+        os.fsync(file.fileno())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file, held by the kernel's lock, which ends with the process; raises `HeldError`."""
+    end = time.monotonic() + ORPHANS_END_S
+    while True:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _holder(file.fileno())
+                if holder and not _runs(*holder) and time.monotonic() < end:  # its children are still ending
+                    time.sleep(0.1)
+                    continue
+                who = "another process" if holder is None else f"process {holder[1]} of machine {holder[0]}"
+                raise HeldError(f"{who} is working here; wait for it") from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                holder = _holder(file.fileno())  # a file system without locks: what stands in the file has to do
+                if holder and holder != (os.uname().nodename, os.getpid()) and _runs(*holder):
+                    raise HeldError(f"process {holder[1]} of this machine is working here; wait for it") from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield file
+                return
+        # Whoever held it has just deleted it.
+
+
+def _holder(descriptor: int) -> tuple[str, int] | None:
+    """Host and process that stand in a lock file; None in one that nobody holds."""
+    match os.pread(descriptor, 1000, 0).decode(errors="replace").split():
+        case [host, pid] if pid.isdecimal():
+            return host, int(pid)
+    return None
+
+
+def _runs(host: str, pid: int) -> bool:
+    """Whether a process of this machine runs; one of another is believed to."""
+    return host != os.uname().nodename or Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists()

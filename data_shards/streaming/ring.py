@@ -253,7 +253,8 @@ class _Start:
         return self.__dict__ | {"_file": DupFd(self._file.fileno())}
 
     def __call__(self, parent: connection.Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when to stop
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # schedulers send them to all processes
+            signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop
         _keep_freed_memory()
         memory = mmap.mmap(self._file.detach(), self._layout.bytes)
         arrays = [self._layout.arrays(memory, entry) for entry in range(self._layout.entries)]

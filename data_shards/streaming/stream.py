@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -91,6 +91,7 @@ class PatchStream:
 
     A sample that cannot be read is replaced by one that depends on the slot alone, reported to the log and, one JSON
     line each, to the file `quarantine`; beyond a share of `max_bad_fraction` of the selected samples the stream stops.
+    A stream knows of those that other ranks met by `also_bad` alone.
 
     Raises `ManifestError` or `StorageError` for shards that cannot be read, `StreamError` for a case or data set that
     they do not hold, a share that does not fit into a batch, and while iterating for too many bad samples, and for a
@@ -165,6 +166,15 @@ class PatchStream:
         if slot % (self._share * self._world_size):
             raise StreamError(f"cannot continue the stream: slot {slot} lies within a step; start a new run")
         self._slot = slot
+
+    @property
+    def bad_samples(self) -> list[int]:
+        """Numbers of the samples known to be unreadable."""
+        return sorted(self._bad.known)
+
+    def also_bad(self, samples: Iterable[int]) -> None:
+        """Count what other ranks could not read; raises `StreamError` where all together are too many."""
+        self._bad.learn(samples)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from `position()` on."""
@@ -381,23 +391,30 @@ class _BadSamples:
     def __init__(self, quarantine: Path | None, max_fraction: float, population: int, store: Store) -> None:
         self._quarantine, self._max_fraction, self._population = quarantine, max_fraction, population
         self._store = store
-        self._seen: set[int] = set()
+        self.known: set[int] = set()
 
     def add(self, outcome: Outcome) -> None:
-        if outcome.wanted.sample in self._seen:
+        if outcome.wanted.sample in self.known:
             return
-        self._seen.add(outcome.wanted.sample)
+        self.known.add(outcome.wanted.sample)
         shard, key = self._store.path(outcome.shard), outcome.key or f"sample {outcome.wanted.sample}"
         logger.warning("%s: %s cannot be used, another sample stands in for it: %s", shard, key, outcome.cause)
         if self._quarantine:
             entry = {"shard": shard, "key": key, "cause": outcome.cause, "slot": outcome.wanted.slot}
             with self._quarantine.open("a") as file:  # one write, so that ranks may share the file
                 file.write(json.dumps(entry) + "\n")
-        if len(self._seen) > self._max_fraction * self._population:
+        self._check(f"{shard}: {key}: {outcome.cause}")
+
+    def learn(self, samples: Iterable[int]) -> None:
+        self.known.update(samples)
+        self._check(self._store.path(""))
+
+    def _check(self, where: str) -> None:
+        if len(self.known) > self._max_fraction * self._population:
             listed = f", listed in {self._quarantine}" if self._quarantine else ""
             raise StreamError(
-                f"{shard}: {key}: {outcome.cause}; {len(self._seen)} of {self._population} samples cannot be read"
-                f"{listed}, more than data.max_bad_fraction {self._max_fraction:g} allows; run `mixcl shards verify`"
+                f"{where}; {len(self.known)} of {self._population} samples cannot be read{listed}, more than "
+                f"data.max_bad_fraction {self._max_fraction:g} allows; run `mixcl shards verify`"
             )
 
 

@@ -38,7 +38,7 @@ from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
-from mixcl_dist.run import Run, RunError, read_json, write_atomic, write_json
+from mixcl_dist.run import Run, RunError, held, read_json, write_atomic, write_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import KnownScans, Seen
 
@@ -61,6 +61,11 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     a finished trial.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
     """
+    with held(run, "--run"):
+        return _finetune(config, data=data, start=start, run=run, final=final)
+
+
+def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool) -> dict[str, Any]:
     if (run / "dice.json").exists():
         raise RunError(f"{run}: holds a finished trial; give another --run")
     task = open_task(data, config)

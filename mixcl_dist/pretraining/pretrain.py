@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
+import os
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.budget import budget_cases, check_development, readable
 from mixcl_dist.cluster import checkpoint
-from mixcl_dist.cluster.engine import Engine, launch, world_size
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load
+from mixcl_dist.cluster.engine import Engine, launch
+from mixcl_dist.cluster.group import described
+from mixcl_dist.cluster.stopping import stop_requests
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
@@ -28,7 +35,7 @@ from mixcl_dist.pretraining.recorder import WHOLE_NETWORK, Recorder
 from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.run import LOCK, RunError, Stopped, held, read_json
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
 from mixcl_dist.seen import Seen
@@ -36,9 +43,19 @@ from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
-    "pretrain.gradient_norms_every", "engine.accumulation_steps", "data.workers", "data.max_bad_fraction", "data.cache",
+    "pretrain.gradient_norms_every", "pretrain.max_skipped", "engine.", "data.workers", "data.max_bad_fraction",
+    "data.cache", "optimizer.learning_rate",
 )  # fmt: skip
-"""Settings that may change when a run goes on: they do not change what is learnt."""
+"""Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
+too high for the run to go on at all."""
+SECTIONS = (
+    "data", "network", "views", "rows", "objective", "optimizer", "budget", "engine", "checkpoint", "pretrain",
+)  # fmt: skip
+"""What a pre-training reads of the configuration."""
+OF_A_MACHINE = ("data.workers", "data.cache")
+"""Settings in which the ranks of a run may differ."""
+SHARED_TRIES = 6
+"""Looks at a run's folder, over eight seconds, before it is said not to be shared."""
 
 
 def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | None = None, resume: bool = False) -> None:
@@ -49,8 +66,23 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
     `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
     who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
     Between two logs nothing in a step waits for a GPU.
-    Raises `RunError`, `ConfigError` or the stream's errors, each one line with the cure.
+    Raises `RunError`, `ConfigError`, `EngineError`, `CheckpointError` or the stream's errors, each one line with the
+    cure, and `Stopped` where SIGTERM or SIGUSR1 came: the step was finished, and all is saved.
     """
+    first_rank = described().rank == 0
+    with held(run, "--run") if first_rank else nullcontext(), stop_requests() as requested:
+        _pretrain(config, shards=shards, run=run, start=start, resume=resume, stop_requested=requested)
+
+
+def _pretrain(
+    config: Config,
+    *,
+    shards: Path | str,
+    run: Path,
+    start: Path | None,
+    resume: bool,
+    stop_requested: Callable[[], bool],
+) -> None:
     manifest = Manifest.load(shards)
     _check(config, manifest, run, resume)
     start = recorded_start(run, start) if resume else start
@@ -61,55 +93,65 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
     network = PretrainNetwork(config.network)
     if start is not None and not (resume and checkpoint.newest(run / "checkpoints")):
         _load_start(network, config, start)
-    engine = _launch(network, config)
-    stream = _stream(config, shards, run, manifest, label_cases, engine)
-    first = _resume(run, engine, stream) if resume else 0
-    recorder = Recorder(run, config, manifest, training_cases(manifest, config.budget), label_cases, engine, history)
-    if engine.rank == 0:
-        seen.save(run)
-    recorder.forget_after(first)
-    batches = iter(stream)
-    group = engine.process_group if config.objective.contrast == "global" else None
-    network.train()
-    steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
-    if engine.rank == 0:
-        print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
-        steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
-    for step in steps:
-        last = step == config.pretrain.steps
-        inspected = _is_due(step, config.pretrain.gradient_norms_every, last)
-        for _ in range(config.engine.accumulation_steps):
-            with recorder.waiting():
-                batch = next(batches)
-            draws = Draws(config.pretrain.seed, batch.slots, engine.device)
-            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
-            rows = sample_rows(
-                views.patch_from_view,
-                config.views.size,
-                batch.label,
-                batch.candidate_bits,
-                config.rows,
-                draws,
-                group,
-            )
-            if inspected and config.engine.zero_stage != 3:
-                recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
-            output = engine(views.image, rows.voxel_index)
-            if inspected:
-                recorder.inspect(spread(output.voxel, rows.present))
-            loss, terms = mixcl_loss(output, views, rows, config.objective, group)
-            engine.backward(loss)
-            engine.step()
-            recorder.add(loss, terms)
-        if _is_due(step, config.pretrain.probe_every, last):
-            recorder.probe(shards)
-        if _is_due(step, config.pretrain.log_every, last):
-            recorder.log(step)
-        if _is_due(step, config.pretrain.sample_every, last):
-            recorder.pictures(step, batch, views)
-        if _is_due(step, config.checkpoint.every, last):
-            _save(run, step, engine, stream, config, recorder)
-    recorder.finish()
+    engine = _launch(network, config, _common(config, manifest, seen, resume))
+    with engine.together():
+        _check_shared(run, engine)
+        stream = _stream(config, shards, run, manifest, label_cases, engine)
+        first = _resume(run, engine, stream) if resume else 0
+        recorder = Recorder(
+            run, config, manifest, training_cases(manifest, config.budget), label_cases, engine, history
+        )
+        if engine.rank == 0:
+            seen.save(run)
+        recorder.forget_after(first)
+        batches = iter(stream)
+        group = engine.process_group if config.objective.contrast == "global" else None
+        network.train()
+        steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
+        if engine.rank == 0:
+            print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
+            steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
+        for step in steps:
+            last = step == config.pretrain.steps
+            inspected = _is_due(step, config.pretrain.gradient_norms_every, last)
+            for _ in range(config.engine.accumulation_steps):
+                with recorder.waiting():
+                    batch = next(batches)
+                draws = Draws(config.pretrain.seed, batch.slots, engine.device)
+                views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
+                rows = sample_rows(
+                    views.patch_from_view,
+                    config.views.size,
+                    batch.label,
+                    batch.candidate_bits,
+                    config.rows,
+                    draws,
+                    group,
+                )
+                if inspected and config.engine.zero_stage != 3:
+                    recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
+                output = engine(views.image, rows.voxel_index)
+                if inspected:
+                    recorder.inspect(spread(output.voxel, rows.present))
+                loss, terms = mixcl_loss(output, views, rows, config.objective, group)
+                engine.backward(loss)
+                engine.step()
+                recorder.add(loss, terms)
+            stopped = engine.any(stop_requested())
+            if _is_due(step, config.pretrain.probe_every, last):
+                recorder.probe(shards)
+            if stopped or _is_due(step, config.pretrain.log_every, last):
+                _share_bad_samples(stream, engine)
+                recorder.log(step)
+            if stopped or _is_due(step, config.checkpoint.every, last):
+                _save(run, step, engine, stream, config, recorder)
+            if recorder.skipped >= config.pretrain.max_skipped:
+                raise RunError(_diverged(run, step, engine, recorder))
+            if _is_due(step, config.pretrain.sample_every, last):
+                recorder.pictures(step, batch, views)
+            if stopped and not last:
+                raise Stopped(f"{run}: asked to stop, and saved at step {step}; go on with --resume latest")
+        recorder.finish()
     engine.close()
 
 
@@ -237,7 +279,65 @@ def _stream(
     )
 
 
-def _launch(network: PretrainNetwork, config: Config) -> Engine:
+def _common(config: Config, manifest: Manifest, seen: Seen, resume: bool) -> dict[str, Any]:
+    """All in which the ranks of a run must be alike, in short texts that may be shown."""
+    tree = to_dict(config)
+    settings = {f"{section}.{key}": str(value) for section in SECTIONS for key, value in tree[section].items()}
+    for name in OF_A_MACHINE:
+        del settings[name]
+    scans = sorted(
+        (scan.name, scan.digest, sorted(labels)) for scan, labels in zip(seen.scans, seen.labels, strict=True)
+    )
+    return settings | {
+        "the code": _code(),
+        "the version of torch": torch.__version__,
+        "the shards (--data)": manifest.digest,
+        "what was seen (--start)": hashlib.sha256(json.dumps(scans).encode()).hexdigest()[:16],
+        "--resume": str(resume),
+    }
+
+
+def _code() -> str:
+    """A digest of all modules of this package."""
+    root, total = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder, _, names in os.walk(root, followlinks=True):  # the foundations are links
+        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
+            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _check_shared(run: Path, engine: Engine) -> None:
+    """Raise `RunError` on every rank where one sees another folder than that in which rank 0 holds its lock."""
+    for attempt in range(SHARED_TRIES):
+        lock = run / LOCK
+        first, *others = engine.gather(lock.read_text() if lock.exists() else None)
+        apart = [rank for rank, content in enumerate(others, 1) if content != first]
+        if not apart:
+            return
+        time.sleep(attempt / 2)  # a network file system may show it a little later
+    raise RunError(f"{run}: ranks 0 and {apart[0]} see different folders; give a --run that all machines share")
+
+
+def _share_bad_samples(stream: PatchStream, engine: Engine) -> None:
+    """What one rank may tolerate, all of them together may."""
+    if engine.any(bool(stream.bad_samples)):
+        stream.also_bad(sample for samples in engine.gather(stream.bad_samples) for sample in samples)
+
+
+def _diverged(run: Path, step: int, engine: Engine, recorder: Recorder) -> str:
+    """Why the run stops, and how it may go on: without checkpoints of the weights that gave no finite gradient."""
+    folder = run / "checkpoints"
+    if engine.rank == 0:
+        checkpoint.set_aside(folder, step - recorder.skipped)
+    engine.barrier()
+    newest = checkpoint.newest(folder)
+    what = f"{run}: no gradient has been finite from step {step - recorder.skipped + 1} to {step}"
+    if newest is None:
+        return f"{what}, and there is no earlier checkpoint; start anew with a lower --optimizer.learning_rate"
+    return f"{what}; lower --optimizer.learning_rate, with --resume latest, which goes on from {newest.name}"
+
+
+def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any]) -> Engine:
     optimizer = functools.partial(
         torch.optim.AdamW,
         lr=config.optimizer.learning_rate,
@@ -250,12 +350,17 @@ def _launch(network: PretrainNetwork, config: Config) -> Engine:
         network,
         optimizer,
         functools.partial(LambdaLR, lr_lambda=schedule),
-        micro_batch_size=_micro_batch_size(config, world_size()),
+        micro_batch_size=_micro_batch_size(config, described().world_size),
         config=config.engine,
+        common=common,
     )
 
 
 def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config, recorder: Recorder) -> None:
+    """Publish a checkpoint, unless the newest steps were skipped: it would hold weights that may have diverged."""
+    recorder.count_skipped()
+    if recorder.skipped:
+        return
     state = {"step": step, "stream": stream.position(), "world_size": engine.world_size}
     keep = config.checkpoint.keep
     folder = run / "checkpoints"
@@ -272,9 +377,12 @@ def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:
             _say(f"{run}: has no checkpoint yet; begins at step 0")
         return 0
     state = checkpoint.read_state(path)
+    step, position = state.get("step"), state.get("stream")
+    if not isinstance(step, int) or not isinstance(position, dict):
+        raise RunError(f"{path}: does not tell where the run stood; begin anew with another --run")
     engine.load(path)
-    stream.seek(state["stream"])
-    return state["step"]
+    stream.seek(position)
+    return step
 
 
 def _say(line: str) -> None:

@@ -54,6 +54,8 @@ class Recorder:
         self._manifest = manifest
         self._labels = bool(label_cases)
         self._engine = engine
+        self.skipped = 0
+        """Newest steps in a row whose gradient was not finite, by which nothing was learnt; the same on all ranks."""
         self._begin_interval()
         self._probed: dict[str, float] = {}
         self._probe_patches: tuple[Patches, tuple[str, ...]] | None = None
@@ -94,12 +96,9 @@ class Recorder:
             self._inspected[name].append(value)
 
     def log(self, step: int) -> None:
-        """Write the means since the last call, learning rate, speed; raises `RunError` where the loss is not finite."""
+        """Write the means since the last call, learning rate, speed; of passes whose loss is finite."""
         means = self._means()
-        if not math.isfinite(means["loss"]):
-            raise RunError(
-                f"the loss is not finite at step {step}; lower --optimizer.learning_rate, then --resume latest"
-            )
+        self.count_skipped()
         seconds = time.monotonic() - self._interval_start
         batch_size = self._config.pretrain.batch_size
         samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
@@ -119,16 +118,29 @@ class Recorder:
         self._probed = {}
         self._begin_interval()
 
+    def count_skipped(self) -> None:
+        """Ask the engine for the gradients' norms since the last time, for `skipped` and the next log."""
+        norms = self._engine.gradient_norms()
+        for norm in norms:
+            self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        self._norms += norms
+        if self.skipped and self._run:
+            self._run.warn(
+                "skipped", "a step's gradient was not finite: it is left out; a lower optimizer.learning_rate may help"
+            )
+
     def _means(self) -> dict[str, float]:
         """Of each term over the passes kept, NaN for one that none of them says anything of.
 
-        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors.
+        A batch without labelled voxels says nothing of the label term, so that one is weighted by its anchors. Values
+        that are not finite count nowhere.
         """
         passes = torch.stack(self._passes).double().cpu().numpy()
         values = dict(zip(self._names, passes.T, strict=True))
         means = {}
         for name, value in values.items():
             weight = values["voxel_label_anchors"] if name in LABEL_TERMS else np.ones_like(value)
+            weight = np.where(np.isfinite(value), weight, 0)
             means[name] = float(np.average(value[weight > 0], weights=weight[weight > 0])) if weight.any() else math.nan
         return means
 
@@ -137,21 +149,23 @@ class Recorder:
         means = {name: torch.stack(values).mean(0).cpu() for name, values in self._inspected.items()}
         moment = means.pop("second_moment", None)
         figures = {name: float(mean) for name, mean in means.items()}
-        if moment is not None:
+        if moment is not None and moment.isfinite().all():
             figures["effective_rank"] = effective_rank(moment)
         return {name: float(f"{figure:.5g}") for name, figure in figures.items() if math.isfinite(figure)}
 
     def _global_gradient(self) -> dict[str, float]:
-        """Mean norm of the gradient before clipping, and the share of steps that were clipped."""
-        norms, largest = np.array(self._engine.gradient_norms()), self._config.engine.gradient_clipping
-        norms = norms[np.isfinite(norms)]
-        if not len(norms):
-            return {}
-        mean = {"gradient_norm": round(float(norms.mean()), 6)}
-        return mean | ({"clipped_share": round(float((norms > largest).mean()), 4)} if largest else {})
+        """Mean norm of the gradient before clipping, the share of steps that were clipped, and how many left out."""
+        norms, largest = np.array(self._norms), self._config.engine.gradient_clipping
+        finite = norms[np.isfinite(norms)]
+        skipped: dict[str, float] = {"skipped_steps": len(norms) - len(finite)} if len(finite) < len(norms) else {}
+        if not len(finite):
+            return skipped
+        mean = skipped | {"gradient_norm": round(float(finite.mean()), 6)}
+        return mean | ({"clipped_share": round(float((finite > largest).mean()), 4)} if largest else {})
 
     def _begin_interval(self) -> None:
         self._passes: list[torch.Tensor] = []
+        self._norms: list[float] = []
         self._inspected: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._waited, self._interval_start = 0.0, time.monotonic()
 
@@ -181,7 +195,13 @@ class Recorder:
         write_atomic(self._run.path / "samples.npz", file.getvalue())
 
     def probe(self, shards: Path | str) -> None:
-        """Probe the network's features for the next log, and leave the figures in `probe.json`."""
+        """Probe the network's features for the next log, and leave the figures in `probe.json`.
+
+        Features of weights that give no finite gradient are not probed.
+        """
+        self.count_skipped()
+        if self.skipped:
+            return
         weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
         if not self._run:
             return
@@ -268,7 +288,8 @@ def _view_label(label, patch_from_view, index, shown: int, width: int, height: i
 
 def _principal_colours(embedding: torch.Tensor) -> torch.Tensor:
     """(N, D) embeddings → (N, 3) in [0, 1]: principal components, stretched between their 2nd and 98th percentiles."""
-    centred = embedding.float() - embedding.float().mean(0)
+    embedding = embedding.float().nan_to_num(0.0, 0.0, 0.0)  # of diverged weights there are no components
+    centred = embedding - embedding.mean(0)
     _, _, axes = torch.linalg.svd(centred.T @ centred)
     components = centred @ axes[:3].T
     low, high = torch.quantile(components[::7], torch.tensor([0.02, 0.98], device=components.device), dim=0)

@@ -17,7 +17,7 @@ from mixcl_dist.config import Config, ConfigError, from_dict, replace, to_dict
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
-from mixcl_dist.run import RunError, machine, now, read_json, write_json
+from mixcl_dist.run import RunError, held, machine, now, read_json, write_json
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, shared_scans
 
 SEARCH_SEED = 0
@@ -32,6 +32,11 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     `study.json` in the folder `study` is written anew after every trial; called again, the study goes on.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure, before any trial is run.
     """
+    with held(study, "--study"):
+        return _run_study(config, data=data, starts=starts, study=study)
+
+
+def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path) -> dict[str, Any]:
     if config.study.search and not config.budget.development:
         raise ConfigError(
             "study.search: the best draw would be chosen on validation scans; name training scans to choose on in "

@@ -4,13 +4,17 @@ import contextlib
 import copy
 import functools
 import math
+import pathlib
+import pickle
+import re
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.cluster.engine import EngineConfig, _zero_stage, launch
+from mixcl_dist.cluster.engine import STATE, EngineConfig, EngineError, _zero_stage, launch
 
 
 def module():
@@ -79,7 +83,9 @@ def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage):
 
 @pytest.mark.parametrize(("ranks", "given", "stage"), [(1, None, 0), (4, None, 1), (1, 1, 1), (4, 0, 0), (4, 3, 3)])
 def test_nothing_is_sharded_for_one_rank_unless_it_is_asked_for(monkeypatch, ranks, given, stage):
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    group = {"WORLD_SIZE": str(ranks), "RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
     assert _zero_stage(EngineConfig(zero_stage=given)) == stage
 
 
@@ -105,6 +111,79 @@ def test_every_optimizer_step_since_the_last_question_has_its_norm(stage):
     assert len(norms) == 3 and len(set(norms)) == 3 and min(norms) > 0
     train_engine(engine, batches(2))
     assert len(engine.gradient_norms()) == 1
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_without_a_finite_gradient_changes_the_rate_alone(tmp_path, stage, bad):
+    fused = functools.partial(optimizer, fused=True)
+    engine = launch(module(), fused, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
+    (x,) = batches(1)
+    train_engine(engine, [x])
+    engine.save(tmp_path)
+    before = load_file(tmp_path / STATE)
+    for factor in (bad, bad, 1.0):
+        if factor == 1.0:
+            engine.save(tmp_path)
+            for name, expected in before.items():
+                torch.testing.assert_close(load_file(tmp_path / STATE)[name], expected, rtol=0, atol=0)
+        engine.backward(engine(x).square().mean() * factor)
+        engine.step()
+    assert [math.isfinite(norm) for norm in engine.gradient_norms()] == [True, False, False, True]
+    assert engine.learning_rate() == pytest.approx(0.02 / 5)
+    assert any((load_file(tmp_path / STATE)[name] != engine.module.state_dict()[name[7:]]).any()
+               for name in before if name.startswith("module."))  # fmt: skip
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_state_is_taken_up_at_the_rate_of_today(tmp_path, stage):
+    config = EngineConfig(zero_stage=stage)
+    engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
+    train_engine(engine, batches(3))
+    engine.save(tmp_path)
+    engine.close()
+    slower = launch(module(), functools.partial(optimizer, lr=0.002), schedule, micro_batch_size=4, config=config)
+    slower.load(tmp_path)
+    assert slower.learning_rate() == pytest.approx(0.002 / 4)
+    slower.close()
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def damaged(content, how, tmp_path):
+    header = int.from_bytes(content[:8], "little")
+    return {
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "length": (1 << 62).to_bytes(8, "little") + content[8:],
+        "header": content[:8] + b"x" * header + content[8 + header :],
+        "pickle": pickle.dumps(Trap(tmp_path / "ran")),
+        "other tensors": save(
+            {"module.0.weight": torch.zeros(3)}, metadata={"format": "1", "steps": "1", "updates": "1"}
+        ),
+        "other facts": save({}, metadata={"format": "1", "steps": "many", "updates": "1"}),
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "length", "header", "pickle", "other tensors", "other facts"])
+def test_a_state_of_a_stranger_is_refused_in_one_line_and_runs_nothing(tmp_path, how):
+    engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=EngineConfig())
+    engine.save(tmp_path)
+    path = tmp_path / STATE
+    path.write_bytes(damaged(path.read_bytes(), how, tmp_path))
+    with pytest.raises(EngineError, match=re.escape(str(path))) as refused:
+        engine.load(tmp_path)
+    assert "\n" not in str(refused.value) and not (tmp_path / "ran").exists()
     engine.close()
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import fnmatch
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
@@ -20,7 +18,7 @@ from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.finetuning.task import budgeted, open_task
-from mixcl_dist.run import RunError, machine, now, read_json, write_atomic, write_json
+from mixcl_dist.run import LOCK, RunError, held, machine, now, read_json, write_atomic, write_json
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.ledger import Ledger, digest_of
 from mixcl_dist.studies.table.plan import Item, plan
@@ -107,7 +105,7 @@ def run_table(
     items = plan(config)
     chosen = _chosen(items, only)
     question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
-    with _alone(out):
+    with held(out, "--out"):
         digests = _digests(config, items, question["digest"])
         _begin(out, config, question, items, digests)
         queue = Queue(config, items, digests, out.resolve(), workers, pretrainings or workers, command or _command)
@@ -186,23 +184,11 @@ def _begin(
                 f"{out}: holds a table of other {what}; give another --out, or the settings in its config.yaml"
             )
         head["started"] = earlier["started"]
-    elif any(path for path in out.iterdir() if path.name != ".lock"):
+    elif any(path for path in out.iterdir() if path.name != LOCK):
         raise RunError(f"{out}: holds other files; give an empty or new folder")
     write_atomic(out / "config.yaml", to_yaml(config).encode())
     current = [item | {"digest": digests[item["name"]]} for item in listed]
     write_json(known, head | question | {"table": to_dict(config)["table"], "items": current})
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder, so that no other call works in it; raises `RunError` where one does."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise RunError(f"{out}: another mixcl table is running in it; wait for it, or give another --out") from None
 
 
 @dataclass

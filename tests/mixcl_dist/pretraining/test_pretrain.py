@@ -1,6 +1,7 @@
 """Pre-training on a phantom's shards: the label budget holds, and a killed run goes on as if never stopped."""
 
-import dataclasses
+import itertools
+import math
 import os
 import shutil
 import signal
@@ -12,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixcl_dist import cli
 from mixcl_dist.cluster.checkpoint import CheckpointError
 from mixcl_dist.config import BudgetConfig, ConfigError, replace
 from mixcl_dist.config import load as load_config
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.pretraining import pretrain as loop
+from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.pretrain import budgeted_labels, pretrain
-from mixcl_dist.run import RunError, read_json, read_metrics
+from mixcl_dist.run import RunError, held, read_json, read_metrics
 from mixcl_dist.seen import Seen
 
 from ..conftest import SMALL
@@ -215,7 +219,7 @@ def test_an_earlier_run_is_never_overwritten(shards, small_config, tmp_path):
 
 def test_a_run_goes_on_with_its_own_settings(shards, small_config, tmp_path):
     pretrain(replace(small_config, {"pretrain.steps": 2}), shards=shards, run=tmp_path / "run")
-    for key, value in (("pretrain.steps", 4), ("optimizer.learning_rate", 0.5)):
+    for key, value in (("pretrain.steps", 4), ("optimizer.weight_decay", 0.5)):
         config = replace(small_config, {"pretrain.steps": 2, key: value})
         with pytest.raises(RunError, match=f"{key} differs from the run's config.yaml"):
             pretrain(config, shards=shards, run=tmp_path / "run", resume=True)
@@ -246,10 +250,74 @@ def test_settings_that_do_not_fit_the_shards_are_refused(shards, small_config, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(shards, small_config, tmp_path):
-    hopeless = dataclasses.replace(small_config.optimizer, learning_rate=1e30)
-    with pytest.raises(RunError, match=r"not finite at step \d+; lower --optimizer.learning_rate"):
-        pretrain(dataclasses.replace(small_config, optimizer=hopeless), shards=shards, run=tmp_path / "run")
+def diverging(monkeypatch, largest_rate, from_call):
+    """Let the loss be NaN at a learning rate above `largest_rate`, from a number of calls on."""
+    calls = itertools.count(1)
+
+    def loss(output, views, rows, config):
+        value, terms = mixcl_loss(output, views, rows, config)
+        bad = next(calls) >= from_call and rate[0] > largest_rate
+        return value * (math.nan if bad else 1.0), terms
+
+    rate = [1.0]
+    monkeypatch.setattr(loop, "mixcl_loss", loss)
+    return rate
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_diverges_stops_before_its_checkpoints_are_spoilt_and_goes_on_as_it_advises(
+    shards, small_config, tmp_path, monkeypatch, stage
+):
+    run = tmp_path / "run"
+    settings = {
+        "pretrain.steps": 9, "pretrain.log_every": 8, "checkpoint.every": 1, "pretrain.max_skipped": 3,
+        "pretrain.sample_every": 1, "engine.zero_stage": stage,
+    }  # fmt: skip
+    config = replace(small_config, settings)
+    rate = diverging(monkeypatch, 1e-4, from_call=4)
+    with pytest.raises(RunError, match=r"from step 4 to 6; lower .*--resume latest, .* from step_00000002"):
+        pretrain(config, shards=shards, run=run)
+    saved = run / "checkpoints"
+    assert sorted(path.name for path in saved.glob("step_*")) == ["step_00000002"]
+    assert (saved / "diverged_step_00000003").exists()
+    assert all(weights.isfinite().all() for weights in load_file(saved / "step_00000002/engine.safetensors").values())
+
+    rate[0] = 1e-5
+    pretrain(replace(config, {"optimizer.learning_rate": 1e-5}), shards=shards, run=run, resume=True)
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    assert last["step"] == 9 and last["learning_rate"] <= 1e-5 and "skipped_steps" not in last
+
+
+def test_a_run_that_diverges_from_the_first_step_says_to_start_anew(shards, small_config, tmp_path):
+    hopeless = {"optimizer.learning_rate": 1e30, "pretrain.max_skipped": 2, "checkpoint.every": 1}
+    with pytest.raises(RunError, match=r"no gradient has been finite .*; start anew with a lower --optimizer"):
+        pretrain(replace(small_config, hopeless), shards=shards, run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_says_how_to_go_on(
+    shards, tmp_path, monkeypatch, capsys, number
+):
+    def interrupted(*arguments):
+        if interrupted.armed:
+            os.kill(os.getpid(), number)
+        return mixcl_loss(*arguments)
+
+    interrupted.armed = True
+    monkeypatch.setattr(loop, "mixcl_loss", interrupted)
+    arguments = [str(word) for word in command(shards, tmp_path / "run", 3)[3:]]
+    assert cli.main([*arguments, "--checkpoint.every", "100"]) == 75
+    assert capsys.readouterr().err.splitlines()[-1].endswith("saved at step 1; go on with --resume latest")
+    interrupted.armed = False
+    assert cli.main(["pretrain", "--data", str(shards), "--run", str(tmp_path / "run"), "--resume", "latest"]) == 0
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_two_starts_at_once_never_share_a_run(shards, small_config, tmp_path):
+    run = tmp_path / "run"
+    with held(run, "--run"), pytest.raises(RunError, match=rf"process {os.getpid()} of machine .* give another --run"):
+        pretrain(small_config, shards=shards, run=run)
+    assert not run.exists()
 
 
 def test_a_run_without_a_whole_checkpoint_begins_anew_only_by_the_advice(shards, small_config, tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from mixcl_dist.config import load
 from mixcl_dist.pretraining.recorder import Recorder, _compact, _principal_colours, _slice_index, _view_label
-from mixcl_dist.run import RunError, read_json, read_metrics
+from mixcl_dist.run import read_json, read_metrics
 
 MANIFEST = SimpleNamespace(cases=(), digest="", patches=0, classes=(), spacing_mm=None, patch_size=(8, 8, 8))
 
@@ -58,12 +58,12 @@ def test_a_log_says_how_many_of_its_steps_were_clipped(recorder, norms, tmp_path
     norms[:] = [0.5, 1.0, 1.5, 4.0]  # the largest that is left as it is: 1
     add(recorder, 1.0, 1.0, 1)
     recorder.log(4)
-    norms[:] = [math.nan]  # as DeepSpeed has none
+    norms[:] = [math.nan]
     add(recorder, 1.0, 1.0, 1)
     recorder.log(5)
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert (first["gradient_norm"], first["clipped_share"]) == (1.75, 0.5)
-    assert "gradient_norm" not in second and "clipped_share" not in second
+    assert "gradient_norm" not in second and "clipped_share" not in second and second["skipped_steps"] == 1
 
 
 def test_what_was_measured_is_in_the_next_log_alone(recorder, tmp_path):
@@ -94,11 +94,26 @@ def test_few_anchors_are_warned_of_once_a_run_and_kept_for_the_page(recorder, tm
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run(recorder, loss):
+def test_a_loss_that_is_not_finite_counts_in_no_mean_and_is_told_once(recorder, norms, tmp_path, capsys, loss):
     add(recorder, 1.0, 1.0, 1)
     add(recorder, loss, 1.0, 1)
-    with pytest.raises(RunError, match="not finite at step 7; lower --optimizer"):
-        recorder.log(7)
+    norms[:] = [2.0, math.inf]
+    recorder.log(2)
+    assert recorder.skipped == 1
+    norms[:] = [math.inf]
+    recorder.count_skipped()
+    assert recorder.skipped == 2
+    (entry,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (entry["loss"], entry["gradient_norm"], entry["skipped_steps"]) == (1.0, 2.0, 1)
+    assert capsys.readouterr().err.count("was not finite") == 1
+    norms[:] = [2.0]
+    recorder.count_skipped()
+    assert recorder.skipped == 0
+
+
+def test_an_embedding_that_is_not_finite_still_makes_a_picture():
+    embedding = torch.full((16, 8), math.nan)
+    assert _principal_colours(embedding).isfinite().all()
 
 
 def test_the_run_states_its_arithmetic(recorder):

@@ -326,7 +326,9 @@ def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, coh
     (out / "slow").touch()
     process = subprocess.Popen([sys.executable, driver])
     until(lambda: (out / "pid").exists() and (out / "pid").read_text())
-    with pytest.raises(RunError, match="another mixcl table is running in it"):
+    with pytest.raises(
+        RunError, match=f"process {process.pid} of machine .* is working here; wait for it, or give another --out"
+    ):
         go(small_table(), command)
     process.send_signal(signal.SIGKILL)
     process.wait()
