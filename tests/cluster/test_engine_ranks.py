@@ -104,3 +104,62 @@ def test_any_ranks_at_any_stage_go_on_with_what_any_others_saved(tmp_path):
         run(tmp_path, ranks, sources, stages)
     for source, ranks, stage in itertools.product(sources, (1, 2, 4), stages):
         check_resumed(tmp_path, source, f"{ranks}-{stage}")
+
+
+APART = """
+import functools, os, sys, time
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from mixcl_dist.cluster.engine import EngineConfig, EngineError, launch
+
+rank, what = int(os.environ["RANK"]), sys.argv[1]
+if what == "missing" and rank == 1:
+    sys.exit(3)
+common = {"rate": 1 + (rank if what == "settings" else 0), "code": "a"}
+try:
+    engine = launch(
+        torch.nn.Linear(6, 1),
+        functools.partial(torch.optim.AdamW, lr=0.02),
+        functools.partial(LambdaLR, lr_lambda=lambda step: 1.0),
+        micro_batch_size=2,
+        config=EngineConfig(zero_stage=1, timeout_s=5),
+        common=common,
+    )
+    print("flags", engine.any(rank == 1), engine.any(False), engine.gather({"rank": rank}), flush=True)
+    with engine.together():
+        for step in range(1000):
+            if step == 3 and rank == 1 and what != "settings":
+                print("last", flush=True)
+                os._exit(3) if what == "dead" else time.sleep(600)
+            engine.backward(engine(torch.ones(2, 6)).square().mean())
+            engine.step()
+except EngineError as error:
+    print(error, file=sys.stderr)
+    os._exit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("settings", "ranks 0 and 1 differ in rate (1 and 2); start all ranks with the same command"),
+        ("missing", "another rank did not answer within engine.timeout_s, 5 s"),
+        ("dead", "another rank has ended; see what it says, then start all ranks again"),
+        ("hung", "another rank did not answer within engine.timeout_s, 5 s"),
+    ],
+)
+def test_a_rank_that_is_missing_or_different_ends_the_others_with_one_line(tmp_path, what, said):
+    program = tmp_path / "program.py"
+    program.write_text(APART)
+    processes = start([program, what], 2)
+    try:
+        output, errors = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 2, errors
+    assert said in errors.strip().splitlines()[-1], errors
+    if what in ("dead", "hung"):
+        assert "flags True False [{'rank': 0}, {'rank': 1}]" in output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import textwrap
 
 import pytest
 
-from mixcl_dist.data_shards.storage.publishing import exclusive, publish, remove_unpublished
+from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive, publish, remove_unpublished
 
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -101,3 +103,71 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
     holder.wait()
     with exclusive(lock):
         pass
+
+
+def test_a_held_lock_names_its_process_and_is_gone_afterwards(tmp_path):
+    path = tmp_path / "lock"
+    with exclusive(path):
+        assert path.read_text() == f"{os.uname().nodename} {os.getpid()}"
+        with (
+            pytest.raises(HeldError, match=f"process {os.getpid()} of machine .* is working here; wait"),
+            exclusive(path),
+        ):
+            pass
+    assert not path.exists()
+
+
+def test_what_a_killed_process_left_is_taken_over_with_one_line(tmp_path):
+    path = tmp_path / "lock"
+    program = f"""
+import time
+from pathlib import Path
+from mixcl_dist.data_shards.storage.publishing import exclusive
+with exclusive(Path({str(path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(HeldError, match=f"process {process.pid} "), exclusive(path):
+        pass
+    process.kill()
+    process.wait()
+    lines = []
+    with exclusive(path, lines.append):
+        assert path.read_text().endswith(f" {os.getpid()}")
+    assert len(lines) == 1 and f"process {process.pid} was ended while it worked here" in lines[0]
+
+
+def test_a_process_of_another_machine_is_believed_and_the_cure_works(tmp_path):
+    path = tmp_path / "lock"
+    path.write_text("elsewhere 12")
+    with pytest.raises(HeldError, match=rf"process 12 of machine elsewhere .* delete {path}"), exclusive(path):
+        pass
+    path.unlink()
+    with exclusive(path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "a b c", "\x00\xff"])
+def test_a_lock_file_that_says_nothing_is_held_by_nobody(tmp_path, content):
+    path = tmp_path / "lock"
+    path.write_text(content)
+    with exclusive(path):
+        pass
+
+
+def test_on_a_file_system_without_locks_the_process_is_looked_for(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    path = tmp_path / "lock"
+    living = os.getppid()
+    path.write_text(f"{os.uname().nodename} {living}")
+    with pytest.raises(HeldError, match=f"process {living} of this machine"), exclusive(path):
+        pass
+    path.write_text(f"{os.uname().nodename} {2**22 + 1}")
+    lines = []
+    with exclusive(path, lines.append):
+        assert len(lines) == 1
