@@ -48,7 +48,16 @@ def _python() -> tuple[bool, str]:
 
 
 def _packages() -> tuple[bool, str]:
-    return True, ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    found = {name: _version(name) for name in PACKAGES}
+    needed = [name for name in PACKAGES if name != "triton" or sys.platform == "linux"]  # elsewhere there is none
+    return all(found[name] for name in needed), ", ".join(f"{name} {found[name] or 'missing'}" for name in PACKAGES)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> tuple[bool, str]:

@@ -221,13 +221,17 @@ def _head_steps(settings: FinetuneConfig) -> int:
 
 
 def train_step(network: SegmentationNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
-    """Learn from one batch; returns its loss (0-d, detached), for which the host has not waited."""
+    """Learn from one batch, or nothing where its gradient is not finite.
+
+    Returns its loss (0-d, detached), for which the host has not waited.
+    """
     with autocast(batch.image.device):
         logits = network(batch.image)
     loss = marginal_loss(logits.float(), batch.target, batch.known)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_NORM)
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # AdamW's fused kernel looks at it
     optimizer.step()
     return loss.detach()
 

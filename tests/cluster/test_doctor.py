@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
+import pytest
+
 from mixcl_dist.cluster import doctor
 
 
@@ -22,3 +26,15 @@ def test_what_breaks_is_a_finding_of_one_line(monkeypatch):
     finding = next(finding for finding in doctor.examine() if finding.name == "gpu")
     assert not finding.fit
     assert finding.detail == "OSError: no such device"
+
+
+@pytest.mark.parametrize(("platform", "fit"), [("linux", False), ("darwin", True)])
+def test_where_there_is_no_triton_none_is_needed(monkeypatch, platform, fit):
+    def version(name):
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor.sys, "platform", platform)
+    assert doctor._packages() == (fit, "torch 1, deepspeed 1, triton missing, webdataset 1, monai 1, ray 1")
