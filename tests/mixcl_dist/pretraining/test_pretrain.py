@@ -254,8 +254,8 @@ def diverging(monkeypatch, largest_rate, from_call):
     """Let the loss be NaN at a learning rate above `largest_rate`, from a number of calls on."""
     calls = itertools.count(1)
 
-    def loss(output, views, rows, config):
-        value, terms = mixcl_loss(output, views, rows, config)
+    def loss(*arguments):
+        value, terms = mixcl_loss(*arguments)
         bad = next(calls) >= from_call and rate[0] > largest_rate
         return value * (math.nan if bad else 1.0), terms
 
