@@ -288,8 +288,9 @@ def test_a_run_that_diverges_stops_before_its_checkpoints_are_spoilt_and_goes_on
     assert last["step"] == 9 and last["learning_rate"] <= 1e-5 and "skipped_steps" not in last
 
 
-def test_a_run_that_diverges_from_the_first_step_says_to_start_anew(shards, small_config, tmp_path):
-    hopeless = {"optimizer.learning_rate": 1e30, "pretrain.max_skipped": 2, "checkpoint.every": 1}
+def test_a_run_that_diverges_from_the_first_step_says_to_start_anew(shards, small_config, tmp_path, monkeypatch):
+    hopeless = {"pretrain.max_skipped": 2, "checkpoint.every": 1}
+    diverging(monkeypatch, 0.0, from_call=1)
     with pytest.raises(RunError, match=r"no gradient has been finite .*; start anew with a lower --optimizer"):
         pretrain(replace(small_config, hopeless), shards=shards, run=tmp_path / "run")
 
