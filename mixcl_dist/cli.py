@@ -90,13 +90,14 @@ def _shards_inspect(options: argparse.Namespace) -> None:
 
 
 def _shards_verify(options: argparse.Namespace) -> int:
+    from mixcl_dist.data_shards.format.shard import ANEW
     from mixcl_dist.data_shards.inspection.verify import verify
     from mixcl_dist.progress import ProgressReport
 
     problems = verify(options.shards, _cores(), ProgressReport("verify"))
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{options.shards}: {'whole' if not problems else f'{len(problems)} problems'}")
+    print(f"{options.shards}: {'whole' if not problems else f'{len(problems)} problems; {ANEW}'}")
     return 1 if problems else 0
 
 

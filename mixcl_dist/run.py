@@ -59,7 +59,7 @@ class Run:
         earlier = read_json(known) if known.exists() else {}
         if earlier and earlier.get("kind") != kind:
             raise RunError(f"{path}: holds a {earlier.get('kind')} run; give another --run")
-        if not earlier and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        if not earlier and path.exists() and not all(map(_is_begun, path.iterdir())):
             raise RunError(f"{path}: holds other files; give an empty or new folder")
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "config.yaml", to_yaml(config).encode())
@@ -135,6 +135,11 @@ def held(folder: Path, option: str) -> Iterator[None]:
         if made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a run that was killed before it wrote its facts leaves such a file."""
+    return path.name in (LOCK, "config.yaml") or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def read_json(path: Path) -> Any:

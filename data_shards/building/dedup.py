@@ -15,6 +15,7 @@ from mixcl_dist.data_shards.building.settings import Progress
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.format.fingerprint import SIZE, fingerprint, near_pairs, voxel_digest
 from mixcl_dist.data_shards.format.manifest import FILE_NAME, FINGERPRINTS_FILE, Manifest, ManifestError
+from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.sources import Case, open_images, open_source, read_case
 from mixcl_dist.data_shards.volume import CaseError
 
@@ -99,9 +100,7 @@ def scans_of_shards(shards: Path | str) -> list[Scan]:
     manifest = Manifest.load(shards)
     marks = manifest.read_table(shards, FINGERPRINTS_FILE)
     if marks.shape[1] != SIZE:
-        raise ManifestError(
-            f"{shards}/{FINGERPRINTS_FILE}: has fingerprints of another version; build the shards again"
-        )
+        raise ManifestError(f"{shards}/{FINGERPRINTS_FILE}: has fingerprints of another version; {ANEW}")
     records = zip(manifest.cases, marks, strict=True)
     return [Scan(case.name, str(shards), case.source_digest, mark) for case, mark in records]
 

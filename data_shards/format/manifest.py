@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.storage.publishing import publish
 from mixcl_dist.data_shards.storage.store import MissingError, Store
@@ -135,16 +136,16 @@ class Manifest:
         try:
             version = _VERSION.validate_json(content).version
         except ValidationError:
-            raise ManifestError(f"{path}: is not a manifest; build the shards again") from None
+            raise ManifestError(f"{path}: is not a manifest; {ANEW}") from None
         if version != FORMAT_VERSION:
-            cure = "update mixcl-dist" if version > FORMAT_VERSION else "build the shards again"
+            cure = "update mixcl-dist" if version > FORMAT_VERSION else ANEW
             raise ManifestError(f"{path}: has format {version}, this version reads {FORMAT_VERSION}; {cure}")
         try:
             return _MANIFEST.validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "content"
-            raise ManifestError(f"{path}: {field}: {first['msg']}; build the shards again") from None
+            raise ManifestError(f"{path}: {field}: {first['msg']}; {ANEW}") from None
 
     def save(self, folder: Path) -> None:
         with publish(Path(folder) / FILE_NAME) as file:
@@ -168,12 +169,12 @@ class Manifest:
         rows, dtype = len(self.cases) if name == FINGERPRINTS_FILE else self.patches, _TABLE_DTYPES[name]
         table = _stored_array(content, dtype)
         if table is None or table.ndim != (1 if name == CASES_FILE else 2) or len(table) < rows:
-            raise ManifestError(f"{path}: is not a table of {rows} rows; build the shards again")
+            raise ManifestError(f"{path}: is not a table of {rows} rows; {ANEW}")
         table = table[:rows, : math.ceil(len(self.classes) / 8)] if name == CLASSES_FILE else table[:rows]
         if table_digest(table) != self.tables.get(name):
-            raise ManifestError(f"{path}: is not the table that the manifest names; build the shards again")
+            raise ManifestError(f"{path}: is not the table that the manifest names; {ANEW}")
         if name == CASES_FILE and rows and table.max() >= len(self.cases):
-            raise ManifestError(f"{path}: names a case that the manifest does not have; build the shards again")
+            raise ManifestError(f"{path}: names a case that the manifest does not have; {ANEW}")
         return np.ascontiguousarray(table)
 
 

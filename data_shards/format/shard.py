@@ -24,6 +24,8 @@ from mixcl_dist.data_shards.format.codec import digest
 from mixcl_dist.data_shards.storage.publishing import publish
 
 INDEX_VERSION = 1
+ANEW = "remove the folder and build the shards again"
+"""The cure of damage: a build leaves alone what it finds finished."""
 _KEY = r"[A-Za-z0-9_-]+"
 """For WebDataset a dot begins the member, a slash a folder."""
 _Key = Annotated[str, Field(pattern=f"^{_KEY}$")]
@@ -86,7 +88,7 @@ def read_index(path: Path) -> ShardIndex:
     try:
         return parse_index(beside.read_bytes(), beside)
     except FileNotFoundError:
-        raise ShardError(f"{beside}: is missing; build the shards again") from None
+        raise ShardError(f"{beside}: is missing; {ANEW}") from None
 
 
 def parse_index(content: bytes, where: Path | str) -> ShardIndex:
@@ -94,12 +96,12 @@ def parse_index(content: bytes, where: Path | str) -> ShardIndex:
     try:
         index = _INDEX.validate_json(content)
     except ValidationError:
-        raise ShardError(f"{where}: is damaged; build the shards again") from None
+        raise ShardError(f"{where}: is damaged; {ANEW}") from None
     if index.version > INDEX_VERSION:
         raise ShardError(f"{where}: has format {index.version}, newer than {INDEX_VERSION}; update mixcl-dist")
     places = (member for members in index.samples.values() for member in members.values())
     if any(member.offset + member.size > index.bytes for member in places):
-        raise ShardError(f"{where}: names bytes beyond the shard's end; build the shards again")
+        raise ShardError(f"{where}: names bytes beyond the shard's end; {ANEW}")
     return index
 
 
@@ -110,7 +112,7 @@ def read_sample(path: Path, key: str, members: Mapping[str, Member]) -> dict[str
         size = os.fstat(file.fileno()).st_size
         for name, member in members.items():
             if member.offset + member.size > size:
-                raise ShardError(f"{path}: is cut off before the end of {key}.{name}; build the shards again")
+                raise ShardError(f"{path}: is cut off before the end of {key}.{name}; {ANEW}")
             file.seek(member.offset)
             sample[name] = file.read(member.size)
     check_sample(path, key, sample, members)
@@ -122,7 +124,7 @@ def check_sample(path: Path, key: str, sample: Mapping[str, bytes], members: Map
     for name, member in members.items():
         if name not in sample or digest(sample[name]) != member.xxh3:
             state = "is damaged" if name in sample else "is missing"
-            raise ShardError(f"{path}: {key}.{name} {state}; see `mixcl shards verify`, build the shards again")
+            raise ShardError(f"{path}: {key}.{name} {state}; see `mixcl shards verify`, {ANEW}")
 
 
 def verify_shard(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from mixcl_dist.data_shards.building.processes import in_processes, in_this_proc
 from mixcl_dist.data_shards.building.settings import Progress
 from mixcl_dist.data_shards.format.codec import digest
 from mixcl_dist.data_shards.format.manifest import CASES_FILE, Manifest, ManifestError, ShardRecord, case_of
-from mixcl_dist.data_shards.format.shard import ShardIndex, index_path, read_index, verify_shard
+from mixcl_dist.data_shards.format.shard import ANEW, ShardIndex, index_path, read_index, verify_shard
 from mixcl_dist.data_shards.storage.store import StorageError
 
 
@@ -55,9 +55,9 @@ def _check_shard(folder: Path, record: ShardRecord) -> _Checked:
     except (ValueError, OSError):
         return _Checked(found, [])
     if not found and (index.bytes, index.xxh3) != (record.bytes, record.xxh3):
-        found = [f"{path}: is not the shard that the manifest names; build the shards again"]
+        found = [f"{path}: is not the shard that the manifest names; {ANEW}"]
     elif not found and (not named or len(index.samples) != record.samples):
-        found = [f"{index_path(path)}: is not the index that the manifest names; build the shards again"]
+        found = [f"{index_path(path)}: is not the index that the manifest names; {ANEW}"]
     return _Checked(found or list(_webdataset_problems(path, index)), list(index.samples))
 
 
@@ -95,7 +95,7 @@ def _repeated(folder: Path, checked: dict[str, _Checked]) -> Iterator[str]:
         groups.setdefault(tuple(files), []).append(key)
     for shards, keys in groups.items():
         more = f" and {len(keys) - 1} more keys are" if len(keys) > 1 else " is"
-        yield f"{folder}: {keys[0]}{more} in {' and '.join(shards)}; build the shards again"
+        yield f"{folder}: {keys[0]}{more} in {' and '.join(shards)}; {ANEW}"
 
 
 def _tables(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -120,4 +120,4 @@ def _miscounts(folder: Path, manifest: Manifest, checked: dict[str, _Checked]) -
         return  # which `_tables` has told
     names = np.array([case.name for case in manifest.cases])[rows]
     if (wrong := np.flatnonzero(names != np.array(found))).size:
-        yield f"{path}: says {names[wrong[0]]} of a sample of {found[wrong[0]]}; build the shards again"
+        yield f"{path}: says {names[wrong[0]]} of a sample of {found[wrong[0]]}; {ANEW}"

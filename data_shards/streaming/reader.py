@@ -12,7 +12,7 @@ import numpy as np
 
 from mixcl_dist.data_shards.format.codec import decode_into, digest
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.data_shards.format.shard import Member, ShardError, parse_index
+from mixcl_dist.data_shards.format.shard import ANEW, Member, ShardError, parse_index
 from mixcl_dist.data_shards.storage.store import Span, StorageError, Store, UnreachableError
 from mixcl_dist.data_shards.streaming.order import WINDOW_SHARDS
 
@@ -93,10 +93,10 @@ class SampleReader:
         name = self._files[shard].removesuffix(".tar") + ".index.json"
         content, where = self._store.read(name), self._store.path(name)
         if digest(content) != self._index_digests[shard]:
-            raise ShardError(f"{where}: is not the index that the manifest names; build the shards again")
+            raise ShardError(f"{where}: is not the index that the manifest names; {ANEW}")
         samples = list(parse_index(content, where).samples.items())
         if len(samples) != self._first_of_shard[shard + 1] - self._first_of_shard[shard]:
-            raise ShardError(f"{where}: has {len(samples)} samples, unlike the manifest; build the shards again")
+            raise ShardError(f"{where}: has {len(samples)} samples, unlike the manifest; {ANEW}")
         return samples
 
     def _fill(
@@ -135,7 +135,7 @@ class _Place(NamedTuple):
         """Raises `ShardError` for an index whose sizes no such sample can have, before anything of them is read."""
         image = _only("ct.", members)
         if image is None:
-            raise ShardError(f"{file}: {key} has no image; build the shards again")
+            raise ShardError(f"{file}: {key} has no image; {ANEW}")
         chosen = _only("seg.", members) if label else None
         parts = [image[1]] + ([chosen[1]] if chosen else [])
         begin, end = min(part.offset for part in parts), max(part.offset + part.size for part in parts)
@@ -143,7 +143,7 @@ class _Place(NamedTuple):
         if not (
             0 < stored <= 4 * voxels + MAX_GAP and end - begin <= stored + MAX_GAP and 0 <= begin < end <= shard_bytes
         ):
-            raise ShardError(f"{file}: {key} has impossible sizes in the index; build the shards again")
+            raise ShardError(f"{file}: {key} has impossible sizes in the index; {ANEW}")
         return cls(key, Span(file, begin, end), image, chosen)
 
     def decode(self, content: memoryview, image: np.ndarray, label: np.ndarray | None) -> str | None:

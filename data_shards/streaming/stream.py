@@ -22,6 +22,7 @@ import torch
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.format.codec import digest
 from mixcl_dist.data_shards.format.manifest import CASES_FILE, CLASSES_FILE, CaseRecord, Manifest, case_of
+from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.storage.store import CacheConfig, Store
 from mixcl_dist.data_shards.streaming.order import Deck, Order
@@ -253,7 +254,7 @@ class PatchStream:
             name = self._manifest.cases[case].name
             if case_of(outcome.key) != name:
                 where = f"{self._store.path(outcome.shard)}: {outcome.key}"
-                raise StreamError(f"{where} lies where the manifest has {name}; build the shards again")
+                raise StreamError(f"{where} lies where the manifest has {name}; {ANEW}")
         image = torch.from_numpy(filled.image)[:, None]
         shape = (len(outcomes), *self._manifest.patch_size)
         return Batch(

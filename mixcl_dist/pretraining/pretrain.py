@@ -252,7 +252,8 @@ def _micro_batch_size(config: Config, world_size: int) -> int:
     if config.pretrain.batch_size % parts:
         raise ConfigError(
             f"pretrain.batch_size {config.pretrain.batch_size} is not a multiple of {world_size} ranks × "
-            f"{config.engine.accumulation_steps} accumulation steps"
+            f"{config.engine.accumulation_steps} accumulation steps; give e.g. "
+            f"{parts * max(1, config.pretrain.batch_size // parts)}"
         )
     return config.pretrain.batch_size // parts
 

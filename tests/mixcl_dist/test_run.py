@@ -38,6 +38,13 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         pass
 
 
+def test_a_run_that_was_killed_before_its_facts_were_written_begins_anew(tmp_path):
+    Run.create(tmp_path / "run", "pretrain", Config())
+    (tmp_path / "run" / "run.json").rename(tmp_path / "run" / ".run.json.12.tmp")
+    Run.create(tmp_path / "run", "pretrain", Config())
+    assert read_json(tmp_path / "run" / "run.json")["kind"] == "pretrain"
+
+
 def test_a_torn_last_line_is_left_out_and_later_steps_are_forgotten(tmp_path):
     run = Run.create(tmp_path / "run", "pretrain", Config())
     for step in range(1, 6):

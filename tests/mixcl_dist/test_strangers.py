@@ -59,7 +59,7 @@ def test_a_checkpoint_under_a_forged_seal_runs_nothing(finished, shards, tmp_pat
 
 
 def test_damaged_checkpoints_are_passed_over_or_refused_in_one_line(finished, shards, tmp_path, capsys):
-    """Bytes flipped, files cut or emptied, at random places: it goes on from the older one, or from none, and says so."""
+    """Bytes flipped, files cut or emptied, at random places: it goes on from the older one, or stops, and says so."""
     choice = random.Random(0)
     run = shutil.copytree(finished, tmp_path / "run")
     for both in (False, True):
@@ -86,7 +86,7 @@ VERBS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_runs_what_stands_in_any_file_that_it_reads(finished, shards, data, tmp_path, verb):
-    """Which these are is seen by opening them: each is a pickle in turn, and what becomes of the verb is all the same."""
+    """Which these are is seen by opening them: each is a pickle in turn, whatever becomes of the verb."""
 
     def go(number):
         run = shutil.copytree(finished, tmp_path / str(number) / "run", dirs_exist_ok=True)

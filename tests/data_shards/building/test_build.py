@@ -266,3 +266,18 @@ def test_voxels_of_real_scans_lie_where_simpleitk_says(ct, tmp_path):
             else:
                 assert sample["ct.b2"][tuple(index)] == -1024, "padding"
     assert len(checked) == 2 and sum(checked.values()) > 500
+
+
+def test_the_cure_of_damage_is_one(cohort, small_config, tmp_path):
+    source, out = cohort("a"), tmp_path / "out"
+    build([source], out, small_config)
+    shard = next(out.glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
+    build([source], out, small_config)
+    assert verify(out), "what is finished is left alone"
+    assert ANEW == "remove the folder and build the shards again"
+    shutil.rmtree(out)
+    build([source], out, small_config)
+    assert verify(out) == []

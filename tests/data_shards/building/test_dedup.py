@@ -301,4 +301,4 @@ def test_fingerprints_of_another_version_are_refused(archive, small_config, tmp_
     content["tables"]["case-fingerprints.npy"] = table_digest(table)
     (out / "manifest.json").write_text(json.dumps(content))
     assert main(["shards", "dedup", str(out), "--against", str(out)]) == 2
-    assert "fingerprints of another version; build the shards again" in capsys.readouterr().err
+    assert "fingerprints of another version; remove the folder and build the shards again" in capsys.readouterr().err

@@ -55,11 +55,11 @@ def test_the_digest_follows_the_content_and_not_its_layout(copy):
     ("content", "message"),
     [
         (None, "is missing; finish the build"),
-        ("{", "is not a manifest; build the shards again"),
-        ("[]", "is not a manifest; build the shards again"),
+        ("{", "is not a manifest; remove the folder and build the shards again"),
+        ("[]", "is not a manifest; remove the folder and build the shards again"),
         ('{"version": 4}', "has format 4, this version reads 3; update mixcl-dist"),
-        ('{"version": 2}', "has format 2, this version reads 3; build the shards again"),
-        ('{"version": 3}', "patch_size: Field required; build the shards again"),
+        ('{"version": 2}', "has format 2, this version reads 3; remove the folder and build the shards again"),
+        ('{"version": 3}', "patch_size: Field required; remove the folder and build the shards again"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused_in_one_line(tmp_path, content, message):

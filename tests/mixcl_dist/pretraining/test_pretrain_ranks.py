@@ -13,6 +13,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.run import read_json, read_metrics
 
 from ..conftest import SMALL
@@ -156,10 +157,9 @@ def test_bad_samples_are_counted_over_all_ranks(shards, tmp_path):
     for path in shards.iterdir():
         if path.is_file():
             (damaged / path.name).write_bytes(path.read_bytes())
-    population = json.loads((damaged / "manifest.json").read_text())["patches"]
-    hit = spoil(damaged, every=4)
-    share = 0.75 * hit / population
-    settings = {"pretrain.steps": 50, "data.max_bad_fraction": share, "data.workers": 0}
+    population = Manifest.load(damaged).patches
+    share = 0.75 * spoil(damaged, every=4) / population
+    settings = {"pretrain.steps": population // 4, "data.max_bad_fraction": share, "data.workers": 0}
     codes, said = finish(start(damaged, tmp_path / "run", settings=settings))
     assert codes == [2, 2], said
     assert all("more than data.max_bad_fraction" in line for line in last_lines(said))
