@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ SETTINGS = """settings:
   `mixcl config show` prints every section, key and value.
 """
 
+NO_BUDGET = {"budget.fraction": 0.0, "budget.scans": None, "budget.seed": 0}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code.
@@ -26,10 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 done with problems, 2 refused, 130 interrupted; 75 (sysexits.h: try again) asked to stop, and to be put
     into a scheduler's queue again.
     """
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    _print_anything()
+    options = _options(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        options.overrides = _overrides(rest, options.parser)
         return options.verb(options) or 0
     except KeyboardInterrupt:
         print("mixcl: interrupted; run the same command again (pretrain: with --resume latest)", file=sys.stderr)
@@ -150,7 +152,9 @@ def _probe(options: argparse.Namespace) -> None:
     if options.run is not None:
         known = load(run_of(options.run) / "config.yaml")
         development = config.budget.development or known.budget.development
-        config = replace(config, {"network": to_dict(known)["network"], "budget.development": development})
+        taken = replace(config, {"network": to_dict(known)["network"], "budget.development": development})
+        _refuse_lost(options, config, taken, f"a probe takes that of {options.run}")
+        config = taken
     found = probe_run(options.run, config, shards=options.data)
     out = options.out or (options.run and options.run / FILE_NAME)
     print(f"{'Dice, frozen features':<24} linear  k-NN")
@@ -163,15 +167,12 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from mixcl_dist.config import replace
+    config = _config(options)
     from mixcl_dist.finetuning.finetune import finetune
+    from mixcl_dist.finetuning.start import like
 
-    budget: dict[str, Any] = {}
-    if options.labels is not None or options.scans is not None:
-        budget = {"budget.fraction": options.labels or 0.0, "budget.scans": options.scans}
-    if options.seed is not None:
-        budget["budget.seed"] = options.seed
-    config = replace(_config(options), budget)
+    if options.start is not None:
+        _refuse_lost(options, config, like(config, options.start), f"a trial takes that of {options.start}")
     dice = finetune(config, data=options.data, start=options.start, run=options.run)
     for name, value in dice["class_mean"].items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
@@ -181,10 +182,17 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from mixcl_dist.config import replace
+    from mixcl_dist.finetuning.start import like
     from mixcl_dist.report import study_table
     from mixcl_dist.studies.study import run_study
 
-    study = run_study(_config(options), data=options.data, starts=options.start, study=options.study)
+    config = _config(options)
+    _refuse_lost(options, config, like(config, options.start[0]), f"trials take that of {options.start[0]}")
+    _refuse_lost(
+        options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
+    )
+    study = run_study(config, data=options.data, starts=options.start, study=options.study)
     failed = [trial["id"] for trial in study["trials"] if trial["status"] != "done"]
     if failed:
         print(f"mixcl: trials not done: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
@@ -194,11 +202,14 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
+    from mixcl_dist.config import replace
     from mixcl_dist.report import table_text
     from mixcl_dist.studies.table.runner import run_table
 
+    config = _config(options)
+    _refuse_lost(options, config, replace(config, NO_BUDGET), "table.scans and table.seeds say which labels are used")
     ending = run_table(
-        _config(options),
+        config,
         data=options.data,
         shards=options.shards,
         out=options.out,
@@ -312,24 +323,80 @@ def _config(options: argparse.Namespace, recipe: str | None = None) -> Any:
     return load(*options.config, recipe=options.recipe or recipe, overrides=options.overrides)
 
 
-def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
-    """`--section.key value` and `--section.key=value` pairs of what the verb's own options left over."""
-    pairs = []
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--"):
-            parser.error(f"unexpected argument {word!r}")
-        key, equals, value = word[2:].partition("=")
-        if "." not in key or not parser.get_default("takes_settings"):
-            known = [option for action in parser._actions for option in action.option_strings]
-            close = difflib.get_close_matches(word, known, n=1)
-            parser.error(f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else ""))
-        if not equals:
-            value = next(words, "")
-            if not value:
-                parser.error(f"{word} needs a value")
-        pairs.append((key, value))
-    return pairs
+def _refuse_lost(options: argparse.Namespace, config: Any, used: Any, why: str) -> None:
+    """Raise `ConfigError` where a setting of the command line would give way in silence."""
+    from mixcl_dist.config import ConfigError, differences
+
+    for key in differences(config, used):
+        if key in dict(options.overrides):
+            raise ConfigError(f"--{key}: {why}; leave it out")
+
+
+def _print_anything() -> None:
+    """On a terminal that cannot show a character, print a stand-in rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
+
+
+def _options(words: list[str]) -> argparse.Namespace:
+    """The verb's options, with the settings among them as `overrides`; all of them may stand in any order."""
+    overrides, others, unfinished = _take_settings(words)
+    parser, others = _find_verb(_parser(), others)
+    if parser.get_default("verbs"):
+        parser.parse_args(others)  # prints help, or says which verbs there are
+    if parser.get_default("launch"):  # its settings are those of the command behind it
+        return parser.parse_args(_find_verb(_parser(), words)[1])
+    options, rest = parser.parse_known_intermixed_args(others)
+    if not options.takes_settings:
+        rest += [f"--{key}" for key, _ in overrides]
+    if rest:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(rest[0], known, n=1)
+        problem = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"unexpected argument {rest[0]!r}"
+        parser.error(problem + (f"; did you mean {close[0]}?" if close else ""))
+    if unfinished:
+        parser.error(f"{unfinished} needs a value")
+    options.overrides = _with_short_forms(options, overrides)
+    return options
+
+
+def _find_verb(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of the verb that the words begin with, and the words behind it."""
+    while (verbs := parser.get_default("verbs")) and words and words[0] in verbs.choices:
+        parser, words = verbs.choices[words[0]], words[1:]
+    return parser, words
+
+
+def _take_settings(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str], str]:
+    """Keys and values of `--section.key value` and `--section.key=value`, the other words, and a key without a value.
+
+    A key takes the next word, whatever it looks like: `--network.window_hu -160,240`.
+    """
+    settings, others = [], []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            return settings, [*others, word, *left], ""
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            others.append(word)
+            continue
+        if not equals and not (value := next(left, "")):
+            return settings, others, word
+        settings.append((key, value))
+    return settings, others, ""
+
+
+def _with_short_forms(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The settings with those that the verb has a short option for; an error where both are given and differ."""
+    given = dict(overrides)
+    short = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    for key, value in short.items():
+        if given.get(key, value) != value:
+            (name,) = (action.option_strings[0] for action in options.parser._actions if action.dest == key)
+            options.parser.error(f"{name} {value} and --{key} {given[key]} are one setting; give one of them")
+    return [*overrides, *short.items()]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -337,27 +404,28 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="mixcl",
+        allow_abbrev=False,
         description="Pre-train 3D segmentation networks on large CT archives; measure whether it helped.",
         epilog="example:\n  mixcl demo --out runs/demo        the whole path on a phantom cohort, a few minutes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mixcl {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = _add_verbs(parser)
     _add_shards(verbs)
     _add_training(verbs)
     _add_results(verbs)
     _add_launch(verbs)
     _verb(verbs, "doctor", _doctor, "is this machine fit", "mixcl doctor", takes_settings=False)
-    config = verbs.add_parser("config", help="look at settings")
-    on_config = config.add_subparsers(title="verbs", metavar="VERB", required=True)
+    config = verbs.add_parser("config", allow_abbrev=False, help="look at settings")
+    on_config = _add_verbs(config)
     example = "mixcl config show --recipe few_label --finetune.steps 500"
     _verb(on_config, "show", _config_show, "print the resolved settings", example)
     return parser
 
 
 def _add_shards(verbs: Any) -> None:
-    shards = verbs.add_parser("shards", help="build, inspect, verify and compare shards of patches")
-    on_shards = shards.add_subparsers(title="verbs", metavar="VERB", required=True)
+    shards = verbs.add_parser("shards", allow_abbrev=False, help="build, inspect, verify and compare shards of patches")
+    on_shards = _add_verbs(shards)
     example = "mixcl shards build archive/dataset.json more_scans/ --out shards --build.spacing_mm 2,2,2"
     add = _verb(on_shards, "build", _shards_build, "CT volumes → shards of patches, or more of them", example)
     sources = "dataset.json (MONAI/Decathlon), nnU-Net folder, folder of masks, or of NIfTI, NRRD, MetaImage, DICOM"
@@ -365,7 +433,7 @@ def _add_shards(verbs: Any) -> None:
     out = "folder to write; going on where it was interrupted, appending what is new"
     add("--out", type=Path, required=True, metavar="SHARDS", help=out)
     exclude = "sources or shards all of whose scans are kept out, those to test on too, under whatever name (see dedup)"
-    add("--exclude", nargs="+", type=Path, default=[], metavar="LIST", help=exclude)
+    add("--exclude", nargs="+", action="extend", type=Path, default=[], metavar="LIST", help=exclude)
     ray = "work on the Ray cluster at ADDRESS (default auto), which must see SOURCE and SHARDS as this machine does"
     add("--ray", nargs="?", const="auto", metavar="ADDRESS", help=ray)
 
@@ -388,6 +456,7 @@ def _add_shards(verbs: Any) -> None:
     add(
         "--against",
         nargs="+",
+        action="extend",
         type=Path,
         required=True,
         metavar="LIST",
@@ -423,16 +492,17 @@ def _add_training(verbs: Any) -> None:
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     start = "pre-training run, or fine-tuning run (supervised pre-training), or none"
     add("--from", dest="start", type=_start, required=True, metavar="RUN|none", help=start)
-    add("--scans", type=int, metavar="N", help="number of training cases whose labels are used (budget.scans)")
-    add("--labels", type=float, metavar="FRACTION", help="or their share, 0 to 1 (budget.fraction)")
-    add("--seed", type=int, help="which cases these are (budget.seed)")
+    scans = "number of training cases whose labels are used (--budget.scans)"
+    add("--scans", dest="budget.scans", metavar="N", help=scans)
+    add("--labels", dest="budget.fraction", metavar="FRACTION", help="or their share, 0 to 1 (--budget.fraction)")
+    add("--seed", dest="budget.seed", metavar="SEED", help="which cases these are (--budget.seed)")
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
 
     example = "mixcl tune --data ct/dataset.json --from runs/pretrained --study runs/study"
     add = _verb(verbs, "tune", _tune, "run the table of few-label trials under Ray Tune", example)
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     starts = "pre-training runs; a trial uses the one that read most labels within the trial's budget"
-    add("--from", dest="start", type=Path, nargs="+", required=True, metavar="RUN", help=starts)
+    add("--from", dest="start", type=Path, nargs="+", action="extend", required=True, metavar="RUN", help=starts)
     add("--study", type=Path, required=True, metavar="STUDY", help="folder of this study; going on where it stopped")
 
     example = "mixcl table --data openkbp/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
@@ -462,9 +532,17 @@ def _add_results(verbs: Any) -> None:
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default runs/demo)")
 
 
+def _add_verbs(parser: argparse.ArgumentParser, metavar: str = "VERB") -> Any:
+    verbs = parser.add_subparsers(title=f"{metavar.lower()}s", metavar=metavar, required=True)
+    parser.set_defaults(verbs=verbs)
+    return verbs
+
+
 def _add_launch(verbs: Any) -> None:
-    launch = verbs.add_parser("launch", help="pre-train on several machines: hosts, SLURM, Kubernetes, Ray")
-    on_launch = launch.add_subparsers(title="where", metavar="WHERE", required=True)
+    launch = verbs.add_parser(
+        "launch", allow_abbrev=False, help="pre-train on several machines: hosts, SLURM, Kubernetes, Ray"
+    )
+    on_launch = _add_verbs(launch, "WHERE")
     behind = "-- pretrain --data shards --run runs/a"
 
     def way(name: str, function: Callable, summary: str, example: str) -> Callable[..., argparse.Action]:
@@ -527,6 +605,7 @@ def _verb(
     """Add a verb with its one-line summary and example; returns its `add_argument`."""
     parser = verbs.add_parser(
         name,
+        allow_abbrev=False,
         help=summary,
         description=summary,
         epilog=(SETTINGS + "\n" if takes_settings else "") + f"example:\n  {example}",

@@ -415,13 +415,22 @@ def load(*files: Path, recipe: str | None = None, overrides: Sequence[tuple[str,
     Raises `ConfigError` for an unknown recipe, key or a value of the wrong type.
     """
     tree: dict[str, Any] = {}
-    if recipe is not None:
-        _merge(tree, _read_yaml(recipe_path(recipe)))
-    for file in files:
-        _merge(tree, _read_yaml(file))
-    for key, value in overrides:
-        _merge(tree, _nested(key, _parse_value(key, value)))
+    for _, layer in layers(*files, recipe=recipe, overrides=overrides):
+        _supersede(tree, layer)
+        _merge(tree, layer)
     return from_dict(tree)
+
+
+def layers(
+    *files: Path, recipe: str | None = None, overrides: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """What `load` joins, in order: where each comes from, and its settings as nested dictionaries."""
+    found = [(f"recipe {recipe}", _read_yaml(recipe_path(recipe)))] if recipe is not None else []
+    found += [(str(file), _read_yaml(file)) for file in files]
+    given: dict[str, Any] = {}
+    for key, value in overrides:
+        _merge(given, _nested(key, _parse_value(key, value)))
+    return [*found, ("command line", given)]
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -514,6 +523,15 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _supersede(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """How many scans are labelled may be given in two ways: a layer that gives one lifts the other of those before."""
+    new, old = (part.get("budget") for part in (layer, tree))
+    if isinstance(new, Mapping) and isinstance(old, dict):
+        for key, other in (("scans", "fraction"), ("fraction", "scans")):
+            if new.get(key) is not None and other not in new:
+                old.pop(other, None)
 
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
