@@ -373,7 +373,8 @@ def _take_settings(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[st
 
     A key takes the next word, whatever it looks like: `--network.window_hu -160,240`.
     """
-    settings, others = [], []
+    settings: list[tuple[str, str]] = []
+    others: list[str] = []
     left = iter(words)
     for word in left:
         if word == "--":

@@ -35,6 +35,7 @@ from mixcl_dist.finetuning.scoring import (
 )
 from mixcl_dist.finetuning.start import check_start, initial_network, like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
+from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
@@ -78,6 +79,7 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
         config = like(config, start)
         check_start(start, task, label_cases, known)
         seen = seen.merged(Seen.load(start))
+    check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     volumes, unshown = _training_volumes(config, task, label_cases)
     if unshown:
         print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)

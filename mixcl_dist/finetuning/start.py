@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.config import Config, replace
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.run import RunError, read_json
@@ -40,13 +40,8 @@ def check_start(start: Path, task: Task, label_cases: Sequence[str], known: Know
 
 
 def initial_network(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:
-    """The network to train, its backbone loaded from `start`; raises `ConfigError` or `RunError`."""
+    """The network to train, its backbone loaded from `start`; raises `RunError`."""
     network = SegmentationNetwork(config.network, n_classes)
-    divisor = network.backbone.level_divisor
-    if any(edge % divisor for edge in config.finetune.patch_size):
-        raise ConfigError(
-            f"finetune.patch_size {config.finetune.patch_size}: every edge must be a multiple of {divisor}"
-        )
     if start is not None:
         weights = start / WEIGHTS[read_json(start / "run.json")["kind"]]
         prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""

@@ -13,7 +13,7 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
-from mixcl_dist.config import NetworkConfig
+from mixcl_dist.config import ConfigError, NetworkConfig
 
 CLASS = "monai.networks.nets.DynUNet"
 
@@ -51,6 +51,22 @@ def misfit(config: NetworkConfig, size: Sequence[int]) -> str | None:
         return None
     least = " x ".join([str(step)] * 3)
     return f"every edge must be a multiple of {step}, and not all {least}; try {','.join(map(str, near))}"
+
+
+def check_size(setting: str, config: NetworkConfig, size: Sequence[int]) -> None:
+    """Raise `ConfigError` that names the setting where the network cannot be trained on images of `size` voxels."""
+    if problem := misfit(config, size):
+        raise ConfigError(f"{setting} {','.join(map(str, size))}: {problem}, or change network.filters")
+
+
+def check_patches(config: NetworkConfig, patch_size: Sequence[int]) -> None:
+    """Raise `ConfigError` where nothing that the network takes can be cut from patches of that size."""
+    step = divisor(config)
+    if misfit(config, [edge // step * step for edge in patch_size]):
+        raise ConfigError(
+            f"patches of {' x '.join(map(str, patch_size))} voxels are too small for network.filters "
+            f"{','.join(map(str, config.filters))}; build shards with edges of {2 * step} or more, or give fewer"
+        )
 
 
 class Backbone(nn.Module):

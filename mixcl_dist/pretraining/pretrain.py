@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, lo
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
+from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.pretraining.diagnostics import gradient_norms, spread
@@ -84,7 +85,8 @@ def _pretrain(
     stop_requested: Callable[[], bool],
 ) -> None:
     manifest = Manifest.load(shards)
-    _check(config, manifest, run, resume)
+    check_settings(config, manifest)
+    _check_folder(config, manifest, run, resume)
     start = recorded_start(run, start) if resume else start
     label_cases = budgeted_labels(manifest, config.budget)
     seen, history = _history(config, shards, manifest, label_cases, run, start)
@@ -109,7 +111,7 @@ def _pretrain(
         network.train()
         steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
         if engine.rank == 0:
-            print(f"pretrain: {arithmetic(engine.device)} on {engine.device.type}", file=sys.stderr)
+            _say(f"{_lesson(config, label_cases)}; {arithmetic(engine.device)} on {engine.device.type}")
             steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
         for step in steps:
             last = step == config.pretrain.steps
@@ -155,6 +157,15 @@ def _pretrain(
     engine.close()
 
 
+def _lesson(config: Config, label_cases: Sequence[str]) -> str:
+    """What is learned from, in one line."""
+    terms = ", ".join(learnt_terms(config, label_cases))
+    if config.objective.voxel_label and not label_cases:
+        return f"learns from {terms}; no labels, as the budget is empty (see --budget.scans)"
+    count = len(label_cases) if config.objective.voxel_label else 0
+    return f"learns from {terms}; labels of {count} case{'' if count == 1 else 's'}"
+
+
 def _is_due(step: int, every: int, last: bool) -> bool:
     """Whether something done every so many steps, and after the last one, is done at `step`; 0 is never."""
     return every > 0 and (last or step % every == 0)
@@ -174,7 +185,9 @@ def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
     return names
 
 
-def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
+def check_settings(config: Config, manifest: Manifest) -> None:
+    """Raise `ConfigError` for what cannot be pre-trained on these shards, before anything is made."""
+    check_size("views.size", config.network, config.views.size)
     if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
         raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
     check_development(manifest.cases, config.budget.development)
@@ -186,6 +199,17 @@ def _check(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
             raise ConfigError(f"budget.classes: {name} is none of the shards' classes; choose among {known}")
     if not training_cases(manifest, config.budget):
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
+    if not learnt_terms(config, budgeted_labels(manifest, config.budget)):
+        raise ConfigError("objective: voxel_label alone has a weight, but no labels may be read; give --budget.scans")
+    _micro_batch_size(config, described().world_size)
+
+
+def learnt_terms(config: Config, label_cases: Sequence[str]) -> list[str]:
+    """The terms of the objective that something is learned from: with a weight and, for labels, with cases."""
+    return [term for term in config.objective.single_terms() if term != "voxel_label" or label_cases]
+
+
+def _check_folder(config: Config, manifest: Manifest, run: Path, resume: bool) -> None:
     started = (run / "run.json").exists()
     if started and not resume:
         raise RunError(f"{run}: a run is there already; go on with --resume latest, or give another --run")
@@ -232,7 +256,8 @@ def _history(
         facts = read_json(earlier / "run.json")
         seen = seen.merged(Seen.load(earlier))
         names = {key: list(dict.fromkeys([*own, *facts[key]])) for key, own in names.items()}
-    return seen, names | {"start": start and str(start.resolve())}
+    terms = learnt_terms(config, label_cases)
+    return seen, names | {"start": start and str(start.resolve()), "terms": terms}
 
 
 def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:

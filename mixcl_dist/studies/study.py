@@ -17,6 +17,7 @@ from mixcl_dist.config import Config, ConfigError, from_dict, replace, to_dict
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
+from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.run import RunError, held, machine, now, read_json, write_json
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, shared_scans
 
@@ -62,6 +63,8 @@ def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) 
     """The trials of the table; raises `RunError` where no start may be used for one of them."""
     shared = {start: shared_scans(Seen.load(start), known.of(task.cases)) for start in starts}
     points = draw(config.study.search, config.study.samples, SEARCH_SEED)
+    for params in points:
+        _check_trial(replace(config, params), params)
     trials = []
     for fraction in config.study.fractions:
         for seed in config.study.seeds:
@@ -71,12 +74,19 @@ def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) 
             if starts:
                 arms["pretrained"] = _lawful_start(shared, task, label_cases)
             for number, params in enumerate(points):
-                replace(config, params)  # an unknown key is refused now rather than in a trial
                 suffix = f"-p{number}" if config.study.search else ""
                 for arm, start in arms.items():
                     key = {"id": f"{arm}-{fraction:g}-s{seed}{suffix}", "fraction": fraction, "seed": seed}
                     trials.append(key | {"start": start and str(start), "params": params})
     return trials
+
+
+def _check_trial(config: Config, params: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for what a trial would refuse, or would not read."""
+    for key in params:
+        if not key.startswith(("finetune.", "network.")):
+            raise ConfigError(f"study.search: a trial does not read {key}; search settings of finetune")
+    check_size("finetune.patch_size", config.network, config.finetune.patch_size)
 
 
 def run_trial(config: dict[str, Any], data: Path, study: Path, trial: dict[str, Any]) -> dict[str, Any]:

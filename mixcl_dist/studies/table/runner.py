@@ -14,10 +14,12 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
+from mixcl_dist.config import Config, ConfigError, NetworkConfig, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.finetuning.task import budgeted, open_task
+from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.run import LOCK, RunError, held, machine, now, read_json, write_atomic, write_json
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.ledger import Ledger, digest_of
@@ -105,6 +107,7 @@ def run_table(
     items = plan(config)
     chosen = _chosen(items, only)
     question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
+    _check_items(config, items, manifest)
     with held(out, "--out"):
         digests = _digests(config, items, question["digest"])
         _begin(out, config, question, items, digests)
@@ -147,6 +150,22 @@ def _check_data(config: Config, data: Path, source: Source) -> None:
         budgeted(open_task(data, block), dataclasses.replace(config.budget, fraction=0.0, scans=max(scans)))
     if not config.table.final and not config.budget.development:
         raise ConfigError("table.final is false, but budget.development names no scans to score; name some")
+
+
+def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> None:
+    """Raise `ConfigError` for what an item would refuse by its settings, once those before it have been run."""
+    networks: dict[str, NetworkConfig] = {}
+    for item in items.values():  # each after that which it starts from, whose network it takes
+        own = replace(config, item.settings)
+        networks[item.name] = networks[item.start] if item.start else own.network
+        own = dataclasses.replace(own, network=networks[item.name])
+        try:
+            if item.kind == "pretrain":
+                check_settings(own, manifest)
+            elif item.kind != "probe":  # patches that a view fits into can be probed
+                check_size("finetune.patch_size", own.network, own.finetune.patch_size)
+        except ConfigError as refused:
+            raise ConfigError(f"{item.name}: {refused}") from None
 
 
 def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -235,8 +236,9 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):
 
 def test_a_loss_that_is_lost_ends_the_trial_in_one_line(config, data, tmp_path):
     run = tmp_path / "lost"
+    hopeless = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, learning_rate=1e30))
     with pytest.raises(RunError, match=r"lost: the loss is nan at step \d; lower finetune\.learning_rate") as refusal:
-        finetune(replace(config, {"finetune.learning_rate": 1e30}), data=data, start=None, run=run)
+        finetune(hopeless, data=data, start=None, run=run)
     assert "\n" not in str(refusal.value)
     assert not (run / "dice.json").exists()
 
@@ -253,11 +255,13 @@ def test_a_finished_trial_is_not_overwritten(trial, config, data):
         ("budget.development", ["nobody"], "no case nobody"),
         ("budget.development", ["validation_000"], "validation_000 is in the validation split"),
         ("finetune.patch_size", [24, 24, 22], "multiple of 4"),
+        ("finetune.patch_size", [4, 4, 4], "not all 4 x 4 x 4; try 4,4,8"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(config, data, tmp_path, key, value, message):
     with pytest.raises(ConfigError, match=message):
         finetune(replace(config, {key: value}), data=data, start=None, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_doubtful_and_never_learnt_classes_become_background(tmp_path):

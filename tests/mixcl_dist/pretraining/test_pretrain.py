@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_pa
     Backbone(config.network).load_state_dict(load_file(tmp_path / "run" / "network.safetensors"))
     assert (tmp_path / "run" / "samples.npz").exists()
     assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
-    assert f"pretrain: {facts['arithmetic']} on cpu" in capsys.readouterr().err
+    assert f"; {facts['arithmetic']} on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -241,6 +242,9 @@ def test_a_refused_resume_changes_nothing_that_is_known_of_the_run(shards, cohor
     ("key", "value", "said"),
     [
         ("views.size", (32, 32, 32), "larger than the shards' patches"),
+        ("views.size", (18, 16, 16), r"views\.size 18,16,16: every edge must be a multiple of 4, .*try 16,16,16"),
+        ("views.size", (4, 4, 4), r"not all 4 x 4 x 4; try 4,4,8"),
+        ("objective", {"voxel_identity": 0, "crop_identity": 0, "reconstruction": 0}, "no labels may be read"),
         ("engine.accumulation_steps", 3, "not a multiple of 1 ranks × 3 accumulation steps"),
     ],
 )
@@ -319,6 +323,36 @@ def test_two_starts_at_once_never_share_a_run(shards, small_config, tmp_path):
     with held(run, "--run"), pytest.raises(RunError, match=rf"process {os.getpid()} of machine .* give another --run"):
         pretrain(small_config, shards=shards, run=run)
     assert not run.exists()
+
+
+def test_after_a_refusal_the_right_command_runs_in_the_same_folder(shards, small_config, tmp_path):
+    for size in ((18, 16, 16), (16, 16, 16)):
+        config = replace(small_config, {"views.size": size, "pretrain.steps": 1})
+        with nullcontext() if size == (16, 16, 16) else pytest.raises(ConfigError):
+            pretrain(config, shards=shards, run=tmp_path / "run")
+    pretrain(replace(config, {"checkpoint.keep": 1}), shards=shards, run=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("budget", "terms", "said"),
+    [
+        (
+            {},
+            ["voxel_identity", "crop_identity", "reconstruction"],
+            "no labels, as the budget is empty (see --budget.scans",
+        ),
+        (
+            {"budget.scans": 1},
+            ["voxel_identity", "voxel_label", "crop_identity", "reconstruction"],
+            "labels of 1 case;",
+        ),
+    ],
+)
+def test_a_run_says_what_it_learns_from(shards, small_config, tmp_path, capsys, budget, terms, said):
+    pretrain(replace(small_config, {"pretrain.steps": 1} | budget), shards=shards, run=tmp_path / "run")
+    first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain:"))
+    assert first.startswith(f"pretrain: learns from {', '.join(terms)}; {said}")
+    assert read_json(tmp_path / "run" / "run.json")["terms"] == terms
 
 
 def test_a_run_without_a_whole_checkpoint_begins_anew_only_by_the_advice(shards, small_config, tmp_path, capsys):

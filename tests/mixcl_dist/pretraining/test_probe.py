@@ -166,3 +166,9 @@ def test_a_run_that_saw_the_development_scans_is_refused(shards, small_config, t
         probe_run(run, replace(config, {"budget.development": DEVELOPMENT}), shards=shards)
     with pytest.raises(ConfigError, match="names no two scans"):
         probe_run(run, config, shards=shards)
+
+
+def test_patches_that_are_too_small_for_the_network_are_refused_before_anything_is_read(shards, small_config, tmp_path):
+    deep = replace(small_config, {"network.filters": [4] * 6, "budget.development": DEVELOPMENT})
+    with pytest.raises(ConfigError, match=r"patches of 24 x 24 x 24 voxels are too small .*edges of 64 or more"):
+        probe_run(None, deep, shards=shards)

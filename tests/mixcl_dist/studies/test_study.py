@@ -167,6 +167,24 @@ def test_a_search_over_an_unknown_key_is_refused_before_any_trial(config, data, 
         plan(searched, open_task(data), [], known)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"finetune.patch_size": [22, 24, 24]}, r"finetune\.patch_size 22,24,24: every edge must be a multiple of 4"),
+        ({"study.search": {"finetune.patch_size": {"choice": [[24, 24, 22]]}}}, r"finetune\.patch_size 24,24,22"),
+        ({"study.search": {"pretrain.steps": {"grid": [1]}}}, "a trial does not read pretrain.steps"),
+    ],
+)
+def test_what_a_trial_would_refuse_is_refused_before_the_study_is_begun(
+    config, data, at_once, tmp_path, settings, said
+):
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    wrong = replace(config, settings | {"budget.development": training[:1]})
+    with pytest.raises(ConfigError, match=said):
+        run_study(wrong, data=data, starts=[], study=tmp_path / "study")
+    assert at_once[0] == [] and not (tmp_path / "study").exists()
+
+
 @pytest.mark.slow
 def test_the_table_runs_under_ray(config, data, start, tmp_path):
     content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")

@@ -300,7 +300,30 @@ def test_what_the_data_cannot_give_is_refused_before_anything_is_run(go, small_t
         go(replace(small_table(), {"finetune.classes": ["gizzard"]}), stub())
     with pytest.raises(ConfigError, match=r"table.final is false, but budget.development names no scans"):
         go(small_table(final=False), stub())
-    assert order(tmp_path) == []
+    assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"views.size": [18, 16, 16]}, r"pretrain/.*: views\.size 18,16,16: every edge must be a multiple of 4"),
+        ({"pretrain.batch_size": 4, "engine.accumulation_steps": 3}, r"pretrain/.*: pretrain\.batch_size 4"),
+        ({"finetune.patch_size": [22, 24, 24]}, r"trial/.*: finetune\.patch_size 22,24,24"),
+    ],
+)
+def test_what_an_item_would_refuse_is_refused_before_the_table_is_begun(
+    go, small_table, stub, tmp_path, settings, said
+):
+    with pytest.raises(ConfigError, match=said):
+        go(replace(small_table(), settings), stub())
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_stage_that_the_shards_cannot_give_is_refused_before_the_table_is_begun(go, small_table, stub, tmp_path):
+    stages = STAGES | {"mixcl": STAGES["mixcl"] | {"settings": {"views.size": [32, 32, 32]}}}
+    with pytest.raises(ConfigError, match=r"pretrain/mixcl-n1-s0: views\.size .* larger than the shards' patches"):
+        go(small_table(stages=stages), stub())
+    assert not (tmp_path / "table").exists()
 
 
 def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, cohort, shards, tmp_path):
