@@ -312,9 +312,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _config_show(options: argparse.Namespace) -> None:
-    from mixcl_dist.config import to_yaml
+    from mixcl_dist.config import layers
+    from mixcl_dist.manual import manual
 
-    print(to_yaml(_config(options)), end="")
+    given = layers(*options.config, recipe=options.recipe, overrides=options.overrides)
+    print(manual(_config(options), given, options.section), end="")
 
 
 def _config(options: argparse.Namespace, recipe: str | None = None) -> Any:
@@ -419,8 +421,9 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, "doctor", _doctor, "is this machine fit", "mixcl doctor", takes_settings=False)
     config = verbs.add_parser("config", allow_abbrev=False, help="look at settings")
     on_config = _add_verbs(config)
-    example = "mixcl config show --recipe few_label --finetune.steps 500"
-    _verb(on_config, "show", _config_show, "print the resolved settings", example)
+    example = "mixcl config show finetune --recipe few_label --finetune.steps 500"
+    add = _verb(on_config, "show", _config_show, "print and explain the settings, and where each is from", example)
+    add("section", nargs="?", metavar="SECTION", help="one section, in full (default: all, in brief)")
     return parser
 
 

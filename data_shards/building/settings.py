@@ -34,7 +34,7 @@ class BuildConfig:
     """Air in mm kept around the body when a volume is cropped to it."""
     samples_per_shard: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 256
     """Patches of a shard; the last one may hold fewer."""
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)] = 0
     """Number that the shuffle over all volumes' patches follows from."""
     splits: Annotated[tuple[Literal["training", "validation", "unlabelled"], ...], Field(min_length=1)] = (
         "training",

@@ -63,7 +63,7 @@ def test_the_example_in_help_is_accepted_by_the_parser(verb, shown):
         (["pretrain", "--data", "absent", "--run", "r", "--pretrain.step", "3"], "did you mean pretrain.steps?"),
         (["config", "show", "--recipee", "demo"], "did you mean --recipe?"),
         (["config", "show", "--views.size"], "needs a value"),
-        (["config", "show", "stray"], "unexpected argument 'stray'"),
+        (["config", "show", "data", "stray"], "unexpected argument 'stray'"),
         (["report", "absent"], "absent"),
         (["export", "absent", "--to", "monai", "--out", "o"], "absent"),
         (["shards", "build", "absent", "--out", "s"], "absent"),
