@@ -1,9 +1,11 @@
 """One typed tree: defaults, recipe, file, overrides; what is unknown is refused by its nearest name."""
 
+import ast
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -265,3 +267,28 @@ def test_missing_and_broken_files_are_named(tmp_path):
 def test_reading_the_configuration_imports_no_torch():
     program = "import sys, mixcl_dist.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def readers():
+    """What the code reads of anything, with the name before it: of `config.views.size` and `views["size"]` views.size."""
+    package = Path(config.__file__).parent
+    folders = [package, *(entry.resolve() for entry in package.iterdir() if entry.is_symlink())]
+    found = set()
+    for path in (path for folder in folders for path in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Load):
+                owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", "")
+                found.add(f"{owner}.{name}")
+    return found
+
+
+ALIASES = ("config", "settings", "section", "self", "budget", "table", "others")
+"""Names that a section goes by where it alone is handed on."""
+
+
+def test_no_setting_is_without_a_reader():
+    read = readers()
+    for key in FIELDS:
+        *_, section, name = key.split(".")
+        assert any(f"{owner}.{name}" in read for owner in (section, *ALIASES)), f"{key} is read by nobody"
