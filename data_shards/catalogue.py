@@ -12,8 +12,8 @@ IGNORED = 255
 """In a label: a voxel of which nobody knows the class."""
 MAX_CLASSES = IGNORED - 1
 """Labels are stored as uint8."""
-MAX_CANDIDATES = 60
-"""Candidate sets are int64 bit masks: one bit for each class, two for everything else, none for the sign."""
+WORD_BITS = 63
+"""Of an int64 word of a candidate set; the sign stays free, so that words are ordered as their bits are."""
 
 
 class CatalogueError(ValueError):
@@ -41,27 +41,24 @@ class Catalogue:
             raise KeyError(unknown_name("class", name, self.classes)) from None
 
     def candidate_bits(self, annotated: Sequence[str] | None) -> np.ndarray:
-        """Which classes a voxel of each label may belong to, as a (C + 2,) int64 bit mask.
+        """Which classes a voxel of each label may belong to, as (C + 2, W) int64: a bit mask of W words.
 
-        Entry k is of label k, the last one of `IGNORED`: a label `l` is looked up as `bits[np.minimum(l, C + 1)]`.
-        Class k has bit k - 1; bits C and C + 1 stand for "none of the catalogue". They are two because two
-        voxels that are both none of the catalogue need not be the same tissue. An annotated label is that
-        class alone; the background is anything but the annotated classes; an ignored voxel, and without
-        annotation every voxel, may be anything.
+        Row k is of label k, the last one of `IGNORED`: a label `l` is looked up as `bits[np.minimum(l, C + 1)]`.
+        Class k has bit k - 1, counted through words of `WORD_BITS`; bits C and C + 1 stand for "none of the
+        catalogue". They are two because two voxels that are both none of the catalogue need not be the same tissue. An
+        annotated label is that class alone; the background is anything but the annotated classes; an ignored voxel,
+        and without annotation every voxel, may be anything.
         """
-        everything = (1 << (len(self.classes) + 2)) - 1
-        if not annotated:
-            return np.full(len(self.classes) + 2, -1 if everything >= 1 << 63 else everything, dtype=np.int64)
-        if len(self.classes) > MAX_CANDIDATES:
-            raise ValueError(
-                f"{len(self.classes)} classes; labels can guide pre-training for at most {MAX_CANDIDATES}: "
-                "build shards from fewer classes, or stream without labels"
-            )
-        bits = np.full(len(self.classes) + 2, everything, dtype=np.int64)
-        for label in map(self.index, annotated):
-            bits[label] = 1 << (label - 1)
-            bits[0] &= ~bits[label]
-        return bits
+        count = len(self.classes) + 2
+        words = -(-count // WORD_BITS)
+        member = np.zeros((count, words * WORD_BITS), dtype=bool)
+        member[:, :count] = True
+        for label in map(self.index, annotated or ()):
+            member[label] = False
+            member[label, label - 1] = True
+            member[0, label - 1] = False
+        bits = np.int64(1) << np.arange(WORD_BITS)
+        return (member.reshape(count, words, WORD_BITS) * bits).sum(axis=2)
 
 
 def merged(classes_of_sources: Iterable[Sequence[str]]) -> Catalogue:

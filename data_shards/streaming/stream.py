@@ -58,8 +58,8 @@ class Batch:
     label: torch.Tensor
     """(B, X, Y, Z) uint8, the catalogue's classes, 255 where ignored; all 0 where the case's label may not be used."""
     candidate_bits: torch.Tensor
-    """(B, C + 2) int64: row b, column k is what a voxel of label k in patch b may be, the last column is for ignored
-    voxels (`Catalogue.candidate_bits`)."""
+    """(B, C + 2, W) int64: row b, column k is what a voxel of label k in patch b may be, as a bit mask of W words; the
+    last column is for ignored voxels (`Catalogue.candidate_bits`)."""
     spacing: torch.Tensor
     """(B, 3) float32, mm."""
     keys: list[str]

@@ -56,7 +56,6 @@ def _voxel_consistency(
         rows.identity,
         rows.candidate_set,
         rows.set_table,
-        group=rows.group,
         present=rows.present,
         temperature=config.voxel_temperature,
         identity_weight=config.voxel_identity,

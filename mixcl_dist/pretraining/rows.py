@@ -4,7 +4,7 @@ Nothing here waits for the device that holds the tensors: how many rows there ar
 says which of them the overlap of the views could fill.
 
 Legend: B patches, V = 2·B views (row b is the first, row B + b the second view of patch b), C classes, K cells of a
-patch, P points drawn in each patch, R = 2·B·P rows, S candidate sets.
+patch, P points drawn in each patch, R = 2·B·P rows, S candidate sets, W words of a set's bit mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mixcl_dist.config import RowsConfig
 from mixcl_dist.constants import constant, lattice
-from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.catalogue import IGNORED, WORD_BITS
 from mixcl_dist.pretraining.draws import Draws
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MAX_SETS = 1024
 """Most different candidate sets of a batch: the loss makes a table of any two of them."""
 EVERY_CLASS = -1
-"""As a bit mask."""
+"""As a word of a bit mask."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Rows:
     """(S, C + 2) bool: the classes that a row may belong to; the last two stand for "no class of the catalogue"."""
     present: torch.Tensor
     """(R,) bool: false where the overlap holds no further point; such a row takes no part in the loss."""
-    group: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -61,27 +60,29 @@ def sample_rows(
 ) -> Rows:
     """Draw `config.per_view_pair` points a patch where both views see it, and say what each may be.
 
-    `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 2) int64 with one bit for each
-    of C + 2 classes: a column for each label and the last for ignored voxels; all on the draws' device. There are
-    P = `config.per_view_pair` rows of each view, or one for each cell where that is less (see `_cells`). Of more than
-    `MAX_SETS` candidate sets in one batch, the rows of those with the highest bits are not present. The batch is that
-    of all processes of `process_group`: they agree on one table of sets, and number their points apart.
+    `patch_from_view` is (V, 4, 4), `label` (B, X, Y, Z) uint8, `candidate_bits` (B, C + 2, W) int64 with one bit for
+    each of C + 2 classes (`Catalogue.candidate_bits`): a column for each label and the last for ignored voxels; all on
+    the draws' device. There are P = `config.per_view_pair` rows of each view, or one for each cell where that is less
+    (see `_cells`). Of more than `MAX_SETS` candidate sets in one batch, the rows of those with the highest bits are not
+    present. The batch is that of all processes of `process_group`: they agree on one table of sets, and number their
+    points apart.
     """
     patch_from_view = patch_from_view.double()
     voxel, present = _draw_points(patch_from_view, view_size, label, config, draws)
-    sets = _union_of_labels(patch_from_view, voxel, label, candidate_bits).flatten()
+    sets = _union_of_labels(patch_from_view, voxel, label, candidate_bits).flatten(0, 1)
     everyone, own = _gathered(sets, process_group)
     patches = len(label) * (len(everyone) // len(sets))
     capacity = _most_sets(patches, candidate_bits.shape[1], len(everyone))
     candidate_set, table, fits = _number_sets(everyone, capacity)
-    # A catalogue of more classes than bits comes without labels: every set is then all ones.
-    bits = constant(tuple(1 << bit for bit in range(min(candidate_bits.shape[1], 63))), torch.int64, sets.device)
+    places = [divmod(bit, WORD_BITS) for bit in range(candidate_bits.shape[1])]
+    words, bits = zip(*((word, 1 << bit) for word, bit in places), strict=True)
+    word_of_class, bit_of_class = constant((words, bits), torch.int64, sets.device)
     view, identity = _row_numbers(*present.shape, sets.device)
     return Rows(
         voxel_index=torch.cat([view, voxel.long().flatten(0, 1)], dim=1),
         identity=identity + own.start,
         candidate_set=candidate_set[own].repeat(2),
-        set_table=(table[:, None] & bits).bool(),
+        set_table=(table.index_select(1, word_of_class) & bit_of_class).bool(),
         present=(present.flatten() & fits[own]).repeat(2),
     )
 
@@ -209,7 +210,7 @@ def _choose(score: torch.Tensor, border: int, count: int) -> tuple[torch.Tensor,
 def _union_of_labels(
     patch_from_view: torch.Tensor, voxel: torch.Tensor, label: torch.Tensor, candidate_bits: torch.Tensor
 ) -> torch.Tensor:
-    """(B, P) int64: what a point may be, by the label at the centre of its voxel (V, P, 3) in the one or the other
+    """(B, P, W) int64: what a point may be, by the label at the centre of its voxel (V, P, 3) in the one or the other
     view: they differ at borders."""
     shape = label.shape[1:]
     seen = torch.baddbmm(patch_from_view[:, None, :3, 3], voxel, patch_from_view[:, :3, :3].mT).round()
@@ -217,12 +218,13 @@ def _union_of_labels(
     place = (_move_inside(seen, (shape,)) @ stride).long().view(2, len(label), -1)
     found = label.flatten(1).expand(2, -1, -1).gather(2, place).long()
     found = found.clamp_(max=candidate_bits.shape[1] - 1)  # 255 is ignored
-    first, second = candidate_bits.expand(2, -1, -1).gather(2, found)
+    words = candidate_bits.shape[2]
+    first, second = candidate_bits.expand(2, -1, -1, -1).gather(2, found[..., None].expand(-1, -1, -1, words))
     return first | second
 
 
 def _gathered(sets: torch.Tensor, process_group: ProcessGroup | None) -> tuple[torch.Tensor, slice]:
-    """Bit masks (N,) of all processes, in the order of ranks, from this process's own, and where these are."""
+    """Bit masks (N, W) of all processes, in the order of ranks, from this process's own, and where these are."""
     if process_group is None:
         return sets, slice(0, len(sets))
     parts = [torch.empty_like(sets) for _ in range(process_group.size())]
@@ -232,12 +234,17 @@ def _gathered(sets: torch.Tensor, process_group: ProcessGroup | None) -> tuple[t
 
 
 def _number_sets(sets: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers (N,) of bit masks (N,), equal where those are, the table (capacity,) of masks by number, and which
+    """Numbers (N,) of bit masks (N, W), equal where those are, the table (capacity, W) of masks by number, and which
     masks (N,) are in it. A number that no mask has stands for every class, the last one for those that are not."""
-    in_order, order = sets.sort()
+    first, *others = sets.unbind(1)
+    order = first.argsort(stable=True)
+    for word in others:  # the last one counts most
+        order = order[word[order].argsort(stable=True)]
+    in_order = sets[order]
     # Numbers begin at 1, but at 0 where all masks are equal: only then is the first no other than the last.
-    place = (in_order != in_order.roll(1)).cumsum(0).clamp_(max=capacity - 1)
-    table = sets.new_full((capacity,), EVERY_CLASS).scatter_(0, place, in_order)
+    place = (in_order != in_order.roll(1, 0)).any(1).cumsum(0).clamp_(max=capacity - 1)
+    table = sets.new_full((capacity, sets.shape[1]), EVERY_CLASS)
+    table.scatter_(0, place[:, None].expand_as(in_order), in_order)
     number = torch.empty_like(order).scatter_(0, order, place)
     return number, table, number < capacity - 1
 

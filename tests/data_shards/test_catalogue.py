@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue, merged
+from mixcl_dist.data_shards.catalogue import IGNORED, WORD_BITS, Catalogue, merged
 
 ORGANS = Catalogue(("liver", "spleen", "aorta"))
 
 
-def members(bits: int, count: int = 5) -> set[int]:
-    return {bit for bit in range(count) if int(bits) >> bit & 1}
+def members(words: np.ndarray) -> set[int]:
+    mask = sum(int(word) << (WORD_BITS * number) for number, word in enumerate(words))
+    return {bit for bit in range(mask.bit_length()) if mask >> bit & 1}
 
 
 def test_classes_are_numbered_from_1_in_the_order_they_are_met():
@@ -39,26 +40,28 @@ def test_an_annotated_label_is_one_class_and_the_background_is_none_of_the_annot
 @pytest.mark.parametrize("annotated", [None, ()])
 def test_without_annotation_any_voxel_may_be_anything(annotated):
     bits = ORGANS.candidate_bits(annotated)
-    assert bits.dtype == np.int64 and bits.shape == (5,)
+    assert bits.dtype == np.int64 and bits.shape == (5, 1)
     assert all(members(b) == {0, 1, 2, 3, 4} for b in bits)
 
 
-@given(st.integers(1, 60), st.data())
+@given(st.integers(1, IGNORED - 1), st.data())
 def test_background_and_annotated_classes_share_no_candidate(count, data):
     catalogue = Catalogue(tuple(f"organ {k}" for k in range(count)))
     annotated = data.draw(st.lists(st.sampled_from(catalogue.classes), unique=True, min_size=1))
     bits = catalogue.candidate_bits(annotated)
-    assert (bits > 0).all()  # the sign bit stays free
-    for name in annotated:
-        assert bits[catalogue.index(name)] & bits[0] == 0
-    assert members(bits[0], count + 2) >= {count, count + 1}  # background is never known to be one tissue
+    assert (bits >= 0).all()  # the sign bit stays free
+    known = {catalogue.index(name) - 1 for name in annotated}
+    everything = set(range(count + 2))
+    assert members(bits[0]) == everything - known >= {count, count + 1}  # background is never known to be one tissue
+    for label in range(1, count + 2):
+        assert members(bits[label]) == ({label - 1} if label - 1 in known else everything)
 
 
-def test_more_classes_than_bits_can_be_stored_but_not_be_candidates():
-    catalogue = Catalogue(tuple(f"organ {k}" for k in range(117)))
-    assert (catalogue.candidate_bits(None) == -1).all()
-    with pytest.raises(ValueError, match="117 classes; labels can guide pre-training for at most 60"):
-        catalogue.candidate_bits(("organ 3",))
+@pytest.mark.parametrize("count", [61, 62, 117, IGNORED - 1])
+def test_any_number_of_classes_that_labels_can_hold_can_be_candidates(count):
+    bits = Catalogue(tuple(f"organ {k}" for k in range(count))).candidate_bits((f"organ {count - 1}",))
+    assert bits.shape == (count + 2, -(-(count + 2) // WORD_BITS))
+    assert members(bits[count]) == {count - 1} and members(bits[0]) == {*range(count + 2)} - {count - 1}
 
 
 def test_more_classes_than_a_label_can_hold_are_refused():

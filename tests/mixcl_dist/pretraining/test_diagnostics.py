@@ -30,7 +30,7 @@ def batch():
     label = torch.zeros(2, 24, 24, 24, dtype=torch.uint8)
     label[:, 4:20, 4:12], label[:, 4:20, 12:20] = 1, 2
     views = make_views(image, torch.ones(2, 3), ViewsConfig(size=(16, 16, 16), mask_block=4), (-1000, 1000), draws)
-    candidate_bits = torch.tensor([[0b1100, 0b0001, 0b0010, 0b1111]] * 2)
+    candidate_bits = torch.tensor([[0b1100, 0b0001, 0b0010, 0b1111]] * 2)[..., None]
     rows = sample_rows(views.patch_from_view, (16,) * 3, label, candidate_bits, RowsConfig(per_view_pair=32), draws)
     return PretrainNetwork(NetworkConfig(filters=(4, 6, 8))), views, rows
 

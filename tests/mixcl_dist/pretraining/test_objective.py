@@ -31,7 +31,7 @@ def step(bits: list[int], objective: ObjectiveConfig, network: PretrainNetwork |
     if bits != UNLABELLED:
         label[:, 4:20, 4:12], label[:, 4:20, 12:20] = 1, 2
     views = make_views(image, torch.tensor([[1.0, 1.0, 2.5]] * 2), config, (-1000, 1000), draws)
-    candidate_bits = torch.tensor([bits, bits])
+    candidate_bits = torch.tensor([bits, bits])[..., None]
     rows = sample_rows(views.patch_from_view, (16,) * 3, label, candidate_bits, RowsConfig(), draws)
     network = network or PretrainNetwork(NetworkConfig(filters=(4, 6, 8)))
     return mixcl_loss(network(views.image, rows.voxel_index), views, rows, objective)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixcl_dist.config import RowsConfig, ViewsConfig
-from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.rows import Rows, sample_rows
 from mixcl_dist.pretraining.views import make_views
@@ -43,7 +43,7 @@ def organs(patches: int = 1) -> torch.Tensor:
 
 
 def all_rows_of(matrix, label, bits, seed=0, **config) -> Rows:
-    bits = torch.tensor(bits).expand(len(label), -1)
+    bits = torch.tensor(bits)[:, None].expand(len(label), -1, -1)
     return sample_rows(matrix, SIZE, label, bits, RowsConfig(**config), Draws(seed, range(len(label))))
 
 
@@ -112,7 +112,7 @@ def test_candidate_sets_follow_the_nearest_labels_of_both_twins():
     """Independent truth: the definition, row by row."""
     matrix, label = turned_views(3), organs(3)
     bits = torch.tensor([BOTH, ONLY_LIVER, NONE])
-    rows = only_present(sample_rows(matrix, SIZE, label, bits, RowsConfig(), Draws(0, range(3))))
+    rows = only_present(sample_rows(matrix, SIZE, label, bits[..., None], RowsConfig(), Draws(0, range(3))))
     points = len(rows.identity) // 2
     seen = []
     for (view, *_), position in zip(rows.voxel_index.tolist(), patch_position(matrix, rows), strict=True):
@@ -206,7 +206,7 @@ def test_all_points_or_none_are_drawn_near_borders(border_fraction):
 
 
 def test_rows_of_a_patch_do_not_depend_on_the_patches_beside_it():
-    matrix, label, bits = turned_views(3), organs(3), torch.tensor([BOTH, ONLY_LIVER, NONE])
+    matrix, label, bits = turned_views(3), organs(3), torch.tensor([BOTH, ONLY_LIVER, NONE])[..., None]
     whole = sample_rows(matrix, SIZE, label, bits, RowsConfig(), Draws(0, [5, 6, 7]))
     alone = sample_rows(matrix[[2, 5]], SIZE, label[2:], bits[2:], RowsConfig(), Draws(0, [7]))
     of_patch = whole.voxel_index[:, 0] % 3 == 2
@@ -235,11 +235,31 @@ def test_views_and_rows_are_made_on_a_gpu_without_waiting_for_it(request):
     image = torch.zeros(2, 1, *PATCH, dtype=torch.int16, device=imagined_gpu)
     spacing = torch.ones(2, 3, device=imagined_gpu)
     views = make_views(image, spacing, ViewsConfig(size=SIZE), (-1000, 1000), draws)
-    bits = torch.zeros(2, 4, dtype=torch.int64, device=imagined_gpu)
+    bits = torch.zeros(2, 70, 2, dtype=torch.int64, device=imagined_gpu)
     rows = sample_rows(views.patch_from_view, SIZE, image[:, 0].byte(), bits, RowsConfig(), draws)
     made = [value for value in (vars(views) | vars(rows)).values() if value is not None]
     assert {value.device for value in made} == {imagined_gpu}
     assert rows.present.shape == (1024,) and views.image.shape == (4, 1, *SIZE)
+
+
+@pytest.mark.parametrize("classes", [61, 117, 254])
+def test_sets_of_many_classes_are_those_of_few(classes):
+    """A liver and a spleen among many other organs: what is known of them is what it is without the others."""
+    matrix, few = turned_views(3), organs(3)
+    many = torch.where(few == SPLEEN, classes, few)
+    names = tuple(f"organ {k}" for k in range(1, classes + 1))
+    annotated = [("organ 1", f"organ {classes}"), ("organ 1",), None]
+    bits = torch.stack([torch.from_numpy(Catalogue(names).candidate_bits(of_patch)) for of_patch in annotated])
+    rows = sample_rows(matrix, SIZE, many, bits, RowsConfig(), Draws(0, range(3)))
+    small = torch.tensor([BOTH, ONLY_LIVER, NONE])[..., None]
+    expected = sample_rows(matrix, SIZE, few, small, RowsConfig(), Draws(0, range(3)))
+    assert torch.equal(rows.voxel_index, expected.voxel_index) and torch.equal(rows.present, expected.present)
+    found, told = rows.set_table[rows.candidate_set], expected.set_table[expected.candidate_set]
+    assert torch.equal(found[:, [0, classes - 1, classes, classes + 1]], told)
+    anything_else = ~(told.sum(1) <= told[:, :2].sum(1))  # not only liver, spleen or either
+    assert torch.equal(found[:, 1 : classes - 1].all(1), anything_else)
+    assert torch.equal(found[:, 1 : classes - 1].any(1), anything_else)
+    assert len(rows.candidate_set.unique()) == len(expected.candidate_set.unique())
 
 
 def test_views_that_hang_out_of_the_patch_give_rows_inside_it_only():
