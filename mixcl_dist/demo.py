@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mixcl_dist.config import Config, replace
 from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.phantom import write_cohort
-from mixcl_dist.pretraining.pretrain import pretrain
+from mixcl_dist.pretraining.pretrain import check_sizes, pretrain
 from mixcl_dist.progress import ProgressReport
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.run import RunError
@@ -24,6 +25,8 @@ def demo(config: Config, out: Path) -> None:
     """Run every stage in the folder `out`, print the Dice table and where the report is."""
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: is not empty; remove it, or give another --out")
+    check_sizes(config, config.build.patch_size)
+    check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     with _stage(1, "phantom CT: three sites, two of which annotate different organs, one none"):
         sources = write_cohort(out / "ct", training=TRAINING, validation=VALIDATION, unlabelled=UNLABELLED)
     with _stage(2, "shards of patches"):

@@ -185,11 +185,17 @@ def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
     return names
 
 
+def check_sizes(config: Config, patch_size: Sequence[int]) -> None:
+    """Raise `ConfigError` where the views do not suit the network or the patches, or the batch its processes."""
+    check_size("views.size", config.network, config.views.size)
+    if any(view > patch for view, patch in zip(config.views.size, patch_size, strict=True)):
+        raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {tuple(patch_size)}")
+    _micro_batch_size(config, described().world_size)
+
+
 def check_settings(config: Config, manifest: Manifest) -> None:
     """Raise `ConfigError` for what cannot be pre-trained on these shards, before anything is made."""
-    check_size("views.size", config.network, config.views.size)
-    if any(view > patch for view, patch in zip(config.views.size, manifest.patch_size, strict=True)):
-        raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {manifest.patch_size}")
+    check_sizes(config, manifest.patch_size)
     check_development(manifest.cases, config.budget.development)
     if config.pretrain.probe_every and len(config.budget.development) < 2:
         raise ConfigError("pretrain.probe_every: there are no two scans in budget.development to probe on; name some")
@@ -201,7 +207,6 @@ def check_settings(config: Config, manifest: Manifest) -> None:
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
     if not learnt_terms(config, budgeted_labels(manifest, config.budget)):
         raise ConfigError("objective: voxel_label alone has a weight, but no labels may be read; give --budget.scans")
-    _micro_batch_size(config, described().world_size)
 
 
 def learnt_terms(config: Config, label_cases: Sequence[str]) -> list[str]:

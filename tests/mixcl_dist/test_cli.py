@@ -1,5 +1,6 @@
 """The command line as a user meets it: help at once, one clear line for what is refused."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from mixcl_dist import cli
+from mixcl_dist.config import ConfigError
 
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
          "doctor", "config show"]  # fmt: skip
@@ -110,6 +112,51 @@ def test_launch_shows_what_it_would_start(way, said, capsys):
     assert cli.main(["launch", *way, "--dry-run", *LAUNCHED]) == 0
     shown = capsys.readouterr().out
     assert said in shown and "--pretrain.steps 5" in shown
+
+
+def test_a_demo_that_cannot_work_is_refused_before_its_folder_is_made(shown, tmp_path):
+    for setting in (["--views.size", "20,24,24"], ["--finetune.patch_size", "36,40,40"]):
+        code, _, errors = shown("demo", "--out", str(tmp_path / "demo"), *setting)
+        assert code == 2 and f"{setting[0][2:]} {setting[1]}: every edge must be a multiple of 8" in errors
+        assert not (tmp_path / "demo").exists()
+
+
+def test_an_error_of_the_project_is_one_line_and_a_defect_keeps_its_traceback(shown, monkeypatch):
+    def fail(error):
+        def verb(options):
+            raise error
+
+        monkeypatch.setattr(cli, "_report", verb)
+
+    fail(ConfigError("said in one line"))
+    assert shown("report", "run") == (2, "", "mixcl: said in one line\n")
+    fail(ValueError("a defect"))
+    with pytest.raises(ValueError, match="a defect"):
+        shown("report", "run")
+
+
+def start_in(folder):
+    """What a command reads of a start before anything else."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "name": "start", "finished": "2026-01-01"}))
+    (folder / "config.yaml").write_text("network: {filters: [4, 8, 8]}\n")
+    network = {"architecture": "dynunet", "filters": [4, 8, 8], "window_hu": [-900, 700], "spacing_mm": None}
+    (folder / "network.json").write_text(json.dumps(network | {"classes": []}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("verb", "setting"),
+    [
+        (["finetune", "--data", "d", "--run", "r", "--from"], ["--network.filters", "4,8,16"]),
+        (["tune", "--data", "d", "--study", "s", "--from"], ["--network.window_hu", "-1000,700"]),
+        (["tune", "--data", "d", "--study", "s", "--from"], ["--budget.scans", "4"]),
+        (["probe", "--data", "d"], ["--network.filters", "4,8,16"]),
+    ],
+)
+def test_a_setting_that_would_give_way_in_silence_is_refused(shown, tmp_path, verb, setting):
+    code, _, errors = shown(*verb, start_in(tmp_path / "start"), *setting)
+    assert code == 2 and errors.startswith(f"mixcl: {setting[0]}: ") and errors.endswith("; leave it out\n")
 
 
 def given(*words):

@@ -270,7 +270,7 @@ def test_reading_the_configuration_imports_no_torch():
 
 
 def readers():
-    """What the code reads of anything, with the name before it: of `config.views.size` or `views["size"]` views.size."""
+    """What the code reads of anything, with the name before it: of `config.views.size`, `views["size"]` views.size."""
     package = Path(config.__file__).parent
     folders = [package, *(entry.resolve() for entry in package.iterdir() if entry.is_symlink())]
     found = set()
