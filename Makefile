@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 BIN := .venv/bin
+# Two processes with a thread each; the tests of a file stay together, as they share what is costly to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-slow check wheel install clean gpu-pack gpu-emulate
 
@@ -9,10 +11,10 @@ demo: install
 	$(BIN)/mixcl demo --out runs/demo
 
 test: install
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 check: install
 	$(BIN)/ruff check .

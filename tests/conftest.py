@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,21 @@ settings.load_profile("mixcl")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+    # The interpreter patches triton.language anew at every call of a device function, which takes a third of its time;
+    # within a launch it is patched already.
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang
+
+    def _patch_once(function: Callable) -> object:
+        language = interpreter.tl
+        seen = [value for value in function.__globals__.values() if value is language or value is language.core]
+        if seen and not any(language.core.is_builtin(each.load) for each in seen):
+            return interpreter._LangPatchScope()
+        return _patch(function)
+
+    interpreter._patch_lang = _patch_once
+
 # Without it, reading DICOM would make a key in the home folder of whoever runs the tests.
 os.environ.setdefault("MIXCL_PSEUDONYM_KEY", "tests")
 
@@ -28,5 +45,15 @@ def ct() -> Path:
     """The folder of real CT (MIXCL_TEST_CT, or shared/ct beside the checkout); skips by name where it is missing."""
     folder = Path(os.environ.get("MIXCL_TEST_CT", ROOT.parent / "shared" / "ct"))
     if not (folder / "README.md").exists():
-        pytest.skip(f"real CT is not at {folder}; set MIXCL_TEST_CT")
+        pytest.skip(f"real CT is not at {folder}; make test MIXCL_TEST_CT=FOLDER")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was left out, and the command that brings it, in the last lines."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section(f"{len(skipped)} tests were skipped: why, and what brings them")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5}  {reason}")

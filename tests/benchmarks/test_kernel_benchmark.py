@@ -33,6 +33,7 @@ def benchmark(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_reports(tmp_path):
     command = [sys.executable, FOLDER / "run.py", "--quick", "--device", "cpu", "--threads", "1", "--out", tmp_path]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

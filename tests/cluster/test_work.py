@@ -85,7 +85,7 @@ with on_ray(sys.argv[1], written=Path(sys.argv[2]), read=[]):
 def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
     """A second Ray node in a name space where the folder is another disk."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("needs a user name space to mount another disk (unshare -rm)")
+        pytest.skip("no user name space to mount another disk in; sysctl kernel.unprivileged_userns_clone=1")
     ray_command = str(Path(sys.executable).with_name("ray"))
     out = tmp_path / "out"
     out.mkdir()

@@ -71,7 +71,7 @@ def nginx(home: Path) -> Iterator[Nginx]:
     """Skips by name where nginx is not installed."""
     binary = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if binary is None:
-        pytest.skip("nginx is not installed (Debian: nginx-light)")
+        pytest.skip("nginx is not installed; apt-get install nginx-light")
     root = home / "root"
     root.mkdir()
     # The worker is another user where the master is root, and may not enter pytest's folders.
@@ -91,7 +91,7 @@ def nginx(home: Path) -> Iterator[Nginx]:
 @contextmanager
 def s3() -> Iterator[str]:
     """An S3 server that knows `ACCESS` and holds an empty `BUCKET`; gives its endpoint. Skips by name without moto."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer(
+    server = pytest.importorskip("moto.server", reason="moto is not installed; make install").ThreadedMotoServer(
         ip_address="127.0.0.1", port=0, verbose=False
     )
     server.start()
@@ -114,7 +114,9 @@ def s3_client(endpoint: str) -> Any:
 @contextmanager
 def google_storage() -> Iterator[str]:
     """A Google Storage server that holds an empty `BUCKET`; gives its endpoint. Skips by name without emulator."""
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
+    emulator = pytest.importorskip(
+        "gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed; make install"
+    )
     port = _free_port()
     with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET):
         _wait_for(port)

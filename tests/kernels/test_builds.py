@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -19,14 +18,10 @@ def build(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
-@pytest.mark.parametrize(
-    ("architecture", "kernel"),
-    [*itertools.product(["sm_80", "sm_90", "sm_100", "hip"], ["forward", "backward"]), ("sm_90", "triangle")],
-)
-def test_the_usual_build_uses_tensor_cores_and_spills_nothing(architecture, kernel):
-    run = build(architecture, kernel, "bf16", "128", "narrow")
+def test_the_usual_builds_use_tensor_cores_and_spill_nothing():
+    run = build("sm_90", "bf16", "128", "narrow")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "1 builds" in run.stdout
+    assert "3 builds" in run.stdout
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_it_never_overwrites(demo):
 def test_a_browser_shows_the_page_without_a_network(demo, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no chromium to look at the page with; install chromium")
+        pytest.skip("no chromium to look at the page with; apt-get install chromium")
     picture = tmp_path / "page.png"
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     address = f"file://{demo[0]}/study/report/index.html"

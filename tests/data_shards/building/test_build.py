@@ -178,7 +178,7 @@ def test_two_builds_in_one_folder_do_not_disturb_each_other(cohort, small_config
 def test_a_really_full_disk(cohort, tmp_path):
     """A small tmpfs in a name space of its own; later it is made larger and the build goes on."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("needs a user name space to mount a small disk (unshare -rm)")
+        pytest.skip("no user name space to mount a small disk in; sysctl kernel.unprivileged_userns_clone=1")
     source, disk = cohort("a", "b", "c"), tmp_path / "disk"
     disk.mkdir()
     command = f"{sys.executable} {script(tmp_path)} {source} {disk}/out 1"

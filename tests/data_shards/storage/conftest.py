@@ -24,7 +24,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def running_nginx(tmp_path_factory) -> Iterator[servers.Nginx]:
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed; make install")
     with servers.nginx(tmp_path_factory.mktemp("nginx")) as nginx:
         yield nginx
 
@@ -42,7 +42,7 @@ def nginx(running_nginx) -> servers.Nginx:
 @pytest.fixture
 def hasty(monkeypatch) -> None:
     """Few attempts at short intervals."""
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed; make install")
     monkeypatch.setattr("mixcl_dist.data_shards.storage.remote.ATTEMPTS", 3)
     monkeypatch.setattr("mixcl_dist.data_shards.storage.remote.FIRST_PAUSE_S", 0.01)
 
@@ -60,7 +60,7 @@ def proxy(nginx, hasty) -> Iterator[servers.Proxy]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed; make install")
     with servers.s3() as endpoint:
         client = servers.s3_client(endpoint)
         client.create_bucket(Bucket=servers.BUCKET)
@@ -81,7 +81,7 @@ def s3(s3_endpoint, hasty, monkeypatch) -> str:
 
 @pytest.fixture
 def gs(hasty, monkeypatch) -> Iterator[str]:
-    pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed; make install")
     with servers.google_storage() as endpoint:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
         servers.upload_to_google_storage(endpoint, "set/a.tar", CONTENT)

@@ -205,7 +205,7 @@ def test_a_full_disk_ends_caching_with_one_warning_and_nothing_else(nginx, tmp_p
     """
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=128k none "$0" && exec "$@"']
     if subprocess.run([*mount, tmp_path, "true"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small tmpfs")
+        pytest.skip("no user name space to mount a small disk in; sysctl kernel.unprivileged_userns_clone=1")
     child = [*mount, tmp_path, sys.executable, "-c", textwrap.dedent(script)]
     sent = pickle.dumps((nginx.url, str(tmp_path), CONTENT))
     done = subprocess.run(child, input=sent, capture_output=True)

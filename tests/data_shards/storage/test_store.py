@@ -150,7 +150,7 @@ def make_span(name: str, one: int, other: int) -> Span:
     ],
 )
 def test_an_unusable_url_is_refused_without_showing_its_secrets(url, message):
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed; make install")
     with pytest.raises(StorageError) as refusal:
         open_store(url)
     assert message in str(refusal.value)

@@ -34,7 +34,7 @@ def expected(built) -> list:
 
 @pytest.fixture(scope="module")
 def nginx(built, tmp_path_factory) -> Iterator[servers.Nginx]:
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed; make install")
     with servers.nginx(tmp_path_factory.mktemp("nginx")) as nginx:
         for path in built.iterdir():
             if path.is_file():
@@ -52,7 +52,7 @@ def proxy(nginx, monkeypatch) -> Iterator[servers.Proxy]:
 
 @pytest.fixture(scope="module")
 def s3(built) -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed; make install")
     with pytest.MonkeyPatch.context() as environment, servers.s3() as endpoint:
         unset = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
         for name, value in {**unset, **servers.ACCESS, "AWS_ENDPOINT_URL": endpoint}.items():

@@ -191,7 +191,9 @@ def test_nnunet_checkpoint_is_plain_data_that_loads_without_unpickling_code(pret
 
 def test_nnunets_own_network_computes_the_same_encoder_features(pretrained, backbone, tmp_path):
     name = "dynamic_network_architectures"
-    pytest.importorskip(f"{name}.architectures.unet", reason=f"{name} (nnU-Net's networks) is not installed")
+    pytest.importorskip(
+        f"{name}.architectures.unet", reason=f"{name} is not installed; pip install dynamic-network-architectures"
+    )
     out = export(pretrained, "nnunet", tmp_path / "out")
     checkpoint = torch.load(out / "checkpoint_final.pth", weights_only=True)
     plan, weights = checkpoint["nnssl_adaptation_plan"], checkpoint["network_weights"]
