@@ -5,22 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive, publish, remove_unpublished
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """A process that runs `script`, and has printed its first line."""
+@contextmanager
+def ready(script: str, *arguments: object) -> Iterator[None]:
+    """While a process runs `script` and has printed that it is ready; then it is killed."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield
+        process.kill()
 
 
 def test_a_file_appears_with_its_last_byte_and_takes_the_place_of_the_old_one(tmp_path):
@@ -61,8 +64,7 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_is_on_disk_at_the
 def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "deep").mkdir()
     path = tmp_path / "deep" / "a.tar"
-    writer = start(
-        """
+    half_a_file = """
         import sys, time
         from pathlib import Path
         from mixcl_dist.data_shards.storage.publishing import publish
@@ -71,11 +73,9 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
             file.flush()
             print("ready", flush=True)
             time.sleep(60)
-        """,
-        path,
-    )
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    """
+    with ready(half_a_file, path):
+        pass
     others = {tmp_path / "deep" / name for name in ("b.tar", ".hidden", "mine.tmp")}
     for other in others:
         other.touch()
@@ -86,21 +86,16 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
 
 def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
     lock = tmp_path / "lock"
-    holder = start(
-        """
+    held = """
         import sys, time
         from pathlib import Path
         from mixcl_dist.data_shards.storage.publishing import exclusive
         with exclusive(Path(sys.argv[1])):
             print("ready", flush=True)
             time.sleep(60)
-        """,
-        lock,
-    )
-    with pytest.raises(BlockingIOError), exclusive(lock):
+    """
+    with ready(held, lock), pytest.raises(BlockingIOError), exclusive(lock):
         raise AssertionError("it was not held")
-    holder.kill()
-    holder.wait()
     with exclusive(lock):
         pass
 
