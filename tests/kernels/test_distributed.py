@@ -218,7 +218,7 @@ class Ranks:
             process.communicate()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4])
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def ranks(request):
     ranks = Ranks(request.param)
     yield ranks
@@ -306,13 +306,13 @@ def test_equals_one_process(ranks, how, ring):
     assert_equal_to_one_process(answers, arguments)
 
 
-@with_ranks(3)
+@with_ranks(4)
 @gather_and_ring
 @pytest.mark.parametrize("weights", [(1.0, 0.7), (2.0, 0.0), (0.0, 0.3), (0.0, 0.0)])
 @pytest.mark.parametrize(("group", "weight"), [(True, True), (True, False), (False, True), (False, False)])
 def test_every_argument_on_and_off(ranks, group, weight, weights, ring):
     arguments = rows(group=group, weight=weight) | {"identity_weight": weights[0], "label_weight": weights[1]}
-    parts = split(arguments, SPLITS["uneven"](3))
+    parts = split(arguments, SPLITS["uneven"](ranks.size))
     assert_equal_to_one_process(ranks(contrast, [{"arguments": own} for own in parts], ring=ring), arguments)
 
 
@@ -336,15 +336,15 @@ def test_no_rows_at_all(ranks, ring):
     assert_equal_to_one_process(answers, rows(0))
 
 
-@with_ranks(3)
+@with_ranks(4)
 def test_rows_without_anchors_have_loss_zero(ranks):
     arguments = rows() | {"identity": torch.full((ROWS,), -1), "candidate_set": torch.full((ROWS,), 4)}
-    answers = ranks(contrast, [{"arguments": own} for own in split(arguments, SPLITS["even"](3))])
+    answers = ranks(contrast, [{"arguments": own} for own in split(arguments, SPLITS["even"](ranks.size))])
     assert_equal_to_one_process(answers, arguments)
     assert all(answer["loss"] == 0 and not answer["d_embeddings"].any() for answer in answers)
 
 
-@with_ranks(3)
+@with_ranks(4)
 @gather_and_ring
 @pytest.mark.parametrize("seen", [True, False])
 def test_an_embedding_that_is_not_finite_makes_the_loss_nan_on_every_rank(ranks, seen, ring):
@@ -353,7 +353,7 @@ def test_an_embedding_that_is_not_finite_makes_the_loss_nan_on_every_rank(ranks,
         arguments |= {"identity": torch.full((ROWS,), -1), "group": torch.zeros(ROWS, dtype=torch.int64)}
         arguments["candidate_set"] = torch.full((ROWS,), 4)
     arguments["embeddings"][3, 2] = torch.inf
-    parts = split(arguments, SPLITS["even"](3))
+    parts = split(arguments, SPLITS["even"](ranks.size))
     assert all(answer["loss"].isnan() for answer in ranks(contrast, [{"arguments": own} for own in parts], ring=ring))
 
 
@@ -434,10 +434,10 @@ def test_the_reference_is_refused(ranks):
 # Bits
 
 
-@with_ranks(3)
+@with_ranks(4)
 @gather_and_ring
 def test_two_runs_give_the_same_bits(ranks, ring):
-    parts = [{"arguments": own} for own in split(rows(dtype=torch.float32), SPLITS["uneven"](3))]
+    parts = [{"arguments": own} for own in split(rows(dtype=torch.float32), SPLITS["uneven"](ranks.size))]
     first, second = (ranks(contrast, parts, ring=ring) for _ in range(2))
     for before, after in zip(first, second, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -580,10 +580,10 @@ def test_the_ring_rounds_the_gradient_once(ranks):
     assert block_by_block < 1.05 * at_once
 
 
-@with_ranks(3)
+@with_ranks(4)
 def test_the_next_block_is_under_way_while_one_is_swept(ranks):
-    for diary in ranks(ring_diary, [{"rows": torch.ones(4, 2)}] * 3):
-        assert diary == ["under way", "sweep", "arrived"] * 2 + ["sweep"]
+    for diary in ranks(ring_diary, [{"rows": torch.ones(4, 2)}] * 4):
+        assert diary == ["under way", "sweep", "arrived"] * 3 + ["sweep"]
 
 
 @with_ranks(4)
