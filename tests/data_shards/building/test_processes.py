@@ -41,6 +41,7 @@ def test_a_build_on_ray_gives_the_same_bytes_and_sets_a_deadly_case_aside(cohort
     assert again.quarantined == [] and again.added == 1, "what died is tried again"
 
 
+@pytest.mark.slow
 def test_a_case_that_kills_its_process_is_set_aside_and_the_others_are_built(cohort, tmp_path):
     patch = """
     read = spool.read_case
