@@ -34,6 +34,12 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def last_line(log: Path) -> str:
+    """What a program said last, at most 300 characters; empty where it said nothing."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[-300:] if lines else ""
+
+
 def _die_with_parent() -> None:
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

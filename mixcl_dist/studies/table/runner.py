@@ -341,7 +341,7 @@ class Queue:
             ran = self.out / ((item.kind == "probe" and item.start) or item.name)
             try:
                 if running.process.returncode or not (ran / FINISHED[item.kind]).exists():
-                    last = _last_line(running.log)
+                    last = programs.last_line(running.log)
                     raise RunError(last or f"exit code {running.process.returncode}, no output")
                 self._record(item, "done", seconds, **_figures(item, ran))
             except RunError as error:
@@ -413,11 +413,6 @@ def _figures(item: Item, ran: Path) -> dict[str, Any]:
         return {"text": "pre-trained"}
     mean = read_json(ran / FINISHED[item.kind])["mean"]
     return {"mean": mean, "text": "nothing scored" if mean is None else f"Dice {mean:.3f}"}
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[-300:] if lines else ""
 
 
 def _command(out: Path, name: str) -> list[str]:
