@@ -20,15 +20,13 @@ from mixcl_dist.networks import dynunet
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _LICENSE = """\
-Copyright the authors of this model.
+models/: the weights inherit the terms of the data that they were trained on, which the training run does not record.
 
-Licensed under the Apache License, Version 2.0 (the "License"); you may not use these files except in compliance with
-the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
-applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
-WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
-governing permissions and limitations under the License.
-
-The training data have terms of their own.
+scripts/ and configs/: copyright the authors of mixcl-dist, licensed under the Apache License, Version 2.0 (the
+"License"); you may not use these files except in compliance with the License. You may obtain a copy of the License at
+http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software
+distributed under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either
+express or implied. See the License for the specific language governing permissions and limitations under the License.
 """
 _USE = """\
 Put CT files (NIfTI) into a folder IMAGES, install `monai`, `nibabel` and `scipy`, and run in this bundle's folder:

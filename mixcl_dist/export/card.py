@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
 from mixcl_dist.export.trained import Trained
 from mixcl_dist.networks import dynunet
+from mixcl_dist.pretraining import summary
+from mixcl_dist.run import read_metrics
+
+LICENCE = (
+    "The weights inherit the terms of the data that they were trained on, which this run does not record: find them "
+    "out before you pass the weights on. What mixcl-dist itself adds to this folder is under Apache-2.0."
+)
 
 
 def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
@@ -18,7 +26,9 @@ def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
         f"## Input and output\n\n{_interface(trained)}",
         f"## What it was trained on\n\n{_data(trained)}",
         f"## Results\n\n{_results(trained)}" if trained.is_segmentation else "",
+        f"## Compute\n\n{_compute(trained)}",
         f"## Limits\n\n{_limits(trained)}",
+        f"## Licence\n\n{LICENCE}",
         notes,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -45,7 +55,7 @@ def _what(trained: Trained) -> str:
 
 def _interface(trained: Trained) -> str:
     low, high = trained.network.window_hu
-    divisor = dynunet.divisor(trained.network)
+    divisor, views = dynunet.divisor(trained.network), trained.config.views.size
     grid = (
         "at the case's own spacing" if trained.spacing_mm is None
         else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm"
@@ -53,8 +63,8 @@ def _interface(trained: Trained) -> str:
     lines = [
         f"- Input: one CT in Hounsfield units, axes (x, y, z) towards Right, Anterior, Superior (RAS), {grid}; "
         f"{low:g} to {high:g} HU mapped to -1 to 1 and clipped; shape (batch, 1, x, y, z).",
-        f"- Every edge must be a multiple of {divisor} voxels, and at least {2 * divisor}; patches of "
-        f"{' × '.join(map(str, trained.patch_size))} were used in fine-tuning.",
+        f"- Every edge must be a multiple of {divisor} voxels, and at least {2 * divisor}; it was trained on "
+        + (f"patches of {_times(trained.patch_size)}." if trained.is_segmentation else f"views of {_times(views)}."),
     ]
     if trained.is_segmentation:
         classes = ", ".join(f"{k} {literal(name)}" for k, name in enumerate(("background", *trained.classes)))
@@ -62,22 +72,59 @@ def _interface(trained: Trained) -> str:
     return "\n".join(lines)
 
 
+def _times(size: Any) -> str:
+    return " × ".join(map(str, size))
+
+
 def _data(trained: Trained) -> str:
-    facts = trained.facts
-    labels = len(facts.get("label_cases") or [])
-    fraction, seed = literal(facts.get("fraction")), literal(facts.get("seed"))
-    if trained.is_segmentation:
-        start = f"the pre-training “{literal(facts.get('start_name'))}”" if facts.get("start") else "random weights"
-        return (
-            f"Fine-tuned from {start}. Labelled cases: {labels} (fraction {fraction} of the training cases, subset "
-            f"seed {seed}). Validation cases: {len(facts.get('validation_cases') or [])}."
-        )
-    shards = facts.get("shards", {})
-    return (
-        f"Pre-trained on {len(facts.get('training_cases') or [])} CT volumes of shards with "
-        f"{literal(shards.get('patches', '?'))} patches. Pixel labels were read of {labels} of them; labels of all "
-        "other cases were withheld. Evaluate it only on cases that are not among these."
+    lines = _finetuned(trained) if trained.is_segmentation else _pretrained(trained)
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _finetuned(trained: Trained) -> list[str]:
+    facts, labels = trained.facts, len(trained.facts.get("label_cases") or [])
+    start = f"the run “{literal(facts.get('start_name'))}”" if facts.get("start") else "random weights"
+    share = f"fraction {literal(facts['fraction'])} of the training scans, " if facts.get("fraction") else ""
+    draw = f"{share}subset seed {literal(facts.get('seed'))}"
+    return [
+        f"Fine-tuned from {start} with the labels of {_scans(labels)} ({draw}).",
+        f"It and its start have seen {_scans(len(facts.get('training_cases') or []))} in all.",
+        "Leak audit: no start is taken that has seen a validation or development scan, or a label outside the budget, "
+        "under whatever name or resampled; scans are compared by their voxels."
+        if facts.get("start")
+        else "Leak audit: it began with random weights and has seen its labelled scans alone.",
+    ]
+
+
+def _pretrained(trained: Trained) -> list[str]:
+    facts, labels = trained.facts, len(trained.facts.get("label_cases") or [])
+    file = trained.run / "metrics.jsonl"
+    datasets = [f"{literal(name)} ({literal(n)})" for name, n in (facts.get("datasets") or {}).items()]
+    return [
+        literal(summary.told(facts, read_metrics(file) if file.is_file() else [])),
+        f"Scans by data set: {', '.join(datasets)}."
+        if datasets
+        else "The run does not record the names of its data sets.",
+        f"Pixel labels were read of {_scans(labels)}; those of all others were withheld.",
+        f"Leak audit: {_scans(len(facts.get('withheld_cases') or []))} of the shards were withheld for validation and "
+        "development. Evaluate it only on scans that it has not seen: `mixcl finetune` compares them by their voxels.",
+    ]
+
+
+def _scans(number: int) -> str:
+    return f"{number} scan{'' if number == 1 else 's'}"
+
+
+def _compute(trained: Trained) -> str:
+    facts, machine = trained.facts, trained.facts.get("machine") or {}
+    steps = trained.config.finetune.steps if trained.is_segmentation else trained.config.pretrain.steps
+    seconds, device = facts.get("seconds"), machine.get("gpu") or machine.get("cpu")
+    time = f" in {seconds:,.0f} s" if isinstance(seconds, int | float) else ""
+    where = (
+        f" on {literal(device)}, {literal(machine.get('cores', '?'))} cores" if device else " on a machine not recorded"
     )
+    earlier = ", without what its start had cost" if facts.get("start") else ""
+    return f"{steps:,} steps{time}{where}{earlier}."
 
 
 def _results(trained: Trained) -> str:
@@ -90,14 +137,15 @@ def _results(trained: Trained) -> str:
     ]
     table = "\n".join(["| class | Dice (%) |", "|---|---|", *rows, f"| **mean** | **{100 * dice['mean']:.1f}** |"])
     scored = trained.facts.get("scored", "validation")
-    return f"{table}\n\nMeans over the {literal(scored)} cases in which the class was annotated; one run, no interval."
+    labels = _scans(len(trained.facts.get("label_cases") or []))
+    means = f"Means over the {literal(scored)} cases in which the class was annotated; one run, no interval."
+    return f"Learnt from the labels of {labels}:\n\n{table}\n\n{means}"
 
 
 def _limits(trained: Trained) -> str:
     lines = [
         "- For research. Not a medical device, not for diagnosis or treatment.",
         "- Trained on the body regions, scanners and spacings of its data alone; other CT needs a check first.",
-        "- Before you pass it on, check that the terms of the training data allow that.",
     ]
     if trained.is_segmentation and len(trained.facts.get("label_cases") or []) < 50:
         lines.append("- Few labelled cases: expect errors in uncommon anatomy.")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors.torch import save_file
 
 from mixcl_dist.export.card import card
@@ -13,23 +15,25 @@ from mixcl_dist.export.trained import Trained
 
 _USE = """\
 ```python
-import json
+import inspect, json
 from monai.networks.nets import DynUNet
 from safetensors.torch import load_file
 config = json.load(open("config.json"))
-network = DynUNet(**config["arguments"]{out_channels})
+arguments = {{name: config[name] for name in inspect.signature(DynUNet).parameters if name in config}}
+network = DynUNet(**arguments{out_channels})
 missing, unexpected = network.load_state_dict(load_file("model.safetensors"), strict=False)
 assert not unexpected and all(name.startswith({optional}) for name in missing)
 ```
 
-{why}"""
+{why} With `huggingface_hub`, `class Network(DynUNet, PyTorchModelHubMixin): pass` loads it by
+`Network.from_pretrained(FOLDER_OR_NAME{out_channels})`."""
 _ALIASES = "DynUNet lists every layer a second time under `skip_layers`; the file holds each tensor once."
 
 
 def write(trained: Trained, folder: Path) -> None:
     """Write model.safetensors, config.json and README.md."""
     save_file(trained.weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"library_name": "monai"} | describe(trained), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(_config(trained), indent=1) + "\n")
     if trained.is_segmentation:
         use = _USE.format(out_channels="", optional='"skip_layers."', why=_ALIASES)
     else:
@@ -39,8 +43,19 @@ def write(trained: Trained, folder: Path) -> None:
     (folder / "README.md").write_text(_front_matter(trained) + text)
 
 
+def _config(trained: Trained) -> dict[str, Any]:
+    """The network's arguments are at the top, where huggingface_hub's mixin looks for those of a class by name."""
+    description = describe(trained)
+    return {"library_name": "monai"} | description.pop("arguments") | description
+
+
 def _front_matter(trained: Trained) -> str:
-    tags = ["medical-imaging", "computed-tomography", "3d-segmentation", "monai", "mixcl"]
-    tags += [] if trained.is_segmentation else ["self-supervised-learning", "pretrained-encoder"]
-    lines = ["license: apache-2.0", "library_name: monai", "pipeline_tag: image-segmentation", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---", "", ""])
+    head = {
+        "license": "other",
+        "license_name": "terms-of-the-training-data",
+        "library_name": "monai",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["medical-imaging", "computed-tomography", "3d-segmentation", "monai", "mixcl"]
+        + ([] if trained.is_segmentation else ["self-supervised-learning", "pretrained-encoder"]),
+    }
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,6 +262,7 @@ def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], 
             "spacing_mm": manifest.spacing_mm,
             "patch_size": manifest.patch_size,
         },
+        "datasets": dict(Counter(case.dataset for case in manifest.cases if case.name in trained)),
         "training_cases": training_cases,
         "label_cases": label_cases,
         "withheld_cases": sorted({case.name for case in manifest.cases} - set(training_cases)),

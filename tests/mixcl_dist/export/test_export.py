@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import pydoc
@@ -125,10 +126,50 @@ def test_residual_network_is_exported_with_its_residual_blocks(tmp_path):
 def test_hugging_face_card_has_front_matter_and_files_hold_each_tensor_once(finetuned, tmp_path):
     out = export(finetuned, "hf", tmp_path / "out")
     _, front_matter, text = (out / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front_matter)["license"] == "apache-2.0"
-    assert "| liver | 90.0 |" in text and "Labelled cases: 2 " in text and "RAS" in text
+    assert yaml.safe_load(front_matter)["license"] == "other"
+    assert "inherit the terms of the data" in text
+    assert "| liver | 90.0 |" in text and "labels of 2 scans" in text and "RAS" in text
     assert not [name for name in load_file(out / "model.safetensors") if name.startswith("skip_layers")]
     assert json.loads((out / "config.json").read_text())["classes"] == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
+def test_config_json_builds_the_network_as_huggingface_hubs_mixin_does(kind, request, tmp_path):
+    """It gives a class those entries of config.json that its constructor names, and loads the weights not strictly."""
+    out = export(request.getfixturevalue(kind), "hf", tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    given = {name: config[name] for name in inspect.signature(DynUNet.__init__).parameters if name in config}
+    network = DynUNet(**({"out_channels": 4} | given if kind == "pretrained" else given))
+    _, unexpected = network.load_state_dict(load_file(out / "model.safetensors"), strict=False)
+    assert not unexpected and list(given["filters"]) == list(FILTERS)
+
+
+def test_huggingface_hubs_mixin_loads_the_folder(finetuned, segmenter, tmp_path):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    out = export(finetuned, "hf", tmp_path / "out")
+    network = type("Network", (DynUNet, hub.PyTorchModelHubMixin), {}).from_pretrained(out).eval()
+    image = torch.rand(1, 1, 16, 24, 16)
+    torch.testing.assert_close(network(image), segmenter(image))
+
+
+def test_a_pretrainings_card_tells_its_facts_and_nothing_of_fine_tuning(pretrained, tmp_path):
+    facts = json.loads((pretrained / "run.json").read_text())
+    facts |= {"datasets": {"kidneys_2": 7, "*lungs*": 5}, "withheld_cases": ["v0", "v1", "v2"], "finished": "then"}
+    facts |= {"seconds": 7205.4, "machine": {"cpu": "a processor", "gpu": "a <GPU>", "cores": 16}}
+    (pretrained / "run.json").write_text(json.dumps(facts))
+    steps = [{"step": step, "reconstruction": 1 / step, "samples": 8 * step} for step in (1, 2)]
+    (pretrained / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    card = (export(pretrained, "monai", tmp_path / "out") / "README.md").read_text()
+    assert "views of 16 × 16 × 24" in card and "fine-tuning" not in card.replace("to be fine-tuned", "")
+    for fact in (
+        "Trained for 2 steps on 2 CT volumes (16 patches drawn) by reconstruction: reconstruction error 1 → 0.5.",
+        r"kidneys_2 (7), \*lungs\* (5)",
+        "labels were read of 2 scans",
+        "3 scans of the shards were withheld",
+        "1,000 steps in 7,205 s on a &lt;GPU&gt;, 16 cores",
+        "## Licence",
+    ):
+        assert fact in card
 
 
 @pytest.fixture
