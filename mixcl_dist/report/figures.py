@@ -268,7 +268,7 @@ def diagnostic_curves(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         _name_axes(axes, TERM_GRADIENTS.title)
 
-    gradients = _logged(metrics, {f"gradient_norm_{term}": title for term, title in TERMS.items()})
+    gradients = _logged(metrics, {f"gradient_norm_{term}": title.partition(",")[0] for term, title in TERMS.items()})
     panels = []
     if gradients:
         figure = _figure(f"gradients-{name}", PANEL_SIZE, term_gradients, TERM_GRADIENTS.title)
