@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Catalogue:
         if len(set(self.classes)) != len(self.classes):
             twice = next(name for number, name in enumerate(self.classes) if name in self.classes[:number])
             raise CatalogueError(f"class {twice!r} comes twice; give each class one name")
+        if unprintable := [name for name in self.classes if not name.isprintable()]:
+            raise CatalogueError(f"class {unprintable[0]!a} cannot be printed; give it another name")
         if len(self.classes) > MAX_CLASSES:
             raise CatalogueError(f"{len(self.classes)} classes; at most {MAX_CLASSES} fit: leave some sources out")
 
@@ -71,3 +74,8 @@ def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
     folded = {known.casefold(): known for known in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
     return f"{kind} {name!r} is unknown" + (f"; did you mean {folded[close[0]]!r}?" if close else "")
+
+
+def sanitised(name: str) -> str:
+    """`name` in the letters that a case's name may have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "case"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from mixcl_dist.config import BudgetConfig, ConfigError
+from mixcl_dist.data_shards.catalogue import sanitised
 
 
 class LabelledCase(Protocol):
@@ -34,7 +35,7 @@ def budget_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[st
     """
     training = [case for case in cases if case.split == "training" and case.name not in budget.development]
     labelled = [case for case in training if readable(case, budget)]
-    labelled.sort(key=lambda case: hashlib.sha256(f"{budget.seed}:{case.name}".encode()).digest())
+    labelled.sort(key=lambda case: hashlib.sha256(f"{budget.seed}:{_own_name(case)}".encode()).digest())
     count = math.ceil(budget.fraction * len(labelled) - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if budget.scans is not None:
         count = budget.scans
@@ -44,6 +45,16 @@ def budget_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[st
                 f"budget.development; give at most {len(labelled)}"
             )
     return [case.name for case in _every_class_early(labelled, budget)[:count]]
+
+
+def _own_name(case: LabelledCase) -> str:
+    """What a case is called in its data set; shards put that of the data set before it where others share the name."""
+    return case.name.removeprefix(f"{sanitised(case.dataset)}-")
+
+
+def training_cases(cases: Iterable[LabelledCase], budget: BudgetConfig) -> list[str]:
+    """Names of the cases whose images pre-training sees: all but those for validation and development."""
+    return [case.name for case in cases if case.split != "validation" and case.name not in budget.development]
 
 
 def readable(case: LabelledCase, budget: BudgetConfig) -> frozenset[str]:

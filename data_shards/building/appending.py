@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from mixcl_dist.data_shards.building.dedup import Scan, Scans, matches, scans_of
+from mixcl_dist.data_shards.building.dedup import Scan, Scans, matches, pairs_within, scans_of, scans_of_shards
 from mixcl_dist.data_shards.building.processes import Mapper
 from mixcl_dist.data_shards.building.settings import BuildConfig, BuildError, Progress
 from mixcl_dist.data_shards.building.shuffle import draw_note, unfinished_shards
@@ -24,7 +26,7 @@ from mixcl_dist.data_shards.building.spool import (
     stamp_of,
     write_quarantine,
 )
-from mixcl_dist.data_shards.catalogue import Catalogue, merged
+from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue, merged, sanitised
 from mixcl_dist.data_shards.format.manifest import FILE_NAME, CaseRecord, Manifest
 from mixcl_dist.data_shards.sources import Case, Source
 from mixcl_dist.data_shards.storage.publishing import publish
@@ -67,12 +69,44 @@ def finished(out: Path, config: BuildConfig) -> Manifest | None:
     return base
 
 
+def named_apart(opened: Sequence[Source], base: Manifest | None) -> list[Source]:
+    """The sources with cases that share a name told apart: who came first keeps it, others are called after their data
+    set as well.
+
+    In shards a case keeps the name that it has there. Cases of data sets that share a name, too, stay as they are, to
+    be refused.
+    """
+    stored = {case.name: case.dataset for case in base.cases} if base else {}
+    listed = {case.dataset for source in opened for case in source.cases}
+    owner = {name: dataset for name, dataset in stored.items() if dataset in listed}  # or else its folder was renamed
+    apart = []
+    for source in opened:
+        cases = []
+        for case in source.cases:
+            longer = f"{sanitised(case.dataset)}-{case.name}"
+            own = longer not in stored and owner.setdefault(case.name, case.dataset) == case.dataset
+            cases.append(case if own else replace(case, name=longer))
+        if renamed := [new.name for new, old in zip(cases, source.cases, strict=True) if new.name != old.name]:
+            what = "%d cases of %s have names of others, so their names here begin with its own, as in %s"
+            logger.warning(
+                f"{what}; list the data set first that budgets are to name", len(renamed), source.name, renamed[0]
+            )
+        apart.append(replace(source, cases=tuple(cases)))
+    return apart
+
+
 def grown_catalogue(base: Manifest | None, opened: Sequence[Source]) -> Catalogue:
     """The classes of the shards, which keep their numbers, and behind them those that the sources add."""
     try:
-        return merged([base.classes if base else (), *(source.classes for source in opened)])
+        catalogue = merged([base.classes if base else (), *(source.classes for source in opened)])
     except ValueError as error:
         raise BuildError(str(error)) from None
+    spelled: dict[str, str] = {}
+    for name in catalogue.classes:
+        other = spelled.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), name)
+        if other != name:
+            logger.warning("classes %r and %r are two; if they are one, say so in a classes.yaml", other, name)
+    return catalogue
 
 
 def plan(
@@ -137,14 +171,31 @@ def sort_outcomes(
     return used, refused
 
 
+def tell_doubts(used: Sequence[Spooled], out: Path, base: Manifest | None) -> None:
+    """Say what cannot be known to be wrong: cases that look like one scan, and labels without a labelled voxel."""
+    pairs = pairs_within([_scan_of(one) for one in used], scans_of_shards(out) if base else [])
+    if pairs:
+        what = "%d pairs of cases look like one scan under two names, the nearest are %s and %s (distance %.4f)"
+        (one, other, distance) = pairs[0]
+        cure = "see them by `mixcl shards dedup %s --against %s`, and leave one of each out"
+        logger.warning(f"{what}; {cure}", len(pairs), one.name, other.name, distance or 0.0, out, out)
+    labelled = [one for one in used if one.record.labelled]
+    empty = [one.record.name for one in labelled if {0, IGNORED}.issuperset(chain(*one.present))]
+    if empty:
+        what = "%d of %d new labels hold no class at all, that of %s first, so all of theirs count as absent"
+        logger.warning(f"{what}; check them if that is not meant", len(empty), len(labelled), empty[0])
+
+
+def _scan_of(one: Spooled) -> Scan:
+    mark = np.frombuffer(bytes.fromhex(one.fingerprint), np.int8)
+    return Scan(one.record.name, "", one.record.source_digest, mark)
+
+
 def _kept_out(
     fresh: Mapping[str, tuple[Case, str]], outcomes: Mapping[str, Outcome], excluded: Scans
 ) -> dict[str, Quarantined]:
     spooled = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Spooled)}
-    scans = [
-        Scan(name, "", one.record.source_digest, np.frombuffer(bytes.fromhex(one.fingerprint), np.int8))
-        for name, one in spooled.items()
-    ]
+    scans = [_scan_of(one) for one in spooled.values()]
     found = {}
     for match in reversed(matches(scans, excluded.found)):  # the nearest last, so that it is the one that is named
         how = "the same voxels" if match.distance is None else f"distance {match.distance:.4f}"

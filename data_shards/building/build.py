@@ -74,12 +74,14 @@ def build(
         with exclusive(out / ".build" / "lock", lambda line: print(f"build: {line}", file=sys.stderr)):
             remove_unpublished(out)
             base = appending.finished(out, config)
+            opened = appending.named_apart(opened, base)
             catalogue = appending.grown_catalogue(base, opened)
             excluded = appending.read_excluded(exclude, out, base, elsewhere, progress)
             plan = appending.plan(out, base, opened, catalogue, config.splits)
             outcomes = spool.spool_cases(plan.fresh, catalogue, config, folder, elsewhere, progress)
             used, unusable = appending.sort_outcomes(plan.fresh, outcomes, base, excluded)
             refused = plan.refused + unusable
+            appending.tell_doubts(used, out, base)
             if used:
                 writers = run or (in_this_process if config.workers == 1 else elsewhere)
                 manifest = shuffle.write_shards(used, base, catalogue, config, folder, out, writers, progress)

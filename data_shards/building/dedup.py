@@ -91,6 +91,12 @@ def matches(ones: Iterable[Scan], others: Iterable[Scan]) -> list[Match]:
     return sorted(apart, key=lambda match: (match.distance or 0.0, match.one.name, match.other.name))
 
 
+def pairs_within(scans: Sequence[Scan], others: Sequence[Scan] = ()) -> list[Match]:
+    """Every pair of `scans`, and of one of them and one of `others`, that is one scan, once; the nearest first."""
+    found = {frozenset((match.one[:2], match.other[:2])): match for match in matches(scans, [*scans, *others])}
+    return list(found.values())
+
+
 def _stacked(scans: Sequence[Scan]) -> np.ndarray:
     return np.array([scan.fingerprint for scan in scans], dtype=np.int8).reshape(-1, SIZE)
 

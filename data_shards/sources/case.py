@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mixcl_dist.data_shards.catalogue import sanitised
 from mixcl_dist.data_shards.volume import CaseError
 
 Split = Literal["training", "validation", "unlabelled"]
@@ -101,8 +101,3 @@ def collect(
             kept[unique] = replace(case, name=unique)
     real = (one for one in classes if one not in (BACKGROUND, IGNORE))
     return Source(name, tuple(kept.values()), tuple(dict.fromkeys(real)), tuple(problems))
-
-
-def sanitised(name: str) -> str:
-    """`name` in the letters that a case's name may have."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "case"

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixcl_dist.data_shards.sources.case import VOXEL_ENDINGS, Case, Source, file_stem, sanitised
+from mixcl_dist.data_shards.catalogue import sanitised
+from mixcl_dist.data_shards.sources.case import VOXEL_ENDINGS, Case, Source, file_stem
 from mixcl_dist.data_shards.sources.decathlon import list_file, read_json
 from mixcl_dist.data_shards.sources.folder import open_folder
 from mixcl_dist.data_shards.sources.masks import APART, IMAGE, is_masks

@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixcl_dist.data_shards.catalogue import unknown_name
-from mixcl_dist.data_shards.sources.case import Case, Source, sanitised
+from mixcl_dist.data_shards.catalogue import sanitised, unknown_name
+from mixcl_dist.data_shards.sources.case import Case, Source
 from mixcl_dist.data_shards.sources.decathlon import read_json
 from mixcl_dist.data_shards.volume import CaseError
 

@@ -75,9 +75,10 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     label_cases = budgeted(task, config.budget)
     known = KnownScans(run.parent)
     seen = _own(task, label_cases, known)
+    start_saw: dict[str, list[str]] = {}
     if start is not None:
         config = like(config, start)
-        check_start(start, task, label_cases, known)
+        start_saw = check_start(start, task, label_cases, known)
         seen = seen.merged(Seen.load(start))
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     volumes, unshown = _training_volumes(config, task, label_cases)
@@ -89,6 +90,7 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
     facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
     facts |= {"training_cases": [scan.name for scan in seen.scans], "unshown_classes": unshown}
+    facts["start_saw"] = start_saw  # of this data set, under whatever name, with the classes whose labels it read
     record = Run.create(run, "finetune", config, **facts)
     seen.save(run)
     known.save()

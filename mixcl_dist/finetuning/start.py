@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +32,19 @@ def like(config: Config, start: Path) -> Config:
     return replace(config, overrides)
 
 
-def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> None:
-    """Raise `RunError` where `start` has seen labels or images that this trial must not know (see `seen.leak`)."""
+def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> dict[str, list[str]]:
+    """The task's cases that `start` has seen, by voxels, with the classes whose labels it read of them.
+
+    Raises `RunError` where it has seen labels or images that this trial must not know (see `seen.leak`).
+    """
     shared = shared_scans(Seen.load(start), known.of(task.cases))
     budget = task.labels_of(label_cases)
     if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes):
         raise RunError(f"{start}: {problem}")
+    saw: defaultdict[str, set[str]] = defaultdict(set)
+    for one in shared:
+        saw[one.case] |= one.labels
+    return {case: sorted(classes) for case, classes in sorted(saw.items())}
 
 
 def initial_network(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:

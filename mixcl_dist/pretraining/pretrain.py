@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.budget import budget_cases, check_development, readable
+from mixcl_dist.budget import budget_cases, check_development, readable, training_cases
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described
@@ -101,7 +101,7 @@ def _pretrain(
         stream = _stream(config, shards, run, manifest, label_cases, engine)
         first = _resume(run, engine, stream) if resume else 0
         recorder = Recorder(
-            run, config, manifest, training_cases(manifest, config.budget), label_cases, engine, history
+            run, config, manifest, training_cases(manifest.cases, config.budget), label_cases, engine, history
         )
         if engine.rank == 0:
             seen.save(run)
@@ -203,7 +203,7 @@ def check_settings(config: Config, manifest: Manifest) -> None:
         if name not in manifest.classes:
             known = ", ".join(manifest.classes)
             raise ConfigError(f"budget.classes: {name} is none of the shards' classes; choose among {known}")
-    if not training_cases(manifest, config.budget):
+    if not training_cases(manifest.cases, config.budget):
         raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
     if not learnt_terms(config, budgeted_labels(manifest, config.budget)):
         raise ConfigError("objective: voxel_label alone has a weight, but no labels may be read; give --budget.scans")
@@ -230,12 +230,6 @@ def _check_folder(config: Config, manifest: Manifest, run: Path, resume: bool) -
             )
 
 
-def training_cases(manifest: Manifest, budget: BudgetConfig) -> list[str]:
-    """Names of the cases whose patches pre-training sees: all but those for validation and development."""
-    held_out = set(budget.development)
-    return [case.name for case in manifest.cases if case.split != "validation" and case.name not in held_out]
-
-
 def recorded_start(run: Path, start: Path | None) -> Path | None:
     """What the run in the folder `run` began from; raises `RunError` where `start` is something else."""
     recorded = read_json(run / "run.json").get("start")
@@ -248,19 +242,20 @@ def _history(
     config: Config, shards: Path | str, manifest: Manifest, label_cases: list[str], run: Path, start: Path | None
 ) -> tuple[Seen, dict[str, Any]]:
     """What this run and those before it have seen, by voxels and by name, and what it began from."""
-    reads, trained = set(label_cases), set(training_cases(manifest, config.budget))
+    reads, trained = set(label_cases), set(training_cases(manifest.cases, config.budget))
     records = zip(manifest.cases, scans_of_shards(shards), strict=True)
     scans = [(scan, readable(case, config.budget)) for case, scan in records if case.name in trained]
     seen = Seen(
         tuple(scan for scan, _ in scans),
         tuple(classes if scan.name in reads else frozenset() for scan, classes in scans),
     )
-    names = {"training_cases": [scan.name for scan in seen.scans], "label_cases": label_cases}
     earlier = run if (run / SEEN_FILE).exists() else start  # a run that goes on has the start's in its own
     if earlier is not None:
-        facts = read_json(earlier / "run.json")
         seen = seen.merged(Seen.load(earlier))
-        names = {key: list(dict.fromkeys([*own, *facts[key]])) for key, own in names.items()}
+    names = {  # of scans, which may share one
+        "training_cases": [scan.name for scan in seen.scans],
+        "label_cases": [scan.name for scan, classes in zip(seen.scans, seen.labels, strict=True) if classes],
+    }
     terms = learnt_terms(config, label_cases)
     return seen, names | {"start": start and str(start.resolve()), "terms": terms}
 
@@ -296,7 +291,7 @@ def _stream(
         batch_size=config.pretrain.batch_size,
         seed=config.pretrain.seed,
         workers=config.data.workers,
-        cases=set(training_cases(manifest, config.budget)),
+        cases=set(training_cases(manifest.cases, config.budget)),
         label_cases=set(label_cases),
         label_classes=config.budget.classes,
         mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),

@@ -239,21 +239,26 @@ def _most_draws(trials: Sequence[Trial]) -> int:
 
 
 def _protocol(start: Start, trials: Iterable[Trial]) -> dict[str, Any]:
-    """Which labels and images this start's pre-training had seen, checked against the trials that used it."""
+    """Which labels and images this start's pre-training had seen, and what of it the trials that used it must not know.
+
+    Names are those of the trials' data set, whatever the start called these scans (`start_saw` in a trial's facts).
+    """
     facts = start.run.facts if start.run else {}
-    images, labels = set(facts.get("training_cases", [])), set(facts.get("label_cases", []))
     validation: set[str] = set()
     beyond: set[str] = set()
     for trial in trials:
         if trial.run and trial.run.facts.get("start") == start.path:
-            validation |= set(trial.run.facts.get("validation_cases", []))
-            beyond |= labels - set(trial.run.facts.get("label_cases", []))
+            own = trial.run.facts
+            saw = own.get("start_saw", {})
+            validation |= saw.keys() & set(own.get("validation_cases", []))
+            read = {case for case, classes in saw.items() if set(classes) & set(own.get("classes", []))}
+            beyond |= read - set(own.get("label_cases", []))
     return {
         "start": start.name,
         "path": start.path,
         "found": start.run is not None,
-        "images": len(images),
-        "label_cases": len(labels),
+        "images": len(facts.get("training_cases", [])),
+        "label_cases": len(facts.get("label_cases", [])),
         "label_cases_beyond_a_trials_budget": sorted(beyond),
-        "validation_cases_seen": sorted(validation & (images | labels)),
+        "validation_cases_seen": sorted(validation),
     }

@@ -200,7 +200,7 @@ def _lawful_start(shared: Mapping[Path, Sequence[Shared]], task: Task, label_cas
     if not lawful:
         start = next(iter(shared))
         raise RunError(f"{start}: {problems[start]}")
-    return max(lawful, key=lambda start: sum(len(scan.labels) > 0 for scan in shared[start]))
+    return max(lawful, key=lambda start: len({one.case for one in shared[start] if one.labels & set(task.classes)}))
 
 
 def _refuse_another(study: Path, earlier: dict[str, Any], question: dict[str, Any]) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 
 from mixcl_dist import seen as seen_module
-from mixcl_dist.data_shards.building.dedup import Scan
+from mixcl_dist.config import BudgetConfig
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.data_shards.building.dedup import Scan, scans_of_shards
+from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.format.fingerprint import fingerprint, voxel_digest
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.data_shards.volume import Volume, resample
-from mixcl_dist.phantom import draw_torso
+from mixcl_dist.finetuning.start import check_start
+from mixcl_dist.finetuning.task import budgeted, open_task
+from mixcl_dist.phantom import draw_torso, write_cohort
 from mixcl_dist.run import RunError
 from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
 
@@ -85,6 +93,51 @@ def test_a_label_that_the_budget_s_own_case_does_not_have_is_a_leak():
 
 def test_how_many_more_there_are_is_said():
     assert "case_0 and 1 more" in verdict(seen_of(*TRIAL[:2], labels=["liver"]), budget={})
+
+
+@pytest.fixture
+def start_on(data, tmp_path):
+    """A function that builds shards of sources and returns the folder of a run that has seen all of them."""
+
+    def make(*sources, exclude=(), labels=()):
+        config = BuildConfig(patch_size=(16, 16, 16))
+        build(sources, tmp_path / "shards", config, exclude=exclude, run=in_this_process)
+        scans = scans_of_shards(tmp_path / "shards")
+        Seen(tuple(scans), (frozenset(labels),) * len(scans)).save(tmp_path)
+        return tmp_path
+
+    return make
+
+
+def checked(start, data):
+    task = open_task(data)
+    return check_start(start, task, budgeted(task, BudgetConfig(fraction=1.0)), KnownScans(start))
+
+
+def test_a_validation_scan_in_a_folder_that_names_nobody_is_found_and_can_be_kept_out(start_on, data, tmp_path):
+    """The same files without a list: pseudonyms for names, no labels."""
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number, image in enumerate(sorted(data.glob("*/images/*.nii.gz"))):
+        shutil.copy(image, archive / f"{number}.nii.gz")
+    with pytest.raises(RunError, match=r"was trained on validation case validation_000 \(there ct-.*--exclude"):
+        checked(start_on(archive), data)
+    shutil.rmtree(tmp_path / "shards")
+    held_out = tmp_path / "held_out.json"
+    validation = [str(case.files[0]) for case in open_source(data).cases if case.split == "validation"]
+    held_out.write_text(json.dumps({"test": validation}))
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    assert checked(start_on(archive, exclude=[held_out]), data) == {name: [] for name in sorted(training)}
+
+
+def test_other_patients_of_the_same_names_are_nobody_s_scans(start_on, data, tmp_path):
+    (other, *_) = write_cohort(
+        tmp_path / "other", training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0, seed=1
+    )
+    start = start_on(other, labels=["liver"])
+    names = {scan.name for scan in scans_of_shards(start / "shards")}
+    assert names <= {case.name for case in open_source(data).cases}
+    assert checked(start, data) == {}
 
 
 def test_what_was_seen_is_written_merged_and_read_again(tmp_path):

@@ -14,13 +14,16 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+from mixcl_dist.budget import training_cases
 from mixcl_dist.config import Config, ConfigError, NetworkConfig, replace, to_dict, to_yaml
+from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.run import LOCK, RunError, held, machine, now, read_json, write_atomic, write_json
+from mixcl_dist.seen import KnownScans, Seen, shared_scans
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.ledger import Ledger, digest_of
 from mixcl_dist.studies.table.plan import Item, plan
@@ -109,8 +112,13 @@ def run_table(
     question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
     _check_items(config, items, manifest)
     with held(out, "--out"):
+        known = KnownScans(out / "trial")  # where the trials look for it
+        if any(item.kind == "pretrain" for item in items.values()):
+            _refuse_held_out(config, data, shards, manifest, known)
         digests = _digests(config, items, question["digest"])
         _begin(out, config, question, items, digests)
+        (out / "trial").mkdir(exist_ok=True)
+        known.save()
         queue = Queue(config, items, digests, out.resolve(), workers, pretrainings or workers, command or _command)
         queue.run(chosen, seconds)
         return queue.ending(chosen)
@@ -166,6 +174,20 @@ def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> 
                 check_size("finetune.patch_size", own.network, own.finetune.patch_size)
         except ConfigError as refused:
             raise ConfigError(f"{item.name}: {refused}") from None
+
+
+def _refuse_held_out(config: Config, data: Path, shards: Path, manifest: Manifest, known: KnownScans) -> None:
+    """Raise `RunError` where pre-training would see a validation or development scan, under whatever name: every trial
+    would refuse such a start, after it is trained."""
+    task = open_task(data, config)
+    trained = set(training_cases(manifest.cases, config.budget))
+    scans = [scan for scan in scans_of_shards(shards) if scan.name in trained]
+    held_out = known.of([case for case in task.cases if case.name in task.held_out])
+    if shared := shared_scans(Seen(tuple(scans), (frozenset(),) * len(scans)), held_out):
+        case, scan, _ = shared[0]
+        cure = {"validation": "build them with --exclude", "development": "name it as they do in budget.development"}
+        split = task.held_out[case]
+        raise RunError(f"{shards}: {scan.name} is {split} case {case} of {data}; {cure[split]}")
 
 
 def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:

@@ -251,3 +251,69 @@ def test_when_the_sources_change_while_a_build_is_interrupted_only_what_changed_
     assert process.wait() == 0 and kept == spooled, "a and b are not read again"
     build([source], tmp_path / "whole", small_config)
     assert published(out) == published(tmp_path / "whole")
+
+
+def renamed(source: Path, old: str, new: str) -> Path:
+    """The data set with one scan called otherwise."""
+    (source / f"{old}.nii.gz").rename(source / f"{new}.nii.gz")
+    text = (source / "dataset.json").read_text().replace(f'"{old}.nii.gz"', f'"{new}.nii.gz"')
+    (source / "dataset.json").write_text(text)
+    return source
+
+
+def test_cases_of_two_sources_with_one_name_are_told_apart(cohort, small_config, tmp_path, caplog):
+    one, other = cohort("a", "b"), renamed(cohort("c"), "c", "a")
+    names = ["a", "b", f"{other.name}-a"]
+    result = build([one, other], tmp_path / "out", small_config)
+    assert [case.name for case in result.manifest.cases] == names and result.quarantined == []
+    assert f"1 cases of {other.name} have names of others" in caplog.text and names[2] in caplog.text
+    again = build([other, one], tmp_path / "out", small_config)  # whatever the order: the shards know whose name it is
+    assert again.quarantined == [] and again.added == 0 and again.absent == 0
+    moved = Path(shutil.copytree(one, tmp_path / "moved"))
+    for sources in ([other], [moved, other]):
+        again = build(sources, tmp_path / "out", small_config)
+        assert again.quarantined == [] and again.added == 0
+    assert [case.name for case in build([other, one], tmp_path / "new", small_config).manifest.cases] == [
+        "a",
+        f"{one.name}-a",
+        "b",
+    ]
+
+
+def test_labels_without_a_labelled_voxel_are_said(cohort, small_config, tmp_path, caplog):
+    source = cohort("a", "b", labelled=2)
+    label = nib.load(source / "b_label.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros(label.shape, np.uint8), label.affine), source / "b_label.nii.gz")
+    result = build([source], tmp_path / "out", small_config)
+    assert len(result.manifest.cases) == 2, "absence may be true"
+    assert "1 of 2 new labels hold no class at all, that of b first" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", ["$\\frac{1}{2}$", "<b>leber</b> & 'milz'", "a/b\\c", "肝臓", "ö{{x}}%s", "../x", "-- "]
+)
+def test_a_class_of_any_printable_name_is_stored_as_it_is_called(cohort, small_config, tmp_path, name):
+    source = cohort("a", labelled=1)
+    content = json.loads((source / "dataset.json").read_text())
+    (source / "dataset.json").write_text(json.dumps(content | {"labels": {"1": name}}))
+    manifest = build([source], tmp_path / "out", small_config).manifest
+    assert Manifest.load(tmp_path / "out") == manifest and manifest.classes == (name,)
+    assert manifest.annotated == {source.name: {name: 1}} and manifest.cases[0].reliable == (name,)
+
+
+@pytest.mark.parametrize("name", ["liver\n", "\x00", "\ud800", "a\u202eb"])
+def test_a_class_that_cannot_be_printed_is_refused(cohort, small_config, tmp_path, name):
+    source = cohort("a", labelled=1)
+    content = json.loads((source / "dataset.json").read_text())
+    (source / "dataset.json").write_text(json.dumps(content | {"labels": {"1": name}}))
+    with pytest.raises(BuildError, match="cannot be printed; give it another name") as refused:
+        build([source], tmp_path / "out", small_config)
+    assert str(refused.value).isprintable()
+
+
+def test_classes_that_differ_in_spelling_alone_are_said(cohort, small_config, tmp_path, caplog):
+    one, other = cohort("a", labelled=1), cohort("b", labelled=1)
+    content = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(content | {"labels": {"1": "Core"}}))
+    assert build([one, other], tmp_path / "out", small_config).manifest.classes == ("core", "Core")
+    assert "classes 'core' and 'Core' are two" in caplog.text

@@ -125,12 +125,6 @@ def test_bad_cases_are_set_aside_and_named_while_the_rest_is_built(cohort, small
     ]
 
 
-def test_cases_of_two_sources_with_one_name_are_not_mixed_up(cohort, small_config, tmp_path):
-    result = build([cohort("a"), cohort("a", "b")], tmp_path / "out", small_config)
-    assert [case.name for case in result.manifest.cases] == ["a", "b"]
-    assert "case name a is taken by" in str(result.quarantined[0])
-
-
 def test_when_no_case_can_be_used_it_says_so(cohort, small_config, tmp_path):
     source = cohort("a")
     (source / "a.nii.gz").write_bytes(b"nothing")

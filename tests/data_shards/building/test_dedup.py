@@ -215,6 +215,17 @@ def test_a_build_does_not_begin_when_what_is_to_be_kept_out_cannot_be_read(archi
         build([archive], tmp_path / "out", small_config, exclude=[test_set])
 
 
+def test_a_build_says_which_of_its_cases_look_like_one_scan(archive, test_set, small_config, tmp_path, caplog):
+    """Within one build, and against what the shards hold; none is kept out, as two phases of a patient look alike."""
+    build([archive], tmp_path / "out", small_config)
+    assert "look like one scan" not in caplog.text
+    (test_set / "one.nii.gz").unlink()
+    for sources, out in (([archive, test_set], "new"), ([test_set], "out")):
+        caplog.clear()
+        assert build(sources, tmp_path / out, small_config).quarantined == []
+        assert "1 pairs of cases look like one scan under two names, the nearest are ct-" in caplog.text
+
+
 def msd(folder: Path) -> Path:
     """A test list, beside images whose labels are missing or unnamed."""
     entries = {

@@ -17,6 +17,8 @@ import pytest
 from scipy import stats
 
 from mixcl_dist.report import slices, write_report
+from mixcl_dist.report.folders import open_study
+from mixcl_dist.report.results import study_results
 from mixcl_dist.run import RunError
 from mixcl_dist.studies.statistics import t_interval
 
@@ -233,8 +235,15 @@ def test_the_first_screen_shows_a_ct_its_labels_both_predictions_and_the_result(
 
 
 def test_validation_case_in_pretraining_is_called_a_leak(study):
-    write_pretraining(study.parent / "pre", ["t0", "v1"])
-    assert "1: a leak v1" in " ".join(Page(write_report(study)).text.split())
+    """By what the trial found of its scans in the start, whatever they are called there."""
+    write_pretraining(study.parent / "pre", ["t0", "v1"])  # another patient of the same name
+    assert study_results(open_study(study)).protocol[0]["validation_cases_seen"] == []
+    for file in study.glob("trials/mixcl-*/run.json"):
+        write(
+            file, json.loads(file.read_text()) | {"start_saw": {"v1": [], "t0": ["liver"], "t9": ["liver"], "t8": []}}
+        )
+    text = " ".join(Page(write_report(study)).text.split())
+    assert "1: a leak v1" in text and "1 cases t9" in text
 
 
 @pytest.mark.parametrize("missing", ["trials/mixcl-0.05-0/overlays.npz", "trials/scratch-0.05-0/run.json", "../pre"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from mixcl_dist.config import ConfigError, from_dict, load, replace, to_dict
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.report import table_text, write_report
 from mixcl_dist.run import RunError
@@ -324,6 +328,18 @@ def test_a_stage_that_the_shards_cannot_give_is_refused_before_the_table_is_begu
     with pytest.raises(ConfigError, match=r"pretrain/mixcl-n1-s0: views\.size .* larger than the shards' patches"):
         go(small_table(stages=stages), stub())
     assert not (tmp_path / "table").exists()
+
+
+def test_shards_that_hold_a_held_out_scan_under_another_name_are_refused_before(small_table, cohort, stub, tmp_path):
+    """Every trial would refuse the pre-training, once it is done."""
+    held_out = next(case for case in open_source(cohort[0]).cases if case.split == "validation")
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    shutil.copy(held_out.files[0], archive / "0.nii.gz")
+    build([cohort[0], archive], tmp_path / "shards", BuildConfig(patch_size=(24, 24, 24)), run=in_this_process)
+    with pytest.raises(RunError, match=rf"shards: ct-\w+ is validation case {held_out.name} of .*--exclude"):
+        run_table(small_table(), data=cohort[0], shards=tmp_path / "shards", out=tmp_path / "table", command=stub())
+    assert not (tmp_path / "table" / "plan.json").exists() and not (tmp_path / "order").exists()
 
 
 def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, cohort, shards, tmp_path):
