@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +59,8 @@ def connection(
         problem = " ".join(str(error).split())
         raise ClusterError(f"{option} {address}: {problem}; start Ray there, or leave {option} out") from None
     try:
+        if threading.current_thread() is threading.main_thread():  # Ray's own handler dumps stacks
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         yield
     finally:
         ray.shutdown()

@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,11 +28,13 @@ NO_BUDGET = {"budget.fraction": 0.0, "budget.scans": None, "budget.seed": 0}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code.
 
-    0 done, 1 done with problems, 2 refused, 130 interrupted; 75 (sysexits.h: try again) asked to stop, and to be put
-    into a scheduler's queue again.
+    0 done, 1 done with problems, 2 refused, 130 interrupted, be it by SIGTERM; 75 (sysexits.h: try again) asked to
+    stop, and to be put into a scheduler's queue again.
     """
     _print_anything()
     options = _options(list(sys.argv[1:] if arguments is None else arguments))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # else nothing would be said
     try:
         return options.verb(options) or 0
     except KeyboardInterrupt:

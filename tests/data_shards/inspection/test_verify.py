@@ -181,7 +181,7 @@ def test_several_processes_find_the_same_and_the_verb_reports_it(copy, capsys, m
     assert cli.main(["shards", "verify", str(copy)]) == 1
     told = capsys.readouterr()
     assert all(line in told.err for line in expected) and "shard (100 %)" in told.err
-    assert told.out == f"{copy}: 2 problems\n"
+    assert told.out == f"{copy}: 2 problems; remove the folder and build the shards again\n"
 
 
 def test_progress_counts_every_shard(built):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from safetensors.torch import save_file
@@ -190,3 +194,37 @@ def test_the_table_runs_under_ray(config, data, start, tmp_path):
     content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")
     assert [row["status"] for row in content["trials"]] == ["done"] * 4
     assert all((tmp_path / "study" / row["run"] / "dice.json").exists() for row in content["trials"])
+
+
+FROM_SCRATCH = """
+import sys
+from mixcl_dist import cli
+from mixcl_dist.studies import study
+run_study = study.run_study
+study.run_study = lambda config, starts, **places: run_study(config, starts=[], **places)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_study_that_is_terminated_says_so_in_one_line_and_another_start_meanwhile_is_refused(data, tmp_path):
+    study = tmp_path / "study"
+    settings = {"finetune.steps": 100_000, "finetune.patch_size": "24,24,24", "network.filters": "4,8,8"}
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, "-c", FROM_SCRATCH, "tune", "--data", data, "--from", "none", "--study", study, *options]
+    command = [str(word) for word in command]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 240
+        while not list(study.glob("trials/*/run.json")) and time.monotonic() < end:
+            assert running.poll() is None, running.stderr.read()
+            time.sleep(0.2)
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert again.returncode == 2 and f"process {running.pid} of machine" in again.stderr
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=120)
+    finally:
+        running.kill()
+    assert running.returncode == 130, said
+    assert said.strip().splitlines()[-1].startswith("mixcl: interrupted; run the same command again")
+    assert "Traceback" not in said and "SIGTERM" not in said
