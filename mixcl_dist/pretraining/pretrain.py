@@ -44,7 +44,8 @@ from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
-    "pretrain.gradient_norms_every", "pretrain.max_skipped", "engine.", "data.workers", "data.max_bad_fraction",
+    "pretrain.gradient_norms_every", "pretrain.max_skipped", "engine.accumulation_steps", "engine.zero_stage",
+    "engine.compile", "engine.timeout_s", "data.workers", "data.max_bad_fraction",
     "data.cache", "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been

@@ -23,7 +23,6 @@ from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.data_shards.building.settings import BuildConfig, BuildError
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.inspection.verify import verify
 from mixcl_dist.data_shards.storage.publishing import exclusive
 
