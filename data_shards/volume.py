@@ -66,16 +66,17 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return x, y, z
 
 
-def check_affine(affine: np.ndarray, where: Path) -> None:
-    """Raise `CaseError` unless `affine` is a grid of right angles with a spacing that a CT can have."""
+def check_affine(affine: np.ndarray, where: Path, unit: str = "mm") -> None:
+    """Raise `CaseError` unless `affine` (→ mm) is a grid of right angles with a spacing that a CT can have.
+
+    `unit` is the header's own unit of length, which the message names.
+    """
     spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or not all(MIN_SPACING_MM <= s <= MAX_SPACING_MM for s in spacing):
         shown = " x ".join(f"{s:g}" for s in spacing)
-        raise CaseError(
-            f"spacing of {shown} mm is impossible",
-            where=where,
-            cure="correct the header or convert the scan again",
-        )
+        stated = "" if unit == "mm" else f" (the header gives lengths in {unit})"
+        cure = "correct the header or convert the scan again"
+        raise CaseError(f"spacing of {shown} mm is impossible{stated}", where=where, cure=cure)
     directions = affine[:3, :3] / spacing
     cosines = directions.T @ directions - np.eye(3)
     shear = math.degrees(math.asin(min(1.0, float(np.abs(cosines).max()))))

@@ -72,6 +72,8 @@ def _shards_build(options: argparse.Namespace) -> int:
     if result.quarantined:
         listing = options.out / ".build" / "quarantine.jsonl"
         print(f"mixcl: {len(result.quarantined)} quarantined, listed in {listing}", file=sys.stderr)
+    shown = ", ".join(f"{count} {what}" for what, count in result.files.items())
+    print(f"{sum(result.files.values())} files seen: {shown}")
     return 1 if result.quarantined else 0
 
 

@@ -16,7 +16,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,8 @@ class BuildResult:
     """Cases whose patches this build appended."""
     absent: int
     """Cases in the shards that none of the sources has any more."""
+    files: Mapping[str, int]
+    """What the files of the sources are, in words → how many; each is counted once."""
 
 
 def build(
@@ -63,6 +65,7 @@ def build(
     """
     from mixcl_dist.data_shards import sources as readers
     from mixcl_dist.data_shards.building import appending, shuffle, spool
+    from mixcl_dist.data_shards.building.census import census
     from mixcl_dist.data_shards.building.processes import in_processes, in_this_process
 
     out = Path(os.path.abspath(out))  # elsewhere, the working directory is another one
@@ -91,7 +94,8 @@ def build(
                 manifest = base
             appending.remember(out, plan, manifest, refused)
             shutil.rmtree(folder)
-            return BuildResult(manifest, [entry.error for entry in refused], len(used), plan.absent)
+            files = census(opened, config.splits, refused, {case.name for case in manifest.cases})
+            return BuildResult(manifest, [entry.error for entry in refused], len(used), plan.absent, files)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 
 def choose_cases(opened: Sequence[Source], splits: Sequence[str]) -> tuple[list[Case], list[Quarantined]]:
     """The cases of the wanted splits, and what their sources or their names forbid."""
-    refused = [Quarantined.of(None, problem) for source in opened for problem in source.problems]
+    refused = [Quarantined.of(None, problem) for source in opened for problem in source.problems + source.strays]
     chosen: dict[str, Case] = {}
     for case in (case for source in opened for case in source.cases if case.split in splits):
         if len(case.name) > MAX_NAME:

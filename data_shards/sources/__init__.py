@@ -18,11 +18,14 @@ from mixcl_dist.data_shards.sources.folder import open_folder
 from mixcl_dist.data_shards.sources.images import open_images
 from mixcl_dist.data_shards.sources.label import read_label
 from mixcl_dist.data_shards.sources.splits import with_splits
+from mixcl_dist.data_shards.sources.tree import accounted, files_below, with_leftovers
 from mixcl_dist.data_shards.sources.voxels import read_voxels
 from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras
 
 __all__ = ["Case", "CaseError", "Source", "open_images", "open_source", "read_case"]
 
+NNUNET_FOLDERS = {"imagesTs": "withheld for tests", "labelsTs": "withheld for tests", "labelsTr": "labels of no case"}
+MASK_FOLDERS = {masks.MASKS: "masks of no class"}
 FAT_HU, SOFT_TISSUE_HU = -50, -300
 """Any CT, even cut out around an organ, has voxels of fat, lung or bowel gas below the first and of tissue
 above the second. Masks, PET and MR have none below; a CT stored with 1024 added neither."""
@@ -43,11 +46,18 @@ def open_source(path: Path) -> Source:
     file = decathlon.list_file(path)
     folder = path if file is None else file.parent
     classes = read_class_map(folder)
+    if file is None and not masks.is_masks(folder):
+        tree = files_below(folder)
+        return accounted(with_splits(mapped(open_folder(folder, tree, classes), classes, folder), folder), tree)
+    content = None if file is None else decathlon.read_json(file)
+    unnamed = classes.values() if classes else ()
+    source = masks.open_masks(folder) if file is None else _opened(file, content, unnamed)
+    source = with_splits(mapped(source, classes, folder), folder)
     if file is None:
-        source = masks.open_masks(folder) if masks.is_masks(folder) else open_folder(folder, classes)
-    else:
-        source = _opened(file, decathlon.read_json(file), classes.values() if classes else ())
-    return with_splits(mapped(source, classes, folder), folder)
+        return with_leftovers(source, files_below(folder), MASK_FOLDERS)
+    if isinstance(content, dict) and nnunet.is_nnunet(folder, content):
+        return with_leftovers(source, files_below(folder), NNUNET_FOLDERS)
+    return source
 
 
 def _opened(file: Path, content: Any, unnamed: ClassValues) -> Source:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +20,10 @@ BACKGROUND = "background"
 """Belongs to no class; in a label file 0 does so unnamed."""
 IGNORE = "ignore"
 """May belong to any class."""
-NIFTI_ENDINGS = (".nii.gz", ".nii")
+NIFTI_ENDINGS = (".nii.gz", ".nii", ".hdr.gz", ".hdr")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 VOXEL_ENDINGS = NIFTI_ENDINGS + ITK_ENDINGS
+"""In lower case; names are compared without regard to it."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,16 @@ class Source:
     """How cases of such a source get labels, as the cure where none has any."""
     unlisted: tuple[str, ...] = ()
     """Structures of RTSTRUCTs and SEGs that are in no class: their names where these may be told, else empty."""
+    strays: tuple[CaseError, ...] = ()
+    """What could be a scan and belongs to no case: a build names it, but no case suffers from it."""
+    others: Mapping[Path, str] = field(default_factory=dict)
+    """Every file of the source's folder that is no input of a case → what it is, in words."""
 
 
 def file_stem(file: Path) -> str:
     """The name of a file of voxels without its ending."""
-    return next((file.name.removesuffix(end) for end in VOXEL_ENDINGS if file.name.endswith(end)), file.stem)
+    ending = next((end for end in VOXEL_ENDINGS if file.name.lower().endswith(end)), file.suffix)
+    return file.name[: len(file.name) - len(ending)]
 
 
 def collect(

@@ -177,7 +177,7 @@ def _existing(file: Path, entry: Mapping[str, Any], key: str) -> Path:
     if not path.is_file():
         cure = "restore the file or remove the entry"
         raise CaseError(f"{key} of case {entry['image']} is missing: {path}", where=file, cure=cure)
-    if not path.name.endswith(VOXEL_ENDINGS):
+    if not path.name.lower().endswith(VOXEL_ENDINGS):
         cure = "convert it to .nii.gz, .nrrd or .mha"
         raise CaseError(f"{key} of case {entry['image']} cannot be read by its name: {path}", where=file, cure=cure)
     return path

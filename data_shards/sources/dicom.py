@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,11 +34,13 @@ DATASET = "dicom"
 """A folder may be named after a patient, so its name is not kept either."""
 DRAWINGS = frozenset({"SEG", "RTSTRUCT"})
 COMPANIONS = DRAWINGS | frozenset({"RTDOSE", "RTPLAN", "RTIMAGE", "REG", "SR", "PR", "KO", "OT", "DOC"})
-"""Modalities that describe or derive from a scan; they are passed over."""
+"""Modalities that describe or derive from a scan; they are counted, and passed over."""
 MAX_OFFSET = 0.05
 """How far a slice may lie from its place on an even grid, as a share of the slice distance. Coordinates
 rounded to 0.01 mm stay within it down to 0.2 mm slices; one missing or doubled slice exceeds it tenfold."""
+AGAIN = "copy it again, or remove it"
 HEADER_TAGS = [
+    "SOPClassUID",
     "Modality",
     "SeriesInstanceUID",
     "ImageType",
@@ -82,37 +84,52 @@ class _Slice:
     pixel_spacing: tuple[float, ...]
 
 
-def find_series(files: Sequence[Path]) -> tuple[list[Series], list[Path], list[CaseError]]:
-    """Every CT series among `files` as an unlabelled case, the RTSTRUCTs and SEGs, and one problem for each series
-    that cannot be used.
+@dataclass(frozen=True)
+class Found:
+    """What DICOM has among files."""
 
-    Files that are not DICOM, and other objects that are no scan, are passed over.
-    """
+    series: list[Series]
+    drawings: list[Path]
+    """RTSTRUCTs and SEGs."""
+    companions: dict[Path, str]
+    """Other objects that are no scan → their kind."""
+    foreign: list[Path]
+    """Files that are not DICOM."""
+    problems: list[CaseError]
+    """One for each file that cannot be read and each series that cannot be used."""
+
+
+def find_series(files: Sequence[Path]) -> Found:
+    """Every CT series among `files` as an unlabelled case, and what else there is."""
     groups: dict[tuple, list[_Slice]] = defaultdict(list)
-    found, drawings, problems = [], [], []
+    found = Found([], [], {}, [], [])
     for file in files:
         try:
             header = _read_header(file)
         except CaseError as problem:
-            problems.append(problem)
+            found.problems.append(problem)
         else:
             if isinstance(header, _Slice):
                 groups[header.series].append(header)
+            elif header is None:
+                found.foreign.append(file)
             elif header in DRAWINGS:
-                drawings.append(file)
+                found.drawings.append(file)
+            else:
+                found.companions[file] = header
     for slices in groups.values():
         try:
             ordered = _in_order(slices)
         except CaseError as problem:
-            problems.append(problem)
+            found.problems.append(problem)
         else:
             first = ordered[0]
             uid = str(first.series[0]) if len(first.series) == 1 else ""
             # A series without a UID is known by the content of its first slice.
             name = pseudonym(uid or hashlib.sha256(first.file.read_bytes()).hexdigest())
             case = Case(name, DATASET, "unlabelled", "dicom", tuple(one.file for one in ordered))
-            found.append(Series(case, uid, first.frame))
-    return found, drawings, problems
+            found.series.append(Series(case, uid, first.frame))
+    return found
 
 
 def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +145,7 @@ def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
         with guarded(file):
             dataset = dcmread(file, force=True)
             headers.append(_header(file, dataset))
-            images[file] = _hu(dataset)
+            images[file] = _hu(_announced(dataset))
     ordered = _in_order(headers)
     return untilt(np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered))
 
@@ -140,25 +157,47 @@ def guarded(file: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except CaseError:
+        raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        what = f"cannot be read as DICOM ({reason})"
-        raise CaseError(what, where=file, cure="copy it again, or remove it") from None
+        raise CaseError(f"cannot be read as DICOM ({reason})", where=file, cure=AGAIN) from None
 
 
 def _read_header(file: Path) -> _Slice | str | None:
-    """What is needed of a header; only the modality of what is no scan, None for what is no DICOM."""
+    """What is needed of a header; only the kind of what is no scan, None for what is no DICOM."""
     from pydicom import dcmread
     from pydicom.misc import is_dicom
+    from pydicom.uid import UID
 
     with guarded(file):
-        if file.suffix.lower() not in (".dcm", ".ima") and not is_dicom(file):
+        if not (file.suffix.lower() in (".dcm", ".dicom", ".ima") or is_dicom(file) or _is_bare(file)):
             return None
         dataset = dcmread(file, stop_before_pixels=True, force=True, specific_tags=HEADER_TAGS)
-        if "Modality" not in dataset and "MediaStorageSOPClassUID" not in dataset.file_meta:
+        kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+        if "Modality" not in dataset and not kind:
             raise ValueError("no DICOM elements")
-        modality = str(dataset.get("Modality"))
-        return _header(file, dataset) if "Rows" in dataset and modality not in COMPANIONS else modality
+        modality = str(dataset.get("Modality") or "DICOM without modality")
+        if modality in COMPANIONS:
+            return modality
+        if "Rows" in dataset:
+            return _header(file, dataset)
+        if modality != "CT" and "Image Storage" not in UID(kind or "").name:
+            return modality
+    raise CaseError("is a DICOM image of which only the beginning is here", where=file, cure=AGAIN)
+
+
+def _is_bare(file: Path) -> bool:
+    """Whether `file` is DICOM without the preamble that announces it: it begins with a low tag of group 8 or 2."""
+    from pydicom import dcmread
+
+    with file.open("rb") as stream:
+        first = stream.read(8)
+    if len(first) < 8 or not ((first[:2] in (b"\x08\0", b"\x02\0") and not first[3]) or first[:3] == b"\0\x08\0"):
+        return False
+    with suppress(Exception):  # which pydicom raises of all kinds for what is no DICOM
+        return "SOPClassUID" in dcmread(file, stop_before_pixels=True, force=True, specific_tags=["SOPClassUID"])
+    return False
 
 
 def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
@@ -234,6 +273,17 @@ def _affine(ordered: Sequence[_Slice]) -> np.ndarray:
     lps[:3, 2] = (positions[-1] - positions[0]) / (len(positions) - 1)
     lps[:3, 3] = positions[0]
     return LPS_TO_RAS @ lps
+
+
+def _announced(dataset: pydicom.FileDataset) -> pydicom.FileDataset:
+    """`dataset` with the encoding that its missing preamble would have told; nothing else is packed there."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    return dataset
 
 
 def _hu(dataset: pydicom.Dataset) -> np.ndarray:

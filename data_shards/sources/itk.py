@@ -24,6 +24,8 @@ PLACING = (
     ("ElementSpacing", "ElementSize"),
 )
 """What a MetaImage header must have to place its voxels, each under one of several names."""
+NRRD_MM = {"": 1.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3, "cm": 10.0, "m": 1e3}
+"""Unit of length, as NRRD headers have it → mm; SimpleITK takes all of them for mm."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -55,7 +57,7 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     packed = fields.get("CompressedData", "").lower() == "true"
     unpacked_bytes = _unpacked_bytes(path, data, begin if data == path else 0) if packed else None
     try:
-        image = sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if "encoding" in fields else "MetaImageIO")
     except RuntimeError:  # whose text is a page and quotes the header
         raise _unreadable(path, "its header is wrong or its voxels are not all there") from None
     if image.GetNumberOfComponentsPerPixel() > 1 or image.GetDimension() != 3:
@@ -69,8 +71,20 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     lps = np.eye(4)
     lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     lps[:3, 3] = image.GetOrigin()
-    check_affine(LPS_TO_RAS @ lps, path)
-    return voxels, LPS_TO_RAS @ lps
+    unit, mm = _unit(path, fields)
+    affine = np.diag([mm, mm, mm, 1.0]) @ LPS_TO_RAS @ lps
+    check_affine(affine, path, unit)
+    return voxels, affine
+
+
+def _unit(path: Path, fields: dict[str, str]) -> tuple[str, float]:
+    """The unit of length of an NRRD's space and how many mm it is; raises `CaseError` unless there is one."""
+    units = {unit.strip().lower() for unit in fields.get("space units", "").split('"')} - {""} or {""}
+    if len(units) > 1 or not units <= NRRD_MM.keys():
+        what = "the header gives lengths in several units, or in one that is unknown"
+        raise CaseError(what, where=path, cure='write `space units: "mm" "mm" "mm"` and lengths in mm')
+    (unit,) = units
+    return unit or "mm", NRRD_MM[unit]
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:

@@ -9,16 +9,16 @@ import numpy as np
 
 from mixcl_dist.data_shards.sources.case import NIFTI_ENDINGS
 from mixcl_dist.data_shards.sources.itk import itk_files, read_itk
-from mixcl_dist.data_shards.sources.nifti import read_nifti
+from mixcl_dist.data_shards.sources.nifti import nifti_files, read_nifti
 
 
 def format_of(path: Path) -> Literal["nifti", "itk"]:
-    return "nifti" if path.name.endswith(NIFTI_ENDINGS) else "itk"
+    return "nifti" if path.name.lower().endswith(NIFTI_ENDINGS) else "itk"
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """`path` and, where its voxels lie in a file of their own, that file; raises `CaseError`."""
-    return (path,) if format_of(path) == "nifti" else itk_files(path)
+    return nifti_files(path) if format_of(path) == "nifti" else itk_files(path)
 
 
 def read_voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:
