@@ -15,22 +15,18 @@ from mixcl_dist.data_shards.sources.case import Case, ClassValues, Source
 from mixcl_dist.data_shards.sources.classes import mapped, read_class_map
 from mixcl_dist.data_shards.sources.dicom import read_series
 from mixcl_dist.data_shards.sources.folder import open_folder
+from mixcl_dist.data_shards.sources.hounsfield import check_hu
 from mixcl_dist.data_shards.sources.images import open_images
 from mixcl_dist.data_shards.sources.label import read_label
 from mixcl_dist.data_shards.sources.splits import with_splits
 from mixcl_dist.data_shards.sources.tree import accounted, files_below, with_leftovers
 from mixcl_dist.data_shards.sources.voxels import read_voxels
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras, untilt
 
 __all__ = ["Case", "CaseError", "Source", "open_images", "open_source", "read_case"]
 
 NNUNET_FOLDERS = {"imagesTs": "withheld for tests", "labelsTs": "withheld for tests", "labelsTr": "labels of no case"}
 MASK_FOLDERS = {masks.MASKS: "masks of no class"}
-FAT_HU, SOFT_TISSUE_HU = -50, -300
-"""Any CT, even cut out around an organ, has voxels of fat, lung or bowel gas below the first and of tissue
-above the second. Masks, PET and MR have none below; a CT stored with 1024 added neither."""
-MIN_SHARE = 1e-3
-MIN_VALUES = 50
 
 
 def open_source(path: Path) -> Source:
@@ -77,31 +73,17 @@ def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | No
     are broken, are not CT in HU, or whose label does not belong to the image or has values beyond
     `case.label_values`.
     """
-    voxels, stored_affine = read_series(case.files) if case.format == "dicom" else read_voxels(case.files[0])
-    hu, affine = to_ras(_as_hu(voxels), stored_affine)
-    _refuse_unless_ct(hu, case.files[0])
-    label = read_label(case, catalogue, voxels.shape, stored_affine) if case.labels else None
+    where = case.files[0]
+    voxels, affine = read_series(case.files) if case.format == "dicom" else read_voxels(where)
+    check_hu(voxels, where)
+    stored, stored_affine = untilt(_as_hu(voxels), affine) if case.format == "dicom" else (_as_hu(voxels), affine)
+    hu, affine = to_ras(stored, stored_affine)
+    label = read_label(case, catalogue, stored.shape, stored_affine) if case.labels else None
     volume = Volume(hu, affine, label)
     return volume if spacing_mm is None else resample(volume, spacing_mm)
 
 
 def _as_hu(voxels: np.ndarray) -> np.ndarray:
     """Whole HU; what lies below air marks the outside of the scanner's field of view, so it becomes air."""
-    return np.clip(np.rint(voxels), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
-
-
-def _refuse_unless_ct(hu: np.ndarray, where: Path) -> None:
-    counts = np.zeros(np.iinfo(np.int16).max - AIR_HU + 1, dtype=np.int64)
-    for plane in hu:
-        counts += np.bincount(plane.ravel().astype(np.int32) - AIR_HU, minlength=len(counts))
-    counts[0] = 0  # outside of the field of view, or set there by whoever masked the scan
-    share = np.cumsum(counts) / max(1, counts.sum())  # of voxels up to each HU
-    if np.count_nonzero(counts) < MIN_VALUES:
-        what = f"has only {np.count_nonzero(counts)} different values: a mask rather than a CT"
-    elif share[FAT_HU - AIR_HU] < MIN_SHARE:
-        what = f"has next to nothing below {FAT_HU} HU, so no air or fat: not a CT in HU"
-    elif 1 - share[SOFT_TISSUE_HU - AIR_HU] < MIN_SHARE:
-        what = f"has next to nothing above {SOFT_TISSUE_HU} HU: only air"
-    else:
-        return
-    raise CaseError(what, where=where, cure="leave it out, or convert its values to HU")
+    whole = voxels if voxels.dtype.kind in "iu" else np.rint(voxels)
+    return np.clip(whole, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)

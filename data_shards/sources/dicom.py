@@ -21,7 +21,7 @@ import numpy as np
 
 from mixcl_dist.data_shards.sources.case import Case
 from mixcl_dist.data_shards.sources.pseudonym import pseudonym
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine, untilt, untilted
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, check_affine, untilted
 
 if TYPE_CHECKING:
     import pydicom
@@ -133,10 +133,10 @@ def find_series(files: Sequence[Path]) -> Found:
 
 
 def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """The (X, Y, Z) int16 HU of the slices in `files` and their (4, 4) affine → RAS+ mm.
+    """The (X, Y, Z) int16 HU of the slices in `files`, as stored, and their (4, 4) affine → RAS+ mm.
 
-    Voxels that the scanner marked as padding are air. A series with a tilted gantry is brought to a grid with right
-    angles by moving each slice within its plane. Raises `CaseError`.
+    Voxels that the scanner marked as padding are air. The affine of a series with a tilted gantry is sheared (see
+    `untilt`). Raises `CaseError`.
     """
     from pydicom import dcmread
 
@@ -147,7 +147,7 @@ def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
             headers.append(_header(file, dataset))
             images[file] = _hu(_announced(dataset))
     ordered = _in_order(headers)
-    return untilt(np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered))
+    return np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered)
 
 
 @contextmanager
@@ -294,4 +294,4 @@ def _hu(dataset: pydicom.Dataset) -> np.ndarray:
     if padding is not None:
         limit = dataset.get("PixelPaddingRangeLimit", padding)
         hu[(stored >= min(padding, limit)) & (stored <= max(padding, limit))] = AIR_HU
-    return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16).T
+    return np.clip(hu, np.iinfo(np.int16).min, np.iinfo(np.int16).max).astype(np.int16).T

@@ -18,6 +18,7 @@ from mixcl_dist.data_shards.sources.decathlon import list_file, read_json
 from mixcl_dist.data_shards.sources.folder import open_folder
 from mixcl_dist.data_shards.sources.masks import APART, IMAGE, is_masks
 from mixcl_dist.data_shards.sources.nnunet import is_nnunet
+from mixcl_dist.data_shards.sources.tree import files_below
 from mixcl_dist.data_shards.sources.voxels import files_of, format_of
 from mixcl_dist.data_shards.volume import CaseError
 
@@ -32,7 +33,7 @@ def open_images(path: Path) -> Source:
     path = Path(os.path.abspath(path))
     file = list_file(path)
     if file is None and not is_masks(path):
-        return open_folder(path, None)
+        return open_folder(path, files_below(path), None)
     folder = path if file is None else file.parent
     content = {} if file is None else read_json(file)
     if file is None:

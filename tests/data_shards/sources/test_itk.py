@@ -169,6 +169,21 @@ def test_a_metaimage_without_a_place_is_refused(tmp_path, field):
         read_itk(metaimage(tmp_path / "a.mha", ct_values(), drop=field))
 
 
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1.0), ("cm", 10.0)])
+def test_an_nrrds_lengths_are_in_its_space_units(tmp_path, unit, mm):
+    path = nrrd(tmp_path / "a.nrrd", ct_values(), "RAS")
+    units = " ".join([f'"{unit}"'] * 3).encode()
+    path.write_bytes(path.read_bytes().replace(b"sizes:", b"space units: " + units + b"\nsizes:"))
+    np.testing.assert_allclose(read_itk(path)[1][:3], mm * affine_in("RAS")[:3], atol=1e-9)
+
+
+def test_an_nrrd_of_an_unknown_unit_is_refused(tmp_path):
+    path = nrrd(tmp_path / "a.nrrd", ct_values(), "RAS")
+    path.write_bytes(path.read_bytes().replace(b"sizes:", b'space units: "inch" "inch" "inch"\nsizes:'))
+    with pytest.raises(CaseError, match="lengths in several units, or in one that is unknown"):
+        read_itk(path)
+
+
 def test_a_key_of_the_writers_own_is_no_field(tmp_path):
     """In NRRD `key:=value` is free text."""
     path = nrrd(tmp_path / "a.nrrd", ct_values(), "LPS")
