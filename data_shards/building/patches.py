@@ -31,13 +31,14 @@ def patch_origins(
     """First voxels of the patches that cover `volume`, without those that hold almost only air.
 
     Along each axis the first patch begins at 0, the last ends at the border, and the rest lie evenly between, each
-    sharing at least `overlap` of its edge with the next. `min_body_fraction` is the smallest share of voxels above
-    -500 HU. The volume must be at least as large as a patch in every axis (see `pad_to`).
+    sharing at least `overlap` of its edge with the next; an axis shorter than a patch has one, which reaches beyond
+    (see `pad_to`). `min_body_fraction` is the smallest share above -500 HU of the volume's own voxels in a patch:
+    what it is padded with is no air of the scan.
     """
     x, y, z = (_axis_starts(length, edge, overlap) for length, edge in zip(volume.hu.shape, patch_size, strict=True))
     body = volume.hu > BODY_HU
-    needed = min_body_fraction * math.prod(patch_size)
-    return [origin for origin in product(x, y, z) if body[_box(origin, patch_size)].sum() >= needed]
+    boxes = ((origin, body[_box(origin, patch_size)]) for origin in product(x, y, z))
+    return [origin for origin, inside in boxes if inside.sum() >= min_body_fraction * inside.size]
 
 
 def cut(volume: Volume, origin: Sequence[int], patch_size: Sequence[int]) -> Volume:
@@ -50,11 +51,9 @@ def cut(volume: Volume, origin: Sequence[int], patch_size: Sequence[int]) -> Vol
 
 
 def _axis_starts(length: int, edge: int, overlap: float) -> list[int]:
-    if length < edge:
-        raise ValueError(f"a volume of {length} voxels is smaller than a patch of {edge}; pad it first")
-    step = max(1, math.floor(edge * (1 - overlap)))
-    count = 1 + math.ceil((length - edge) / step)
-    return [int(start) for start in np.linspace(0, length - edge, count).round()]
+    beyond = max(0, length - edge)
+    count = 1 + math.ceil(beyond / max(1, math.floor(edge * (1 - overlap))))
+    return [int(start) for start in np.linspace(0, beyond, count).round()]
 
 
 def _box(origin: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:

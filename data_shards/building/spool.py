@@ -191,8 +191,8 @@ def spool_case(stamped: tuple[Case, str], catalogue: Catalogue, config: BuildCon
 
 def cut_patches(body: Volume, config: BuildConfig) -> list[Volume]:
     """The patches of a volume, in order."""
+    origins = patch_origins(body, config.patch_size, config.overlap, config.min_body_fraction)
     padded = pad_to(body, config.patch_size)
-    origins = patch_origins(padded, config.patch_size, config.overlap, config.min_body_fraction)
     return [cut(padded, origin, config.patch_size) for origin in origins]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,9 +55,19 @@ def test_a_volume_smaller_than_a_patch_gets_air_at_its_far_end():
     np.testing.assert_array_equal(padded.affine, volume.affine)
 
 
-def test_a_volume_smaller_than_a_patch_must_be_padded_first():
-    with pytest.raises(ValueError, match="pad it first"):
-        patch_origins(volume_of(np.zeros((5, 9, 9))), (8, 8, 8), 0.25, 0.0)
+@given(shape=st.tuples(*[st.integers(1, 12)] * 3), patch=st.tuples(*[st.integers(1, 12)] * 3), share=st.floats(0.01, 1))
+def test_padding_counts_neither_as_body_nor_as_air(shape, patch, share):
+    """However thin a scan is: it is cut where its own voxels hold enough body, as one that needs no padding."""
+    hu = np.where(np.random.default_rng(sum(shape)).random(shape) < 0.5, 40, -1000)
+    within = tuple(min(length, edge) for length, edge in zip(shape, patch, strict=True))
+    found = patch_origins(volume_of(hu), patch, 0.25, share)
+    assert found == [
+        origin
+        for origin in patch_origins(volume_of(np.zeros(shape)), patch, 0.25, 0.0)
+        if (hu[tuple(slice(o, o + edge) for o, edge in zip(origin, within, strict=True))] > -500).mean() >= share
+    ]
+    padded = pad_to(volume_of(hu), patch)
+    assert all(cut(padded, origin, patch).hu.shape == patch for origin in found)
 
 
 def test_a_cut_patch_lies_where_it_lay_in_the_volume():

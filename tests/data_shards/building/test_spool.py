@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.processes import in_this_process
+from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.building.spool import quantised
 from mixcl_dist.data_shards.format.codec import DESCRIPTION
 from mixcl_dist.data_shards.inspection.verify import verify
@@ -27,6 +28,17 @@ def test_a_volume_smaller_than_a_patch_is_padded_with_air(cohort, small_config, 
     build([cohort("a")], tmp_path / "out", config)
     for sample in samples_of(tmp_path / "out"):
         assert sample["offset_voxels"][0] == 0 and (sample["ct.b2"][40:] == -1024).all()
+
+
+def test_a_slab_of_three_slices_is_used_with_default_settings(cohort, tmp_path):
+    source = cohort("a")
+    image = nib.load(source / "a.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:, :, 14:17], image.affine), source / "a.nii.gz")
+    build([source], tmp_path / "out", BuildConfig(), run=in_this_process)
+    (sample,) = samples_of(tmp_path / "out")
+    slab = np.maximum(nib.load(source / "a.nii.gz").dataobj, -1024)
+    np.testing.assert_array_equal(sample["ct.b2"][:40, :36, :3], slab)
+    assert (sample["ct.b2"][:, :, 3:] == -1024).all()
 
 
 @pytest.mark.parametrize(("codec", "member"), [("fast", "ct.b2"), ("small", "ct.pco")])
