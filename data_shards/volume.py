@@ -92,7 +92,12 @@ def check_voxels(voxels: np.ndarray, where: Path) -> None:
     """Raise `CaseError` unless `voxels` are a volume of finite numbers."""
     if voxels.ndim != 3 or min(voxels.shape) < 2:
         shape = " x ".join(map(str, voxels.shape))
-        raise CaseError(f"a volume is needed, not {shape} voxels", where=where, cure="split or stack it into volumes")
+        split, stack = "write a file for each time, phase or channel", "stack its slices into a volume"
+        cure = split if voxels.ndim > 3 else stack
+        raise CaseError(f"a volume is needed, not {shape} voxels", where=where, cure=cure)
+    if voxels.dtype.names:
+        cure = "leave it out: it is a picture of a scan, not in HU"
+        raise CaseError(f"voxels are colours ({', '.join(voxels.dtype.names)})", where=where, cure=cure)
     if voxels.dtype.kind not in "iuf":
         raise CaseError(f"voxels are {voxels.dtype}, not numbers", where=where, cure="convert the scan to HU")
     if voxels.dtype.kind == "f" and (bad := np.count_nonzero(~np.isfinite(voxels))):

@@ -75,8 +75,8 @@ class _Slice:
     series: tuple
     frame: str
     localizer: bool
-    planar: bool
-    """One grey image with a place in the patient."""
+    oddity: tuple[str, str] | None
+    """Why it is not one grey image with a place in the patient, and what to do about it."""
     size: tuple[int, int]
     """Columns, rows."""
     orientation: tuple[float, ...]
@@ -145,7 +145,7 @@ def read_series(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
         with guarded(file):
             dataset = dcmread(file, force=True)
             headers.append(_header(file, dataset))
-            images[file] = _hu(_announced(dataset))
+            images[file] = _hu(dataset, _stored(file, _announced(dataset)))
     ordered = _in_order(headers)
     return np.stack([images[one.file] for one in ordered], axis=-1), _affine(ordered)
 
@@ -211,7 +211,13 @@ def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
     size = (int(dataset.get("Columns") or 0), int(dataset.get("Rows") or 0))
     orientation, position = numbers("ImageOrientationPatient", 6), numbers("ImagePositionPatient", 3)
     pixel_spacing = numbers("PixelSpacing", 2)
-    single = dataset.get("SamplesPerPixel", 1) == 1 and (dataset.get("NumberOfFrames") or 1) == 1
+    oddity = None
+    if int(dataset.get("NumberOfFrames") or 1) > 1:
+        oddity = "has multi-frame images", "convert it to NIfTI, e.g. with dcm2niix, or to one file for each slice"
+    elif dataset.get("SamplesPerPixel", 1) != 1:
+        oddity = "has colour images", "leave it out: it is a picture of a scan, not in HU"
+    elif not (orientation and position and pixel_spacing):
+        oddity = "has no positions, orientations or pixel spacings", "convert it to NIfTI if it is a scan"
     modality, uid = str(dataset.get("Modality") or "unknown"), dataset.get("SeriesInstanceUID")
     frame = dataset.get("FrameOfReferenceUID")
     return _Slice(
@@ -220,7 +226,7 @@ def _header(file: Path, dataset: pydicom.Dataset) -> _Slice:
         series=(uid,) if uid else (file.parent, modality, frame, size, orientation, pixel_spacing),
         frame=str(frame or ""),
         localizer="LOCALIZER" in (dataset.get("ImageType") or ()),
-        planar=bool(single and orientation and position and pixel_spacing),
+        oddity=oddity,
         size=size,
         orientation=orientation,
         position=position,
@@ -239,8 +245,8 @@ def _in_order(slices: Sequence[_Slice]) -> list[_Slice]:
         raise refuse(f"is {', '.join(modalities)}, not CT", "leave it out")
     if any(one.localizer for one in slices):
         raise refuse("holds a localizer", "leave the localizer out")
-    if not all(one.planar for one in slices):
-        raise refuse("has multi-frame or colour images or no positions", "convert it to NIfTI if it is a scan")
+    if oddity := next((one.oddity for one in slices if one.oddity), None):
+        raise refuse(*oddity)
     if len(slices) == 1:
         raise refuse("has a single slice", "add the other slices or leave it out")
     if len({one.size for one in slices}) > 1 or not all(
@@ -286,9 +292,31 @@ def _announced(dataset: pydicom.FileDataset) -> pydicom.FileDataset:
     return dataset
 
 
-def _hu(dataset: pydicom.Dataset) -> np.ndarray:
+def _stored(file: Path, dataset: pydicom.FileDataset) -> np.ndarray:
+    """The (rows, columns) values of one slice; raises `CaseError` for what is whole and cannot be decoded here."""
+    from pydicom.encaps import get_frame
+    from pydicom.uid import UID
+
+    if not {"PixelData", "FloatPixelData", "DoubleFloatPixelData"} & set(dataset.dir()):
+        raise CaseError("is a DICOM image without voxels", where=file, cure=AGAIN)
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
+    known = f"{syntax.name} (transfer syntax {syntax})" if syntax.name != syntax else "a private transfer syntax"
+    unpack = "unpack it first, e.g. with `gdcmconv --raw` or `dcmdjpeg`"
+    try:
+        return dataset.pixel_array
+    except NotImplementedError:
+        raise CaseError(f"voxels are packed as {known}, which is not read", where=file, cure=unpack) from None
+    except Exception:
+        if not syntax.is_encapsulated or not get_frame(dataset.PixelData, 0, number_of_frames=1).rstrip(
+            b"\0\xff"
+        ).endswith(b"\xff\xd9"):
+            raise
+        what = f"voxels are packed as {known}, in a process that cannot be decoded here, though they are all there"
+        raise CaseError(what, where=file, cure=f"{unpack}; copy it again if that fails") from None
+
+
+def _hu(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     """The (columns, rows) int16 HU of one slice; padding is air."""
-    stored = dataset.pixel_array
     hu = np.rint(stored * float(dataset.get("RescaleSlope", 1)) + float(dataset.get("RescaleIntercept", 0)))
     padding = dataset.get("PixelPaddingValue")
     if padding is not None:

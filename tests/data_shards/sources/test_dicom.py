@@ -17,6 +17,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import JPEG2000MC, MPEG2MPML
 
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_case
@@ -265,7 +268,8 @@ def test_a_slice_twice_is_refused(series):
         ({"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}, "mixes"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "holds a localizer"),
         ({"ImagePositionPatient": None}, "no positions"),
-        ({"NumberOfFrames": 12}, "multi-frame"),
+        ({"NumberOfFrames": 12}, "has multi-frame images; convert it to NIfTI, e.g. with dcm2niix"),
+        ({"SamplesPerPixel": 3}, "has colour images; leave it out"),
         ({"Modality": "MR"}, "is MR, not CT"),
         ({"Modality": ""}, "is unknown, not CT"),
     ],
@@ -287,6 +291,58 @@ def test_a_truncated_slice_is_quarantined_when_read(series):
     case = only_case(series)
     case.files[5].write_bytes(case.files[5].read_bytes()[:-1000])
     with pytest.raises(CaseError, match=rf"{case.files[5].name}: cannot be read as DICOM"):
+        read_case(case, NO_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "says"),
+    [
+        (JPEG2000MC, "JPEG 2000 Part 2 Multi-component Image Compression (transfer syntax 1.2.840.10008.1.2.4.93)"),
+        (MPEG2MPML, "MPEG2 Main Profile / Main Level (transfer syntax 1.2.840.10008.1.2.4.100)"),
+        ("1.2.840.113619.5.2", "packed as a private transfer syntax, which is not read"),
+    ],
+)
+def test_voxels_that_are_packed_in_a_way_that_is_not_read_say_which(series, syntax, says):
+    case = only_case(series)
+    for file in case.files:
+        dataset = pydicom.dcmread(file)
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = encapsulate([b"\xff\xd8 whatever \xff\xd9"])
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+        pydicom.dcmwrite(file, dataset, implicit_vr=False, little_endian=True, overwrite=True)
+    with pytest.raises(CaseError) as refused:
+        read_case(case, NO_CLASSES)
+    assert says in str(refused.value) and "unpack it first" in refused.value.cure
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_sound_jpeg_of_a_process_that_is_not_decoded_is_not_called_broken(series, whole):
+    """12 bits a pixel in a scan whose last coefficient is not said: valid, and refused by libjpeg."""
+    jpeg = pydicom.dcmread(get_testdata_file("JPEG-lossy.dcm", download=False))
+    frame = get_frame(jpeg.PixelData, 0)
+    case = only_case(series)
+    for file in case.files:
+        dataset = pydicom.dcmread(file)
+        dataset.file_meta.TransferSyntaxUID = jpeg.file_meta.TransferSyntaxUID
+        dataset.PixelData = encapsulate([frame if whole else frame[: len(frame) // 2]])
+        dataset["PixelData"].VR = "OB"
+        dataset["PixelData"].is_undefined_length = True
+        dataset.save_as(file)
+    with pytest.raises(CaseError) as refused:
+        read_case(case, NO_CLASSES)
+    named = "JPEG Extended (Process 2 and 4) (transfer syntax 1.2.840.10008.1.2.4.51), in a process" in str(
+        refused.value
+    )
+    assert named == whole and ("cannot be read as DICOM" in str(refused.value)) != whole
+
+
+def test_an_image_without_voxels_says_so(series):
+    case = only_case(series)
+    dataset = pydicom.dcmread(case.files[3])
+    del dataset.PixelData
+    dataset.save_as(case.files[3])
+    with pytest.raises(CaseError, match="is a DICOM image without voxels"):
         read_case(case, NO_CLASSES)
 
 

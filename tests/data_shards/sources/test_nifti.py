@@ -86,6 +86,7 @@ def mask_like_pet() -> np.ndarray:
         (np.where(organ_values() == 1, np.nan, ct_values()), "36 voxels are NaN"),
         (np.where(organ_values() == 1, np.inf, ct_values()), "36 voxels are NaN or infinite"),
         (ct_values().astype(np.complex64), "complex64"),
+        (np.zeros((12, 14, 10), [("R", "u1"), ("G", "u1"), ("B", "u1")]), r"voxels are colours \(R, G, B\)"),
         (organ_values(), "only 3 different values: a mask"),
         (mask_like_pet(), "no air or fat: not a CT in HU"),
         (ct_values() + np.int16(1024), "not a CT in HU"),
@@ -131,6 +132,27 @@ def test_a_missing_or_foreign_file_is_refused(tmp_path):
     for name in ("a.nii.gz", "b.nii.gz"):
         with pytest.raises(CaseError, match=f"{name}: cannot be read as NIfTI"):
             read(nifti_case(tmp_path / name))
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0), ("unknown", 1.0)])
+def test_lengths_are_in_the_unit_of_the_header_as_simpleitk_has_it(tmp_path, unit, mm):
+    affine = np.diag([-2 / mm, -2 / mm, 3 / mm, 1.0])
+    affine[:3, 3] = np.array([40.0, -30, 20]) / mm
+    image = nib.Nifti1Image(ct_values(), affine)
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    volume, peer = read(nifti_case(tmp_path / "a.nii")), sitk.ReadImage(str(tmp_path / "a.nii"))
+    np.testing.assert_allclose(volume.spacing, peer.GetSpacing(), rtol=1e-5)
+    np.testing.assert_allclose(volume.affine @ [11, 13, 0, 1], [40, -30, 20, 1], rtol=1e-5)
+
+
+def test_an_impossible_length_names_the_unit_that_the_header_gives(tmp_path):
+    image = nib.Nifti1Image(ct_values(), np.diag([40.0, 40, 40, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii")
+    stated = r"0\.04 x 0\.04 x 0\.04 mm is impossible \(the header gives lengths in microns\)"
+    with pytest.raises(CaseError, match=stated):
+        read(nifti_case(tmp_path / "a.nii"))
 
 
 def test_a_header_without_orientation_or_with_an_impossible_one_is_refused(tmp_path):
