@@ -29,11 +29,16 @@ class CaseError(ValueError):
     """A case that cannot be used; `str()` is one line: where, what is wrong, what to do about it."""
 
     def __init__(self, what: str, *, where: Path, cure: str) -> None:
-        self.what, self.where, self.cure = what, Path(where), cure
-        super().__init__(" ".join(f"{where}: {what}; {cure}".split()))
+        self.what, self.where, self.cure = shown(what), Path(where), shown(cure)
+        super().__init__(" ".join(f"{shown(self.where)}: {self.what}; {self.cure}".split()))
 
     def __reduce__(self):  # the keyword arguments do not survive default pickling between processes
         return _case_error, (self.what, self.where, self.cure)
+
+
+def shown(path: Path | str) -> str:
+    """`path`, or a message that holds one, in text that can be written anywhere, bytes that are not UTF-8 as \\xfc."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _case_error(what: str, where: Path, cure: str) -> CaseError:

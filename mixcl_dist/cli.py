@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
+import getpass
 import io
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop, and to be put into a scheduler's queue again.
     """
     _print_anything()
+    _stand_in_for_a_user()
     options = _options(list(sys.argv[1:] if arguments is None else arguments))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # else nothing would be said
@@ -49,6 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"mixcl: {error}", file=sys.stderr)
         return 2
+
+
+def _stand_in_for_a_user() -> None:
+    """Give a user without an entry in passwd, as of `docker run --user 45678`, the name and the folder for caches that
+    libraries ask for when they are imported."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user-{os.getuid()}"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is None or not os.access(home, os.W_OK):
+        caches = {"MPLCONFIGDIR", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"} - os.environ.keys()
+        folder = tempfile.TemporaryDirectory(prefix="mixcl-", ignore_cleanup_errors=True)  # nobody else's to write in
+        os.environ |= dict.fromkeys(caches, folder.name)
+        atexit.register(folder.cleanup)
 
 
 def _shards_build(options: argparse.Namespace) -> int:

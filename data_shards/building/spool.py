@@ -24,7 +24,7 @@ from mixcl_dist.data_shards.format.manifest import HU_BINS, CaseRecord, sample_k
 from mixcl_dist.data_shards.format.shard import write_shard
 from mixcl_dist.data_shards.sources import Case, Source, read_case
 from mixcl_dist.data_shards.storage.publishing import publish
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, crop_to_body, resample
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, crop_to_body, resample, shown
 
 MAX_NAME = 80
 """Characters of a case name: with patch number and member it must fit into a USTAR header."""
@@ -44,7 +44,7 @@ class Quarantined:
 
     @classmethod
     def of(cls, case: str | None, error: CaseError, stamp: str = "") -> Quarantined:
-        return cls(case, str(error.where), error.what, error.cure, stamp)
+        return cls(case, shown(error.where), error.what, error.cure, stamp)
 
     @property
     def error(self) -> CaseError:

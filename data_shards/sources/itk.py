@@ -6,12 +6,15 @@ passes over are looked at before: a header that does not say which side is left,
 
 from __future__ import annotations
 
+import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from mixcl_dist.data_shards.volume import CaseError, check_affine, check_voxels
+from mixcl_dist.data_shards.volume import CaseError, check_affine, check_voxels, shown
 
 MAX_HEADER_BYTES = CHUNK_BYTES = 1 << 20
 NRRD_SPACES = frozenset(
@@ -57,7 +60,8 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     packed = fields.get("CompressedData", "").lower() == "true"
     unpacked_bytes = _unpacked_bytes(path, data, begin if data == path else 0) if packed else None
     try:
-        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if "encoding" in fields else "MetaImageIO")
+        with _text_name(path, data) as name:
+            image = sitk.ReadImage(name, imageIO="NrrdImageIO" if "encoding" in fields else "MetaImageIO")
     except RuntimeError:  # whose text is a page and quotes the header
         raise _unreadable(path, "its header is wrong or its voxels are not all there") from None
     if image.GetNumberOfComponentsPerPixel() > 1 or image.GetDimension() != 3:
@@ -75,6 +79,20 @@ def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     affine = np.diag([mm, mm, mm, 1.0]) @ LPS_TO_RAS @ lps
     check_affine(affine, path, unit)
     return voxels, affine
+
+
+@contextmanager
+def _text_name(path: Path, data: Path) -> Iterator[str]:
+    """A name of `path` that is text, as SimpleITK needs it, with `data` beside it."""
+    if shown(path) == str(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        header = Path(folder, "header" + path.suffix)
+        header.symlink_to(path)
+        if data != path:
+            Path(folder, data.name).symlink_to(data)
+        yield str(header)
 
 
 def _unit(path: Path, fields: dict[str, str]) -> tuple[str, float]:
