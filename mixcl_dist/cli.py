@@ -150,6 +150,20 @@ def _shards_dedup(options: argparse.Namespace) -> int:
     return 1 if found or scans.problems else 0
 
 
+def _shards_trace(options: argparse.Namespace) -> int:
+    from mixcl_dist.data_shards.sources import open_source
+    from mixcl_dist.data_shards.sources.pseudonym import KEY_VARIABLE, traced
+    from mixcl_dist.data_shards.volume import shown
+
+    files = traced() | {case.name: case.files[0] for path in options.source for case in open_source(path).cases}
+    if options.name in files:
+        print(shown(files[options.name]))
+        return 0
+    cure = f"name the sources that it was built from, and set {KEY_VARIABLE} as it was then"
+    print(f"mixcl: {options.name}: no build of this user has named a scan so; {cure}", file=sys.stderr)
+    return 1
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -494,6 +508,11 @@ def _add_shards(verbs: Any) -> None:
         metavar="LIST",
         help="the same, of the cases to test on: every image it names",
     )
+
+    summary, example = "which file a pseudonym stands for", "mixcl shards trace ct-4b08f21ad3991b27 archive/"
+    add = _verb(on_shards, "trace", _shards_trace, summary, example, takes_settings=False)
+    add("name", metavar="PSEUDONYM", help="name of a case, as messages and shards have it")
+    add("source", nargs="*", type=Path, metavar="SOURCE", help="where to look beside what builds have kept")
 
 
 def _add_training(verbs: Any) -> None:

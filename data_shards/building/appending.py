@@ -29,6 +29,7 @@ from mixcl_dist.data_shards.building.spool import (
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue, merged, sanitised
 from mixcl_dist.data_shards.format.manifest import FILE_NAME, CaseRecord, Manifest
 from mixcl_dist.data_shards.sources import Case, Source
+from mixcl_dist.data_shards.sources.pseudonym import PREFIX
 from mixcl_dist.data_shards.storage.publishing import publish
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def sort_outcomes(
         elif name in stored:
             refused += _changes(case, stored[name], outcome.record)
         elif other := first.get(outcome.record.source_digest):
-            error = refusal(case, f"has the same voxels as case {other}", "remove one of them")
+            which = f" (mixcl shards trace {other} tells which file that is)" if other.startswith(PREFIX) else ""
+            error = refusal(case, f"has the same voxels as case {other}", f"remove one of them{which}")
             refused.append(Quarantined.of(name, error))
         elif name in kept_out:
             refused.append(kept_out[name])

@@ -67,9 +67,11 @@ def build(
     from mixcl_dist.data_shards.building import appending, shuffle, spool
     from mixcl_dist.data_shards.building.census import census
     from mixcl_dist.data_shards.building.processes import in_processes, in_this_process
+    from mixcl_dist.data_shards.sources import pseudonym
 
     out = Path(os.path.abspath(out))  # elsewhere, the working directory is another one
     opened = [readers.open_source(Path(source)) for source in sources]
+    pseudonym.remember({case.name: case.files[0] for source in opened for case in source.cases})
     folder = out / ".build" / "cases"
     elsewhere = run or in_processes(config.workers)
     with _writing_to(out):
