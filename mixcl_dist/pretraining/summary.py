@@ -77,12 +77,12 @@ def chance_levels(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[s
     little. Empty where `facts` or `config` (nested dictionaries, as in config.yaml) do not say how many rows there are.
     """
     try:
-        alone = config["objective"].get("contrast", "rank") == "rank"  # earlier runs contrasted within ranks
+        alone = config.get("objective", {}).get("contrast", "rank") == "rank"  # earlier runs contrasted within ranks
         parts = config["engine"]["accumulation_steps"] * (facts.get("world_size", 1) if alone else 1)
         views = 2 * (config["pretrain"]["batch_size"] // parts)
         rows = views * config["rows"]["per_view_pair"]
         return {"voxel_identity": math.log(rows - 1), "crop_identity": math.log(views - 1)} if views > 2 else {}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return {}
 
 

@@ -28,6 +28,7 @@ def norms():
 def recorder(tmp_path, norms):
     engine = SimpleNamespace(
         rank=0,
+        world_size=1,
         device=torch.device("cpu"),
         module=torch.nn.Linear(1, 1),
         learning_rate=lambda: 0.1,

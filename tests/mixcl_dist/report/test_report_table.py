@@ -297,6 +297,10 @@ def test_the_files_have_a_row_for_every_planned_trial_and_every_figure(table):
     assert content["probes"][0]["linear"] == 0.2
 
 
+def test_nothing_of_a_table_overflows_on_a_telephone(table, width_on_a_telephone):
+    assert width_on_a_telephone(write_report(table())) <= 420
+
+
 def test_the_page_fetches_nothing_and_has_its_figures(table):
     page = write_report(table()).read_text()
     assert "http" not in page and page.count("<svg") == 2
