@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import dataclasses
-import difflib
 import getpass
 import io
 import os
@@ -17,6 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from mixcl_dist.arguments import parse, refuse_lost
 
 SETTINGS = """settings:
   --recipe NAME            start from a named recipe
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _print_anything()
     _stand_in_for_a_user()
-    options = _options(list(sys.argv[1:] if arguments is None else arguments))
+    options = parse(_parser(), list(sys.argv[1:] if arguments is None else arguments))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # else nothing would be said
     try:
@@ -111,6 +112,8 @@ def _elsewhere(options: argparse.Namespace) -> AbstractContextManager[Any]:
 def _shards_inspect(options: argparse.Namespace) -> None:
     from mixcl_dist.data_shards.inspection.summary import inspect, table
 
+    if options.window[0] >= options.window[1]:
+        options.parser.error(f"--window {options.window[0]:g} {options.window[1]:g}: give the lower HU first")
     print(table(inspect(options.shards)))
     if options.picture:
         from mixcl_dist.data_shards.inspection.picture import contact_sheet
@@ -191,11 +194,13 @@ def _probe(options: argparse.Namespace) -> None:
     from mixcl_dist.run import write_json
 
     config = _config(options)
+    if options.out and not options.out.parent.is_dir():
+        options.parser.error(f"--out {options.out}: its folder does not exist; make it first")
     if options.run is not None:
         known = load(run_of(options.run) / "config.yaml")
         development = config.budget.development or known.budget.development
         taken = replace(config, {"network": to_dict(known)["network"], "budget.development": development})
-        _refuse_lost(options, config, taken, f"a probe takes that of {options.run}")
+        refuse_lost(options, config, taken, f"a probe takes that of {options.run}")
         config = taken
     found = probe_run(options.run, config, shards=options.data)
     out = options.out or (options.run and options.run / FILE_NAME)
@@ -214,7 +219,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from mixcl_dist.finetuning.start import like
 
     if options.start is not None:
-        _refuse_lost(options, config, like(config, options.start), f"a trial takes that of {options.start}")
+        refuse_lost(options, config, like(config, options.start), f"a trial takes that of {options.start}")
     dice = finetune(config, data=options.data, start=options.start, run=options.run)
     for name, value in dice["class_mean"].items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
@@ -230,8 +235,8 @@ def _tune(options: argparse.Namespace) -> int:
     from mixcl_dist.studies.study import run_study
 
     config = _config(options)
-    _refuse_lost(options, config, like(config, options.start[0]), f"trials take that of {options.start[0]}")
-    _refuse_lost(
+    refuse_lost(options, config, like(config, options.start[0]), f"trials take that of {options.start[0]}")
+    refuse_lost(
         options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
     )
     study = run_study(config, data=options.data, starts=options.start, study=options.study)
@@ -249,7 +254,7 @@ def _table(options: argparse.Namespace) -> int:
     from mixcl_dist.studies.table.runner import run_table
 
     config = _config(options)
-    _refuse_lost(options, config, replace(config, NO_BUDGET), "table.scans and table.seeds say which labels are used")
+    refuse_lost(options, config, replace(config, NO_BUDGET), "table.scans and table.seeds say which labels are used")
     ending = run_table(
         config,
         data=options.data,
@@ -367,81 +372,11 @@ def _config(options: argparse.Namespace, recipe: str | None = None) -> Any:
     return load(*options.config, recipe=options.recipe or recipe, overrides=options.overrides)
 
 
-def _refuse_lost(options: argparse.Namespace, config: Any, used: Any, why: str) -> None:
-    """Raise `ConfigError` where a setting of the command line would give way in silence."""
-    from mixcl_dist.config import ConfigError, differences
-
-    for key in differences(config, used):
-        if key in dict(options.overrides):
-            raise ConfigError(f"--{key}: {why}; leave it out")
-
-
 def _print_anything() -> None:
     """On a terminal that cannot show a character, print a stand-in rather than fail."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
-
-
-def _options(words: list[str]) -> argparse.Namespace:
-    """The verb's options, with the settings among them as `overrides`; all of them may stand in any order."""
-    overrides, others, unfinished = _take_settings(words)
-    parser, others = _find_verb(_parser(), others)
-    if parser.get_default("verbs"):
-        parser.parse_args(others)  # prints help, or says which verbs there are
-    if parser.get_default("launch"):  # its settings are those of the command behind it
-        return parser.parse_args(_find_verb(_parser(), words)[1])
-    options, rest = parser.parse_known_intermixed_args(others)
-    if not options.takes_settings:
-        rest += [f"--{key}" for key, _ in overrides]
-    if rest:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(rest[0], known, n=1)
-        problem = f"unknown option {rest[0]}" if rest[0].startswith("-") else f"unexpected argument {rest[0]!r}"
-        parser.error(problem + (f"; did you mean {close[0]}?" if close else ""))
-    if unfinished:
-        parser.error(f"{unfinished} needs a value")
-    options.overrides = _with_short_forms(options, overrides)
-    return options
-
-
-def _find_verb(parser: argparse.ArgumentParser, words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser of the verb that the words begin with, and the words behind it."""
-    while (verbs := parser.get_default("verbs")) and words and words[0] in verbs.choices:
-        parser, words = verbs.choices[words[0]], words[1:]
-    return parser, words
-
-
-def _take_settings(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str], str]:
-    """Keys and values of `--section.key value` and `--section.key=value`, the other words, and a key without a value.
-
-    A key takes the next word, whatever it looks like: `--network.window_hu -160,240`.
-    """
-    settings: list[tuple[str, str]] = []
-    others: list[str] = []
-    left = iter(words)
-    for word in left:
-        if word == "--":
-            return settings, [*others, word, *left], ""
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            others.append(word)
-            continue
-        if not equals and not (value := next(left, "")):
-            return settings, others, word
-        settings.append((key, value))
-    return settings, others, ""
-
-
-def _with_short_forms(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The settings with those that the verb has a short option for; an error where both are given and differ."""
-    given = dict(overrides)
-    short = {key: value for key, value in vars(options).items() if "." in key and value is not None}
-    for key, value in short.items():
-        if given.get(key, value) != value:
-            (name,) = (action.option_strings[0] for action in options.parser._actions if action.dest == key)
-            options.parser.error(f"{name} {value} and --{key} {given[key]} are one setting; give one of them")
-    return [*overrides, *short.items()]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mixcl_dist import cli
+from mixcl_dist.arguments import parse
 from mixcl_dist.config import ConfigError
 
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
@@ -54,7 +55,7 @@ def test_every_verb_explains_itself_with_an_example(verb, shown):
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_example_in_help_is_accepted_by_the_parser(verb, shown):
     example = re.search(r"example:\n  mixcl (.*)", shown(*verb.split(), "--help")[1]).group(1)
-    options = cli._options(example.split())
+    options = parse(cli._parser(), example.split())
     assert options.verb and cli._config(options) if options.takes_settings else options.verb
 
 
@@ -83,6 +84,8 @@ def test_the_example_in_help_is_accepted_by_the_parser(verb, shown):
             "--seed 1 and --budget.seed 2 are one setting; give one of them",
         ),
         (["finetune", "--data", "absent", "--from", "none", "--scan", "4", "--run", "r"], "unknown option --scan"),
+        (["shards", "inspect", "absent", "--window", "40", "40"], "--window 40 40: give the lower HU first"),
+        (["probe", "none", "--data", "absent", "--out", "nowhere/p.json"], "--out nowhere/p.json: its folder does not"),
         (["report", "absent", "--pretrain.steps", "3"], "unknown option --pretrain.steps"),
         (["table", "--data", "d", "--shards", "s", "--out", "o", "--budget.scans", "2"], "--budget.scans: table.scans"),
     ],
@@ -160,7 +163,7 @@ def test_a_setting_that_would_give_way_in_silence_is_refused(shown, tmp_path, ve
 
 
 def given(*words):
-    options = cli._options(list(words))
+    options = parse(cli._parser(), list(words))
     return options, cli._config(options)
 
 
