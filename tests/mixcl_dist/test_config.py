@@ -118,7 +118,7 @@ NUMBERS = [(key, *number) for key, part in FIELDS.items() for number in numbers(
 
 
 UNITS = (
-    "mm|hu|voxels?|degrees|shares?|steps?|factor|weight|numbers?|processes|patches|passes|scans|crops|often|channels|"
+    "mm|hu|s|seconds|voxels?|degrees|shares?|steps?|factor|weight|numbers?|processes|patches|passes|scans|crops|often|channels|"
     "width|cores|gpus|trials|checkpoints|norm|bytes|decay|cosines|points|dice|draws|resamples|error|subsets"
 )
 
