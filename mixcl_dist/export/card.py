@@ -58,7 +58,8 @@ def _interface(trained: Trained) -> str:
     divisor, views = dynunet.divisor(trained.network), trained.config.views.size
     grid = (
         "at the case's own spacing" if trained.spacing_mm is None
-        else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm"
+        else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm (an axis "
+        "that becomes coarser is blurred first, by a Gaussian of full width at half maximum √(new² − old²) mm)"
     )  # fmt: skip
     lines = [
         f"- Input: one CT in Hounsfield units, axes (x, y, z) towards Right, Anterior, Superior (RAS), {grid}; "

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from monai.networks.nets import DynUNet
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mixcl_dist.config import Config, ConfigError, NetworkConfig, load, replace
+from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
 from mixcl_dist.networks import dynunet
-from mixcl_dist.run import read_json
+from mixcl_dist.run import RunError, read_json
 
 _CLASSIFIER = {
     "classifier.weight": "output_block.conv.conv.weight",
     "classifier.bias": "output_block.conv.conv.bias",
 }
+
+
+_USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 
 
 class ExportError(ValueError):
@@ -104,7 +108,7 @@ def _read_description(run: Path) -> tuple[Config, tuple[str, ...]]:
     try:
         network = {f"network.{key}": description[key] for key in ("architecture", "filters", "window_hu")}
         described = network | {"finetune.spacing_mm": description["spacing_mm"]}
-        config, classes = replace(load(run / "config.yaml"), described), description["classes"]
+        config, classes = replace(_used_settings(run / "config.yaml"), described), description["classes"]
     except (KeyError, TypeError) as error:
         raise ExportError(f"{file}: {error} is missing; the run must be made again") from None
     except ConfigError as error:
@@ -112,6 +116,22 @@ def _read_description(run: Path) -> tuple[Config, tuple[str, ...]]:
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ExportError(f"{file}: 'classes' are no list of names; the run must be made again")
     return config, tuple(classes)
+
+
+def _used_settings(file: Path) -> Config:
+    """The settings that an export names, of a run of any version; all others are the defaults."""
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{file}: cannot be read ({' '.join(str(error).split())}); the run must be made again") from None
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(section, {}), dict) for section in _USED):
+        raise RunError(f"{file}: holds no sections of settings; the run must be made again")
+    return from_dict(
+        {
+            section: {key: tree[section][key] for key in keys if key in tree.get(section, {})}
+            for section, keys in _USED.items()
+        }
+    )
 
 
 def _check(trained: Trained, file: Path) -> None:
