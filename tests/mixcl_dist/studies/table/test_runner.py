@@ -409,6 +409,7 @@ def real(small_config, cohort):
     return replace(small_config, changes)
 
 
+@pytest.mark.slow
 def test_a_trial_is_run_as_a_process_and_reported(real, cohort, shards, tmp_path):
     out = tmp_path / "table"
     ending = run_table(real, data=cohort[0], shards=shards, out=out, only="trial/scratch*")
