@@ -118,9 +118,9 @@ def test_launch_shows_what_it_would_start(way, said, capsys):
 
 
 def test_a_demo_that_cannot_work_is_refused_before_its_folder_is_made(shown, tmp_path):
-    for setting in (["--views.size", "20,24,24"], ["--finetune.patch_size", "36,40,40"]):
+    for setting in (["--views.size", "18,24,24"], ["--finetune.patch_size", "26,24,24"]):
         code, _, errors = shown("demo", "--out", str(tmp_path / "demo"), *setting)
-        assert code == 2 and f"{setting[0][2:]} {setting[1]}: every edge must be a multiple of 8" in errors
+        assert code == 2 and f"{setting[0][2:]} {setting[1]}: every edge must be a multiple of 4" in errors
         assert not (tmp_path / "demo").exists()
 
 
