@@ -189,28 +189,29 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> None:
-    from mixcl_dist.config import load, replace, to_dict
-    from mixcl_dist.pretraining.probe import FILE_NAME, probe_run, run_of
-    from mixcl_dist.run import write_json
+    from mixcl_dist.config import replace, to_dict
+    from mixcl_dist.pretraining.probe import probe_run, run_of
+    from mixcl_dist.records import ProbeRecord
+    from mixcl_dist.run import read_config
 
     config = _config(options)
     if options.out and not options.out.parent.is_dir():
         options.parser.error(f"--out {options.out}: its folder does not exist; make it first")
     if options.run is not None:
-        known = load(run_of(options.run) / "config.yaml")
+        known = read_config(run_of(options.run))
         development = config.budget.development or known.budget.development
         taken = replace(config, {"network": to_dict(known)["network"], "budget.development": development})
         refuse_lost(options, config, taken, f"a probe takes that of {options.run}")
         config = taken
     found = probe_run(options.run, config, shards=options.data)
-    out = options.out or (options.run and options.run / FILE_NAME)
+    out = options.out or (options.run and options.run / ProbeRecord.FILE)
     print(f"{'Dice, frozen features':<24} linear  k-NN")
-    for name in found["linear"]["dice"]:
-        values = (found[kind]["dice"][name] for kind in ("linear", "knn"))
+    rows = [(name, linear, found.knn.dice[name]) for name, linear in found.linear.dice.items()]
+    for name, *values in [*rows, ("mean", found.linear.mean, found.knn.mean)]:
         print(f"{name:<24} " + "   ".join("  -  " if value is None else f"{value:.3f}" for value in values))
-    print(f"{'mean':<24} {found['linear']['mean']:.3f}   {found['knn']['mean']:.3f}    ({found['seconds']:.0f} s)")
+    print(f"in {found.seconds:.0f} s")
     if out:
-        write_json(out, found)
+        found.write(out)
 
 
 def _finetune(options: argparse.Namespace) -> None:
@@ -221,10 +222,10 @@ def _finetune(options: argparse.Namespace) -> None:
     if options.start is not None:
         refuse_lost(options, config, like(config, options.start), f"a trial takes that of {options.start}")
     dice = finetune(config, data=options.data, start=options.start, run=options.run)
-    for name, value in dice["class_mean"].items():
+    for name, value in dice.class_mean.items():
         print(f"{name:<24} {'-' if value is None else f'{value:.3f}'}")
-    scored = f"on {len(dice['cases'])} {dice['scored']} cases"
-    mean = "-" if dice["mean"] is None else f"{dice['mean']:.3f}"
+    scored = f"on {len(dice.cases)} {dice.scored} cases"
+    mean = "-" if dice.mean is None else f"{dice.mean:.3f}"
     print(f"{'mean Dice':<24} {mean} {scored}    ({options.run}; next: mixcl report {options.run})")
 
 
@@ -240,7 +241,7 @@ def _tune(options: argparse.Namespace) -> int:
         options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
     )
     study = run_study(config, data=options.data, starts=options.start, study=options.study)
-    failed = [trial["id"] for trial in study["trials"] if trial["status"] != "done"]
+    failed = [trial.id for trial in study.trials if trial.status != "done"]
     if failed:
         print(f"mixcl: trials not done: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
     print(study_table(options.study))

@@ -23,6 +23,7 @@ from mixcl_dist.cluster.engine import EngineConfig
 from mixcl_dist.cluster.trials import TrialsConfig
 from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.storage.store import CacheConfig
+from mixcl_dist.errors import MixclError
 
 
 def _whole(least: int, most: int) -> Any:
@@ -71,7 +72,7 @@ Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinc
 ScanCounts = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
-class ConfigError(ValueError):
+class ConfigError(MixclError):
     """A configuration file, key or value that cannot be used; the message is one line with the cure."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -16,8 +17,9 @@ from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import check_sizes
 from mixcl_dist.progress import ProgressReport, progress
+from mixcl_dist.records import RunError, read_metrics, write_atomic
 from mixcl_dist.report import study_table, write_report
-from mixcl_dist.run import RunError, machine, read_json, read_metrics, write_atomic
+from mixcl_dist.run import machine
 from mixcl_dist.studies.study import run_study
 from mixcl_dist.studies.table import programs
 
@@ -54,7 +56,7 @@ def demo(config: Config, out: Path) -> None:
     with _stage(5, "report"):
         page = write_report(out / "study")
     print(study_table(out / "study"))
-    print(f"{read_json(page.with_name('report.json'))['headline'][0]} Report: {page.resolve()}")
+    print(f"{json.loads(page.with_name('report.json').read_text())['headline'][0]} Report: {page.resolve()}")
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def _stage(number: int, title: str) -> Iterator[None]:
 
 def _pretrain(config: Path, shards: Path, starts: Mapping[int, Path], *, total: int) -> None:
     """`mixcl pretrain` for each subset seed, side by side: two runs of one thread are faster than one of two."""
-    threads = max(1, machine()["cores"] // len(starts))
+    threads = max(1, machine().cores // len(starts))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "mixcl_dist", "pretrain", "--config", str(config), "--data", str(shards)]
     running: dict[Path, Popen] = {}
@@ -94,7 +96,7 @@ def _steps(running: Mapping[Path, Popen]) -> Iterator[None]:
     while True:
         ended = all(process.poll() is not None for process in running.values())
         logged = [read_metrics(log) for run in running if (log := run / "metrics.jsonl").exists()]
-        done = sum(metrics[-1]["step"] for metrics in logged if metrics)
+        done = sum(int(metrics[-1]["step"]) for metrics in logged if metrics)
         yield from [None] * (done - seen)
         seen = done
         if ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import platform
 import resource
@@ -18,19 +18,24 @@ from typing import Any
 from tqdm import tqdm
 
 from mixcl_dist import __version__
-from mixcl_dist.config import Config, to_yaml
+from mixcl_dist.config import Config, ConfigError, load, to_yaml
 from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive
 from mixcl_dist.data_shards.versions import versions_of
+from mixcl_dist.records import (
+    METRICS,
+    Machine,
+    RunError,
+    RunRecord,
+    append_line,
+    read_metrics,
+    write_atomic,
+    write_lines,
+)
 
 PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "monai", "ray", "numpy")
-
-
+CONFIG = "config.yaml"
 LOCK = ".lock"
 """In a folder that `held` holds."""
-
-
-class RunError(ValueError):
-    """A run's folder that cannot be used; the message is one line with the cure."""
 
 
 class Stopped(Exception):
@@ -44,73 +49,76 @@ class Run:
     machine, time), `metrics.jsonl` one object a logged step, `tensorboard/` the same numbers.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]):
+    def __init__(self, path: Path, record: RunRecord):
         self.path = path
-        self.facts = facts
-        self._start = time.monotonic() - facts.get("seconds", 0.0)
+        self.record = record
+        self._start = time.monotonic() - record.seconds
+        self._first_step = 1
 
     @classmethod
-    def create(cls, path: Path, kind: str, config: Config, **facts: Any) -> Run:
+    def create(cls, path: Path, config: Config, record: RunRecord) -> Run:
         """Make the folder, or continue in one of the same kind whose run has not finished.
 
-        Raises `RunError` where the folder holds something else.
+        What of `record` is not given is filled in: time, versions, machine. Raises `RunError` where the folder holds
+        something else.
         """
-        known = path / "run.json"
-        earlier = read_json(known) if known.exists() else {}
-        if earlier and earlier.get("kind") != kind:
-            raise RunError(f"{path}: holds a {earlier.get('kind')} run; give another --run")
-        if not earlier and path.exists() and not all(map(_is_begun, path.iterdir())):
-            raise RunError(f"{path}: holds other files; give an empty or new folder")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "config.yaml", to_yaml(config).encode())
-        head = {
-            "kind": kind,
-            "name": path.name,
-            "started": earlier.get("started") or now(),
-            "finished": None,
-            "warnings": earlier.get("warnings", {}),
-        }
-        origin = {"mixcl_version": __version__, "versions": _versions(), "machine": machine()}
-        run = cls(path, head | origin | facts | {"seconds": earlier.get("seconds", 0.0)})
+        earlier = RunRecord.load_if_there(path)
+        if earlier is not None and earlier.kind != record.kind:
+            raise RunError(f"{path}: holds a {earlier.kind} run; give another --run")
+        if earlier is None:
+            begin(path)
+        write_atomic(path / CONFIG, to_yaml(config).encode())
+        run = cls(
+            path,
+            dataclasses.replace(
+                record,
+                started=earlier.started if earlier else now(),
+                warnings=dict(earlier.warnings) if earlier else {},
+                seconds=earlier.seconds if earlier else 0.0,
+                mixcl_version=__version__,
+                versions=_versions(),
+                machine=machine(),
+            ),
+        )
         run.update()
         return run
 
     def update(self, **facts: Any) -> None:
-        """Add facts to `run.json`, with the time and memory used so far."""
+        """Set facts in `run.json`, with the time and memory used so far."""
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         seconds = round(time.monotonic() - self._start, 1)
-        self.facts |= facts | {"seconds": seconds, "peak_memory_mb": round(peak_mb)}
-        write_json(self.path / "run.json", self.facts)
+        self.record = dataclasses.replace(self.record, **facts, seconds=seconds, peak_memory_mb=round(peak_mb))
+        self.record.save(self.path)
 
     def warn(self, kind: str, text: str) -> None:
         """Say one line on standard error and keep it in `run.json`, the first time that `kind` is to be warned of."""
-        if kind not in self.facts["warnings"]:
-            tqdm.write(f"{self.facts['kind']}: {text}", file=sys.stderr)  # beside a bar, where one is shown
-            self.update(warnings=self.facts["warnings"] | {kind: text})
+        if kind not in self.record.warnings:
+            tqdm.write(f"{self.record.kind}: {text}", file=sys.stderr)  # beside a bar, where one is shown
+            self.update(warnings=self.record.warnings | {kind: text})
 
     def log(self, step: int, **scalars: float) -> None:
         """Append one object to `metrics.jsonl` and the same scalars to TensorBoard."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        append_line(self.path / METRICS, {"step": step, **scalars})
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop what an interrupted run logged past the checkpoint that it goes on from."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         if path.exists():
-            kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
-            write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            write_lines(path, [entry for entry in read_metrics(path) if entry["step"] <= step])
+        self._first_step = step + 1
 
-    def finish(self, **facts: Any) -> None:
+    def finish(self) -> None:
         self._tensorboard.close()
-        self.update(finished=now(), **facts)
+        self.update(finished=now())
 
     @cached_property
     def _tensorboard(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.path / "tensorboard"))
+        # TensorBoard then shows nothing of what earlier files hold from that step on.
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step)
 
 
 @contextmanager
@@ -137,53 +145,51 @@ def held(folder: Path, option: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _is_begun(path: Path) -> bool:
-    """Whether a run that was killed before it wrote its facts leaves such a file."""
-    return path.name in (LOCK, "config.yaml") or (path.name.startswith(".") and path.suffix == ".tmp")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run; raises `RunError` naming the file where it is missing or broken."""
+def begin(path: Path) -> None:
+    """Make the folder of something that writes `config.yaml` first, then a record; raises `RunError` where it holds
+    anything that a process killed between the two has not left."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path}: no such file; is this a run's folder?") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); the run must be made again") from None
+        path.mkdir(parents=True, exist_ok=True)
+        if any(not _is_hidden(entry) for entry in path.iterdir()) and not is_barely_begun(path):
+            raise RunError(f"{path}: holds other files; give an empty or new folder")
+        for entry in path.glob(".*.tmp"):
+            entry.unlink()
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; give a folder that you may write") from None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged objects of `metrics.jsonl`; a last line cut short by a killed process is left out."""
-    *lines, _unfinished = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Publish a file whole or not at all: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+def is_barely_begun(path: Path) -> bool:
+    """Whether a folder holds a `config.yaml` as this project writes it and nothing else, but locks and what was not
+    published: what a process leaves that was killed before it wrote its record."""
+    file = path / CONFIG
     try:
-        with temporary.open("xb") as file:  # never through a link that waits there under this name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        alone = [entry for entry in path.iterdir() if not _is_hidden(entry)] == [file]
+        return alone and to_yaml(load(file)) == file.read_text()
+    except (OSError, ConfigError, UnicodeDecodeError):
+        return False
 
 
-def machine() -> dict[str, Any]:
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def read_config(folder: Path) -> Config:
+    """The `config.yaml` of a run or table; raises `RunError` naming it."""
+    try:
+        return load(folder / CONFIG)
+    except ConfigError as error:
+        text = str(error).removeprefix(f"{folder / CONFIG}: ")
+        raise RunError(f"{folder / CONFIG}: {text}; mend it, or make the run again") from None
+
+
+def machine() -> Machine:
     """What a figure was measured on: processor, cores, memory and, where there is one, GPU."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": _cpu_name(), "cores": cores, "gpu": gpu, "memory_gb": round(memory_gb, 1)}
+    return Machine(cpu=_cpu_name(), cores=cores or 1, gpu=gpu, memory_gb=round(memory_gb, 1))
 
 
 def _cpu_name() -> str:

@@ -22,7 +22,7 @@ from mixcl_dist.data_shards.building.spool import stamp_of
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError
 from mixcl_dist.progress import progress
-from mixcl_dist.run import RunError, write_atomic
+from mixcl_dist.records import RunError, write_atomic
 
 FILE = "seen.npz"
 """In a run's folder."""

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mixcl_dist.run import RunError
+from mixcl_dist.records import RunError
 
 
 def load_weights(module: nn.Module, file: Path, *, problem: str, cure: str, prefix: str = "") -> None:

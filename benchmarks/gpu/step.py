@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mixcl_dist.config import Config, load
 from mixcl_dist.pretraining import pretrain as product
-from mixcl_dist.run import read_metrics
+from mixcl_dist.records import read_metrics
 
 SETTINGS = {
     48: {"pretrain.batch_size": 16, "rows.per_view_pair": 256, "data.workers": 8},  # 8,192 rows, as below

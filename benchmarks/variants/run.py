@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mixcl_dist.run import machine, read_json, read_metrics
+from mixcl_dist.records import METRICS, PretrainRecord, ProbeRecord, read_metrics
+from mixcl_dist.run import machine
 from mixcl_dist.studies.table.ledger import digest_of
 from mixcl_dist.studies.table.runner import ROOT, SOURCES
 
@@ -95,17 +96,13 @@ def measure(name: str, options: argparse.Namespace) -> bool:
     print(f"\n{name}", file=sys.stderr, flush=True)
     if subprocess.run([sys.executable, "-m", "mixcl_dist", *command], check=False).returncode:
         return False
-    probe, last, facts = (
-        read_json(run / "probe.json"),
-        read_metrics(run / "metrics.jsonl")[-1],
-        read_json(run / "run.json"),
-    )
+    probe, last, facts = ProbeRecord.load(run), read_metrics(run / METRICS)[-1], PretrainRecord.load(run)
     row = {"variant": name, **asked(options)}
-    row |= {"linear": probe["linear"]["mean"], "knn": probe["knn"]["mean"]}
-    row |= {f"linear_{key}": value for key, value in probe["linear"]["dice"].items()}
+    row |= {"linear": probe.linear.mean, "knn": probe.knn.mean}
+    row |= {f"linear_{key}": value for key, value in probe.linear.dice.items()}
     row |= {key: last.get(key, "") for key in LOGGED}
     here = machine()
-    row |= {"seconds": round(facts["seconds"]), "machine": here["gpu"] or f"{here['cpu']}, {os.cpu_count()} cores"}
+    row |= {"seconds": round(facts.seconds), "machine": here.gpu or f"{here.cpu}, {os.cpu_count()} cores"}
     row |= {"settings": spelled(name), "sources": SOURCES_DIGEST}
     append(options.out / "variants.csv", row)
     return True

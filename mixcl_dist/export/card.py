@@ -9,7 +9,7 @@ from typing import Any
 from mixcl_dist.export.trained import Trained
 from mixcl_dist.networks import dynunet
 from mixcl_dist.pretraining import summary
-from mixcl_dist.run import read_metrics
+from mixcl_dist.records import read_metrics
 
 LICENCE = (
     "The weights inherit the terms of the data that they were trained on, which this run does not record: find them "

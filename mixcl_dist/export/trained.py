@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
+from mixcl_dist.errors import MixclError
 from mixcl_dist.networks import dynunet
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord, told
+from mixcl_dist.run import RunError
 
 _CLASSIFIER = {
     "classifier.weight": "output_block.conv.conv.weight",
@@ -25,7 +27,7 @@ _CLASSIFIER = {
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 
 
-class ExportError(ValueError):
+class ExportError(MixclError):
     """A run that cannot be exported as asked; the message is one line with the cure."""
 
 
@@ -80,42 +82,35 @@ class Trained:
 
 def open_trained(run: Path) -> Trained:
     """Read a finished run; raises `ExportError` or `RunError` where its network is missing or broken."""
-    facts = read_json(run / "run.json")
-    file = run / ("model.safetensors" if facts.get("kind") == "finetune" else "network.safetensors")
+    record, config = RunRecord.load(run), _used_settings(run / "config.yaml")
+    file = run / ("model.safetensors" if record.kind == "finetune" else "network.safetensors")
     if not file.is_file():
-        raise ExportError(f"{file}: no network yet; let the run finish (mixcl {facts.get('kind')} … --run {run})")
-    config, classes = _read_description(run)
+        raise ExportError(f"{file}: no network yet; let the run finish (mixcl {record.kind} … --run {run})")
+    described, dice = NetworkRecord.load(run), DiceRecord.load_if_there(run)
+    described.check(file)
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{file}: cannot be read ({error}); the run must be made again") from None
     trained = Trained(
         run=run,
-        facts=facts,
-        config=config,
-        classes=classes,
-        dice=read_json(run / "dice.json") if (run / "dice.json").is_file() else None,
+        facts=told(record),
+        config=_described(config, described, run),
+        classes=described.classes,
+        dice=dice.content() if dice else None,
         weights={_CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
     )
     _check(trained, file)
     return trained
 
 
-def _read_description(run: Path) -> tuple[Config, tuple[str, ...]]:
-    """The settings, with the network and spacing of network.json, and the classes; no value is taken unchecked."""
-    file = run / "network.json"
-    description = read_json(file)
+def _described(config: Config, described: NetworkRecord, run: Path) -> Config:
+    """The settings, with the network and spacing of network.json."""
+    network = {f"network.{key}": getattr(described, key) for key in ("architecture", "filters", "window_hu")}
     try:
-        network = {f"network.{key}": description[key] for key in ("architecture", "filters", "window_hu")}
-        described = network | {"finetune.spacing_mm": description["spacing_mm"]}
-        config, classes = replace(_used_settings(run / "config.yaml"), described), description["classes"]
-    except (KeyError, TypeError) as error:
-        raise ExportError(f"{file}: {error} is missing; the run must be made again") from None
+        return replace(config, network | {"finetune.spacing_mm": described.spacing_mm})
     except ConfigError as error:
-        raise ExportError(f"{run}: config.yaml or network.json: {error}; the run must be made again") from None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ExportError(f"{file}: 'classes' are no list of names; the run must be made again")
-    return config, tuple(classes)
+        raise ExportError(f"{run / described.FILE}: {error}; {described.CURE}") from None
 
 
 def _used_settings(file: Path) -> Config:

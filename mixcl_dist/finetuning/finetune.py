@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import dataclasses
 import math
 import sys
 import time
@@ -33,13 +33,25 @@ from mixcl_dist.finetuning.scoring import (
     summarise_surfaces,
     surfaces_per_class,
 )
-from mixcl_dist.finetuning.start import check_start, initial_network, like
+from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
-from mixcl_dist.run import Run, RunError, held, read_json, write_atomic, write_json
+from mixcl_dist.records import (
+    CURVE,
+    CurvePoint,
+    DiceRecord,
+    FinetuneRecord,
+    NetworkRecord,
+    RunError,
+    RunRecord,
+    Scores,
+    append_line,
+    write_atomic,
+)
+from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import KnownScans, Seen
 
@@ -48,7 +60,7 @@ Watch = Callable[[int, float, SegmentationNetwork], None]
 """Called with the step, the seconds spent on learning, and the network as it would be kept."""
 
 
-def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool = False) -> dict[str, Any]:
+def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool = False) -> DiceRecord:
     """Train a segmentation network on the budgeted cases of `data`, and score it.
 
     It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
@@ -58,16 +70,16 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     seen a validation or development scan, or labels outside the budget, is refused.
     The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
     others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
-    Everything is left in the folder `run`; returns the content of its `dice.json`, which is written last and so marks
-    a finished trial.
+    Everything is left in the folder `run`; returns its `dice.json`, which is written last and so marks a finished
+    trial.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
     """
     with held(run, "--run"):
         return _finetune(config, data=data, start=start, run=run, final=final)
 
 
-def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool) -> dict[str, Any]:
-    if (run / "dice.json").exists():
+def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool) -> DiceRecord:
+    if (run / DiceRecord.FILE).exists():
         raise RunError(f"{run}: holds a finished trial; give another --run")
     task = open_task(data, config)
     scored: Literal["validation", "development"] = "validation" if final or not task.kept_back else "development"
@@ -87,22 +99,44 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     torch.manual_seed(config.budget.seed)
     network = initial_network(config, start, len(task.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = _facts(config, task, label_cases, start) | {"arithmetic": arithmetic(device)}
-    facts |= {"scored": scored, "scored_cases": [case.name for case in cases]}
-    facts |= {"training_cases": [scan.name for scan in seen.scans], "unshown_classes": unshown}
-    facts["start_saw"] = start_saw  # of this data set, under whatever name, with the classes whose labels it read
-    record = Run.create(run, "finetune", config, **facts)
+    facts = FinetuneRecord(
+        name=run.name,
+        finished=None,
+        arithmetic=arithmetic(device),
+        start=None if start is None else str(start.resolve()),
+        start_name="scratch" if start is None else RunRecord.load(start).name,
+        training_cases=tuple(scan.name for scan in seen.scans),
+        label_cases=tuple(label_cases),
+        fraction=config.budget.fraction,
+        scans=config.budget.scans,
+        seed=config.budget.seed,
+        validation_cases=tuple(case.name for case in task.validation),
+        scored=scored,
+        scored_cases=tuple(case.name for case in cases),
+        classes=task.classes,
+        unshown_classes=tuple(unshown),
+        start_saw={name: tuple(classes) for name, classes in start_saw.items()},
+        spacing_mm=config.finetune.spacing_mm,
+    )
+    record = Run.create(run, config, facts)
     seen.save(run)
     known.save()
     record.forget_metrics_after(0)
     network.to(device)
     network = _train(network, config, volumes, record, _watch(config, task, unshown, run, device), device)
     _save(network, config, task, run)
-    dice, overlays = _score(network, config, task, cases, device)
-    dice |= {"mean": mean_dice(dice["class_mean"], unshown), "scored": scored}
+    scores, surfaces, overlays = _score(network, config, task, cases, device)
+    dice = DiceRecord(
+        classes=scores.classes,
+        cases=scores.cases,
+        class_mean=scores.class_mean,
+        mean=mean_dice(scores.class_mean, unshown),
+        scored=scored,
+        **surfaces,
+    )
     write_atomic(run / "overlays.npz", overlays.encode())
     record.finish()
-    write_json(run / "dice.json", dice)
+    dice.save(run)
     return dice
 
 
@@ -111,20 +145,6 @@ def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:
     labels = task.labels_of(label_cases)
     scans = known.of([case for case in task.cases if case.name in labels])
     return Seen(tuple(scans), tuple(labels[scan.name] for scan in scans))
-
-
-def _facts(config: Config, task: Task, label_cases: list[str], start: Path | None) -> dict[str, Any]:
-    return {
-        "start": None if start is None else str(start.resolve()),
-        "start_name": "scratch" if start is None else read_json(start / "run.json")["name"],
-        "fraction": config.budget.fraction,
-        "scans": config.budget.scans,
-        "seed": config.budget.seed,
-        "label_cases": label_cases,
-        "validation_cases": [case.name for case in task.validation],
-        "classes": list(task.classes),
-        "spacing_mm": config.finetune.spacing_mm,
-    }
 
 
 def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> tuple[list[LabelledVolume], list[str]]:
@@ -189,17 +209,16 @@ def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, devi
     without any it does nothing."""
     shown = task.development[: config.finetune.curve_scans]
     scans = [(case, read_case(case, task.catalogue)) for case in shown]
-    (run / "curve.jsonl").unlink(missing_ok=True)
+    (run / CURVE).unlink(missing_ok=True)
 
     def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
         scores = {}
         for case, volume in scans:
             *_, scores[case.name] = _segmented(network, config, task, case, volume, device)
         if scores:
-            dice = summarise(scores, task.classes)["class_mean"]
-            point = {"step": step, "seconds": round(seconds, 2), "mean": mean_dice(dice, unshown), "dice": dice}
-            with (run / "curve.jsonl").open("a") as file:
-                file.write(json.dumps(point) + "\n")
+            dice = summarise(scores, task.classes).class_mean
+            point = CurvePoint(step=step, seconds=round(seconds, 2), mean=mean_dice(dice, unshown), dice=dice)
+            append_line(run / CURVE, dataclasses.asdict(point))
 
     return watch
 
@@ -250,21 +269,20 @@ def _finite(loss: Tensor, step: int, record: Run) -> float:
 
 def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
-    write_atomic(run / "model.safetensors", save(weights))
-    facts = {
-        "architecture": config.network.architecture,
-        "filters": config.network.filters,
-        "window_hu": config.network.window_hu,
-        "spacing_mm": config.finetune.spacing_mm,
-        "patch_size": config.finetune.patch_size,
-        "classes": task.classes,
-    }
-    write_json(run / "network.json", facts)
+    content = save(weights)
+    write_atomic(run / WEIGHTS["finetune"], content)
+    NetworkRecord.of(
+        config.network,
+        {WEIGHTS["finetune"]: content},
+        spacing_mm=config.finetune.spacing_mm,
+        classes=task.classes,
+        patch_size=config.finetune.patch_size,
+    ).save(run)
 
 
 def _score(
     network: SegmentationNetwork, config: Config, task: Task, cases: Sequence[Case], device: torch.device
-) -> tuple[dict[str, Any], Overlays]:
+) -> tuple[Scores, dict[str, Any], Overlays]:
     """Dice and surface scores of every one of `cases`, each in its own voxels, and slices for the report."""
     scores, surfaces, overlays = {}, {}, Overlays()
     for case in progress(cases, total=len(cases), desc="score", unit="case"):
@@ -279,7 +297,7 @@ def _score(
             tolerance_mm=config.finetune.surface_tolerance_mm,
         )
         overlays.add(case.name, volume, truth, prediction, config.network.window_hu)
-    return summarise(scores, task.classes) | summarise_surfaces(surfaces, task.classes), overlays
+    return summarise(scores, task.classes), summarise_surfaces(surfaces, task.classes), overlays
 
 
 def _segmented(

@@ -17,6 +17,7 @@ from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.intensity import normalise
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import autocast
+from mixcl_dist.records import Scores
 
 CASES_SHOWN = 4
 JOINED_BYTES = 2 << 30
@@ -174,21 +175,25 @@ def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     return tuple(sides)
 
 
-def summarise(cases: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> dict:
+def summarise(cases: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> Scores:
     """Of scores per case and class (None: not scored) the mean over cases of each class, and the mean of those."""
     class_mean = {}
     for name in classes:
         values = [dice for scores in cases.values() if (dice := scores[name]) is not None]
         class_mean[name] = float(np.mean(values)) if values else None
     scored = [value for value in class_mean.values() if value is not None]
-    mean = float(np.mean(scored)) if scored else None
-    return {"classes": list(classes), "cases": dict(cases), "class_mean": class_mean, "mean": mean}
+    return Scores(
+        classes=tuple(classes),
+        cases={name: dict(scores) for name, scores in cases.items()},
+        class_mean=class_mean,
+        mean=float(np.mean(scored)) if scored else None,
+    )
 
 
 def summarise_surfaces(
     cases: Mapping[str, Mapping[str, SurfaceScore | None]], classes: Sequence[str]
-) -> dict[str, dict]:
-    """What `dice.json` holds beside Dice: `hd95_mm` and `surface_dice`, each with the entries of `summarise`."""
+) -> dict[str, Scores]:
+    """What `dice.json` holds beside Dice: `hd95_mm` and `surface_dice`."""
     hd95_mm = {case: {k: None if s is None else s.hd95_mm for k, s in of.items()} for case, of in cases.items()}
     dice = {case: {k: None if s is None else s.dice for k, s in of.items()} for case, of in cases.items()}
     return {"hd95_mm": summarise(hd95_mm, classes), "surface_dice": summarise(dice, classes)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from mixcl_dist.config import Config, replace
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.records import NetworkRecord, RunError, RunRecord
 from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
 from mixcl_dist.weights import load_weights
 
@@ -19,16 +19,14 @@ WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
 
 def like(config: Config, start: Path) -> Config:
     """`config` with the architecture, HU window and (unless given) spacing of the network in `start`."""
-    facts = read_json(start / "run.json")
-    if facts["kind"] not in WEIGHTS:
-        raise RunError(f"{start}: holds a {facts['kind']}; give a pre-training or fine-tuning run")
-    if facts["finished"] is None:
+    record = RunRecord.load(start)
+    if record.finished is None:
         again = {"pretrain": f"go on with mixcl pretrain --run {start} --resume latest", "finetune": "fine-tune again"}
-        raise RunError(f"{start}: has not finished; {again[facts['kind']]}")
-    trained = read_json(start / "network.json")
-    overrides = {f"network.{key}": trained[key] for key in ("architecture", "filters", "window_hu")}
+        raise RunError(f"{start}: has not finished; {again[record.kind]}")
+    trained = NetworkRecord.load(start)
+    overrides = {f"network.{key}": getattr(trained, key) for key in ("architecture", "filters", "window_hu")}
     if config.finetune.spacing_mm is None:
-        overrides["finetune.spacing_mm"] = trained["spacing_mm"]
+        overrides["finetune.spacing_mm"] = trained.spacing_mm
     return replace(config, overrides)
 
 
@@ -51,7 +49,8 @@ def initial_network(config: Config, start: Path | None, n_classes: int) -> Segme
     """The network to train, its backbone loaded from `start`; raises `RunError`."""
     network = SegmentationNetwork(config.network, n_classes)
     if start is not None:
-        weights = start / WEIGHTS[read_json(start / "run.json")["kind"]]
+        weights = start / WEIGHTS[RunRecord.load(start).kind]
+        NetworkRecord.load(start).check(weights)
         prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""
         problem = f"does not fit {start / 'network.json'}"
         load_weights(network.backbone, weights, problem=problem, cure="train it again", prefix=prefix)

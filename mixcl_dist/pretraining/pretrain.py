@@ -22,7 +22,7 @@ from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described
 from mixcl_dist.cluster.stopping import stop_requests
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, load, to_dict
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
@@ -36,7 +36,8 @@ from mixcl_dist.pretraining.recorder import WHOLE_NETWORK, Recorder
 from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
-from mixcl_dist.run import LOCK, RunError, Stopped, held, read_json
+from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError
+from mixcl_dist.run import LOCK, Stopped, held, is_barely_begun, read_config
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
 from mixcl_dist.seen import Seen
@@ -86,6 +87,7 @@ def _pretrain(
     stop_requested: Callable[[], bool],
 ) -> None:
     manifest = Manifest.load(shards)
+    resume = resume and not is_barely_begun(run)  # killed before there was anything to go on with
     check_settings(config, manifest)
     _check_folder(config, manifest, run, resume)
     start = recorded_start(run, start) if resume else start
@@ -222,9 +224,10 @@ def _check_folder(config: Config, manifest: Manifest, run: Path, resume: bool) -
     if resume:
         if not started:
             raise RunError(f"{run}: no run to resume; leave out --resume")
-        if read_json(run / "run.json")["shards"]["manifest_digest"] != manifest.digest:
+        begun_on = PretrainRecord.load(run).shards
+        if begun_on is None or begun_on.manifest_digest != manifest.digest:
             raise RunError(f"{run}: was begun on other shards; give those as --data, or start anew with another --run")
-        changed = [key for key in differences(load(run / "config.yaml"), config) if not key.startswith(FREE_ON_RESUME)]
+        changed = [key for key in differences(read_config(run), config) if not key.startswith(FREE_ON_RESUME)]
         if changed:
             raise RunError(
                 f"{run}: {', '.join(changed)} differs from the run's config.yaml; leave it out, or start anew"
@@ -233,10 +236,10 @@ def _check_folder(config: Config, manifest: Manifest, run: Path, resume: bool) -
 
 def recorded_start(run: Path, start: Path | None) -> Path | None:
     """What the run in the folder `run` began from; raises `RunError` where `start` is something else."""
-    recorded = read_json(run / "run.json").get("start")
+    recorded = PretrainRecord.load(run).start
     if start is not None and str(start.resolve()) != recorded:
         raise RunError(f"{run}: began from {recorded or 'random weights'} and goes on with that; leave out --start")
-    return recorded and Path(recorded)
+    return None if recorded is None else Path(recorded)
 
 
 def _history(
@@ -254,22 +257,22 @@ def _history(
     if earlier is not None:
         seen = seen.merged(Seen.load(earlier))
     names = {  # of scans, which may share one
-        "training_cases": [scan.name for scan in seen.scans],
-        "label_cases": [scan.name for scan, classes in zip(seen.scans, seen.labels, strict=True) if classes],
+        "training_cases": tuple(scan.name for scan in seen.scans),
+        "label_cases": tuple(scan.name for scan, classes in zip(seen.scans, seen.labels, strict=True) if classes),
     }
-    terms = learnt_terms(config, label_cases)
+    terms = tuple(learnt_terms(config, label_cases))
     return seen, names | {"start": start and str(start.resolve()), "terms": terms}
 
 
 def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
     """Begin with the network that a finished pre-training run left in `start`; raises `RunError`."""
-    facts = read_json(start / "run.json")
-    if facts["kind"] != "pretrain" or facts["finished"] is None:
+    if PretrainRecord.load(start).finished is None:
         raise RunError(f"{start}: holds no finished pre-training run; give one as --start, or finish it")
-    theirs, ours = load(start / "config.yaml").network, config.network
+    theirs, ours = read_config(start).network, config.network
     fields = [field.name for field in dataclasses.fields(ours)]
     if changed := [f"network.{name}" for name in fields if getattr(theirs, name) != getattr(ours, name)]:
         raise RunError(f"{start}: differs in {', '.join(changed)}; give the same settings, or another --start")
+    NetworkRecord.load(start).check(start / WHOLE_NETWORK)
     load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure="pre-train the start again")
 
 

@@ -8,11 +8,11 @@ Legend: N patches, (X, Y, Z) their size, C classes, F channels of the pyramid, R
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +29,10 @@ from mixcl_dist.intensity import normalise
 from mixcl_dist.networks.dynunet import Backbone, check_patches
 from mixcl_dist.networks.heads import voxels_of
 from mixcl_dist.precision import autocast
-from mixcl_dist.run import RunError
+from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores, RunError
 from mixcl_dist.seen import Seen, shared_scans
 from mixcl_dist.weights import load_weights
 
-FILE_NAME = "probe.json"
-"""In a run's folder."""
 PATCHES_AT_ONCE = 4
 VOXELS_OF_CLASS, VOXELS_OF_REST = 100, 400
 """Voxels sampled at most of each class in each patch, and of what is no class."""
@@ -69,7 +67,7 @@ class Patches:
         return Patches(hu, label, self.known[chosen], self.case[chosen])
 
 
-def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[str, Any]:
+def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> ProbeRecord:
     """Probe the network that a pre-training run, or one of its checkpoints, left in the folder `path`; None is a random
     network of `config`. The scans are `config.budget.development`, which must be in `shards` and which the run must not
     have seen.
@@ -85,6 +83,8 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[
     if path is not None:
         _refuse_seen(path, shards, development)
         cure = "give a finished run or a whole checkpoint"
+        if path == run_of(path):
+            NetworkRecord.load(path).check(path / "network.safetensors")
         load_weights(backbone, path / "network.safetensors", problem="cannot be loaded", cure=cure)
     backbone.to("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.monotonic()
@@ -93,12 +93,12 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> dict[
         found = probe(backbone, patches, classes, config.network.window_hu)
     except RunError as error:
         raise RunError(f"{path or 'random network'}: {error}") from None
-    return found | {"cases": list(development), "seconds": round(time.monotonic() - begin, 1)}
+    return dataclasses.replace(found, cases=tuple(development), seconds=round(time.monotonic() - begin, 1))
 
 
 def run_of(path: Path) -> Path:
     """The folder of the run that `path`, a run or a checkpoint in it, belongs to."""
-    return path if (path / "run.json").exists() else path.parent.parent
+    return path if (path / RUN).exists() else path.parent.parent
 
 
 def _refuse_seen(path: Path, shards: Path | str, development: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ def read_patches(shards: Path | str, names: Sequence[str]) -> tuple[Patches, tup
 
 
 @torch.no_grad()
-def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_hu: tuple[float, float]) -> dict:
+def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_hu: tuple[float, float]) -> ProbeRecord:
     """Dice of both probes, by class and in the mean, on the scans of odd numbers after fitting on those of even ones.
 
     The linear probe is judged on every voxel, k-NN on sampled ones that stand for all. Raises `RunError` where the
@@ -152,9 +152,10 @@ def probe(backbone: Backbone, patches: Patches, classes: Sequence[str], window_h
     finally:
         backbone.train(training)
     found = {kind: _dice(of_kind, judged, classes) for kind, of_kind in counts.items()}
-    if found["linear"]["mean"] is None:
+    if found["linear"].mean is None:
         raise RunError("no judged development scan shows a class that is annotated there; name others")
-    return found | {"scans": {"fitted": len(scans[::2]), "judged": len(scans[1::2])}}
+    parts = ProbeScans(fitted=len(scans[::2]), judged=len(scans[1::2]))
+    return ProbeRecord(linear=found["linear"], knn=found["knn"], scans=parts)
 
 
 def _judge(
@@ -317,7 +318,7 @@ def _count(found: np.ndarray, drawn: np.ndarray, weight: np.ndarray, classes: in
     return np.array([np.bincount(value, weights=of, minlength=classes) for value, of in each])
 
 
-def _dice(counts: np.ndarray, patches: Patches, classes: Sequence[str]) -> dict[str, Any]:
+def _dice(counts: np.ndarray, patches: Patches, classes: Sequence[str]) -> ProbeScores:
     """Mean over scans of each class, of those in which it is known and drawn; the mean over classes; and that of each
     scan by itself, in the order of their numbers."""
     scans = np.unique(patches.case)
@@ -331,5 +332,5 @@ def _dice(counts: np.ndarray, patches: Patches, classes: Sequence[str]) -> dict[
         for name, column in zip(classes, dice.T[1:], strict=True)
     }
     shown = [value for value in of_class.values() if value is not None]
-    of_scan = [None if np.isnan(row).all() else round(float(np.nanmean(row)), 4) for row in dice]
-    return {"mean": round(float(np.mean(shown)), 4) if shown else None, "dice": of_class, "scans": of_scan}
+    of_scan = tuple(None if np.isnan(row).all() else round(float(np.nanmean(row)), 4) for row in dice)
+    return ProbeScores(mean=round(float(np.mean(shown)), 4) if shown else None, dice=of_class, scans=of_scan)

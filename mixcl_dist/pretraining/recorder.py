@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import time
@@ -25,13 +26,13 @@ from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.pretraining.alarms import alarms
 from mixcl_dist.pretraining.diagnostics import effective_rank
-from mixcl_dist.pretraining.probe import FILE_NAME as PROBE
 from mixcl_dist.pretraining.probe import Patches, probe, read_patches
 from mixcl_dist.pretraining.views import Views
-from mixcl_dist.run import Run, RunError, write_atomic, write_json
+from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError, ShardsRecord, write_atomic
+from mixcl_dist.run import Run
 
 PATCHES_SHOWN = 4
-WHOLE_NETWORK = "pretrain.safetensors"
+BACKBONE, WHOLE_NETWORK = "network.safetensors", "pretrain.safetensors"
 LABEL_TERMS = ("voxel_label", "voxel_label_floor", "voxel_label_similarity")
 
 
@@ -61,14 +62,19 @@ class Recorder:
         self._probe_patches: tuple[Patches, tuple[str, ...]] | None = None
         self._run = None
         if engine.rank == 0:
-            facts = _label_facts(config, manifest, training_cases, label_cases)
-            parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-            facts |= {
-                "parameters": parameters,
-                "arithmetic": arithmetic(engine.device),
-                "world_size": engine.world_size,
-            }
-            self._run = Run.create(path, "pretrain", config, **facts | dict(history))
+            facts = PretrainRecord(
+                name=path.name,
+                finished=None,
+                arithmetic=arithmetic(engine.device),
+                world_size=engine.world_size,
+                shards=_shards(manifest, set(training_cases)),
+                datasets=dict(Counter(case.dataset for case in manifest.cases if case.name in set(training_cases))),
+                withheld_cases=tuple(sorted({case.name for case in manifest.cases} - set(training_cases))),
+                budget={key: getattr(config.budget, key) for key in ("fraction", "scans", "seed", "classes")},
+                parameters=sum(parameter.numel() for parameter in engine.module.parameters()),
+                **{"training_cases": tuple(training_cases), "label_cases": tuple(label_cases)} | dict(history),
+            )
+            self._run = Run.create(path, config, facts)
             if config.engine.zero_stage == 3 and config.pretrain.gradient_norms_every:
                 self._run.warn(
                     "gradient_norms", "at ZeRO stage 3, which scatters the parameters, no term's gradient is measured"
@@ -215,14 +221,16 @@ class Recorder:
         except RunError as error:
             self._run.warn("probe", str(error))
             return
-        self._probed = {f"probe_{kind}": found[kind]["mean"] for kind in ("linear", "knn")}
-        write_json(self._run.path / PROBE, found | {"cases": list(self._config.budget.development)})
+        means = {"probe_linear": found.linear.mean, "probe_knn": found.knn.mean}
+        self._probed = {name: mean for name, mean in means.items() if mean is not None}
+        dataclasses.replace(found, cases=self._config.budget.development).save(self._run.path)
 
-    def save_backbone(self, folder: Path) -> None:
-        """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`."""
-        weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
+    def save_backbone(self, folder: Path) -> bytes:
+        """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`; returns its content."""
+        content = save(self._weights(cast(PretrainNetwork, self._engine.module).backbone))
         if self._run:
-            write_atomic(folder / "network.safetensors", save(weights))
+            write_atomic(folder / BACKBONE, content)
+        return content
 
     def _weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
         """In main memory; every rank has to call."""
@@ -231,43 +239,27 @@ class Recorder:
 
     def finish(self) -> None:
         """Write the backbone, what it is and, to begin a pre-training with, all heads; mark the run as finished."""
-        self.save_backbone(self._path)
-        weights = self._weights(self._engine.module)
+        backbone = self.save_backbone(self._path)
+        whole = self._weights(self._engine.module)
         if not self._run:
             return
-        write_atomic(self._path / WHOLE_NETWORK, save(weights))
-        write_json(
-            self._path / "network.json",
-            {
-                "architecture": self._config.network.architecture,
-                "filters": self._config.network.filters,
-                "window_hu": self._config.network.window_hu,
-                "spacing_mm": self._manifest.spacing_mm,
-                "classes": self._manifest.classes,
-            },
-        )
+        contents = {BACKBONE: backbone, WHOLE_NETWORK: save(whole)}
+        write_atomic(self._path / WHOLE_NETWORK, contents[WHOLE_NETWORK])
+        shown = {"spacing_mm": self._manifest.spacing_mm, "classes": self._manifest.classes}
+        NetworkRecord.of(self._config.network, contents, **shown).save(self._path)
         self._run.finish()
 
 
-def _label_facts(config: Config, manifest: Manifest, training_cases: list[str], label_cases: list[str]) -> dict:
-    """Who was trained on, whose labels were read: what the few-label protocol is checked against."""
-    trained = set(training_cases)
-    return {
-        "shards": {
-            "manifest_digest": manifest.digest,
-            "cases": len(manifest.cases),
-            "patches": manifest.patches,
-            "training_patches": sum(case.patches for case in manifest.cases if case.name in trained),
-            "classes": manifest.classes,
-            "spacing_mm": manifest.spacing_mm,
-            "patch_size": manifest.patch_size,
-        },
-        "datasets": dict(Counter(case.dataset for case in manifest.cases if case.name in trained)),
-        "training_cases": training_cases,
-        "label_cases": label_cases,
-        "withheld_cases": sorted({case.name for case in manifest.cases} - set(training_cases)),
-        "budget": {key: getattr(config.budget, key) for key in ("fraction", "scans", "seed", "classes")},
-    }
+def _shards(manifest: Manifest, trained: set[str]) -> ShardsRecord:
+    return ShardsRecord(
+        manifest_digest=manifest.digest,
+        cases=len(manifest.cases),
+        patches=manifest.patches,
+        training_patches=sum(case.patches for case in manifest.cases if case.name in trained),
+        classes=tuple(manifest.classes),
+        spacing_mm=manifest.spacing_mm,
+        patch_size=manifest.patch_size,
+    )
 
 
 def _slice_index(shown: int, width: int, height: int, z: int, device: torch.device) -> torch.Tensor:

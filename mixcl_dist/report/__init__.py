@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mixcl_dist.records import RunError, write_atomic
 from mixcl_dist.report import page
 from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table, own
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
 from mixcl_dist.report.table import not_final, table_results, text_rows, trial_rows
-from mixcl_dist.run import RunError, write_atomic
 
 
 def write_report(path: Path) -> Path:

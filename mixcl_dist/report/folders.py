@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from mixcl_dist.run import RunError, read_json
+from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.records import (
+    CURVE,
+    METRICS,
+    DiceRecord,
+    FinetuneRecord,
+    NetworkRecord,
+    PlannedItem,
+    PlanRecord,
+    RunError,
+    RunRecord,
+    StudyRecord,
+    TrialRecord,
+    read_curve,
+    read_metrics,
+    told,
+)
+from mixcl_dist.run import CONFIG, read_config
 from mixcl_dist.studies.table import ledger
+from mixcl_dist.studies.table.plan import check
 
 Arrays = Mapping[str, np.ndarray]
 RUN_FILES = (
-    "run.json", "config.yaml", "network.json", "metrics.jsonl", "curve.jsonl", "dice.json", "samples.npz",
-    "overlays.npz",
+    RunRecord.FILE, CONFIG, NetworkRecord.FILE, METRICS, CURVE, DiceRecord.FILE, "samples.npz", "overlays.npz",
 )  # fmt: skip
 """What is read of a run."""
 
@@ -101,11 +117,11 @@ class TableFolder:
 
 def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder:
     """Read a RUN, STUDY or TABLE folder; raises `RunError` in one line where it is none or a file of it is broken."""
-    if (path / "plan.json").is_file():
+    if (path / PlanRecord.FILE).is_file():
         return open_table(path)
-    if (path / "study.json").is_file():
+    if (path / StudyRecord.FILE).is_file():
         return open_study(path)
-    if (path / "run.json").is_file():
+    if (path / RunRecord.FILE).is_file():
         return open_run(path)
     raise RunError(
         f"{path}: neither a run (run.json) nor a study (study.json) nor a table (plan.json); "
@@ -125,77 +141,101 @@ def own(folder: Path, name: str) -> Path:
 def open_run(path: Path) -> RunFolder:
     for name in RUN_FILES:
         own(path, name)
-    facts = read_json(path / "run.json")
-    if not isinstance(facts, dict) or facts.get("kind") not in ("pretrain", "finetune"):
-        raise RunError(f"{path / 'run.json'}: no run of kind pretrain or finetune; the run must be made again")
+    dice, network = DiceRecord.load_if_there(path), NetworkRecord.load_if_there(path)
     return RunFolder(
         path=path,
-        facts=facts,
-        config=_read_text(path / "config.yaml"),
-        metrics=_read_metrics(path / "metrics.jsonl"),
-        dice=_read_optional(path / "dice.json", ("classes", "cases", "class_mean", "mean")),
+        facts=told(RunRecord.load(path)),
+        config=_config(path),
+        metrics=read_metrics(path / METRICS),
+        dice=dice.content() if dice else None,
         samples=_read_arrays(path / "samples.npz", ("clean",)),
         overlays=_read_arrays(path / "overlays.npz", ("image", "truth", "prediction", "cases")),
-        network=_read_optional(path / "network.json", ("window_hu",)),
+        network=network.content() if network else None,
     )
 
 
+def _config(path: Path) -> str:
+    """The text of `config.yaml`, which is one; empty where there is none."""
+    if not (path / CONFIG).is_file():
+        return ""
+    read_config(path)
+    return (path / CONFIG).read_text()
+
+
 def open_study(path: Path) -> StudyFolder:
-    file = own(path, "study.json")
-    facts = read_json(file)
-    _require(file, facts, ("trials", "starts"))
-    for row in facts["trials"]:
-        _require(file, row, ("id", "start", "fraction", "seed", "run"))
-    trials = [Trial(row, _run_if_there(own(path, row["run"]))) for row in facts["trials"]]
-    named = []
-    for start in facts["starts"]:
-        if start != "scratch":
-            _require(file, start, ("name", "path"))
-            named.append(Start(start["name"], start["path"], _start_if_there(path, start["path"], trials)))
-    return StudyFolder(path, facts, trials, named)
+    record = StudyRecord.read(own(path, StudyRecord.FILE))
+    trials = [Trial(told(row) | {"status": row.status}, _run_of_trial(path, row)) for row in record.trials]
+    starts = [
+        Start(start.name, start.path, _start_if_there(path, start.path, trials))
+        for start in record.starts
+        if start != "scratch"
+    ]
+    return StudyFolder(path, told(record), trials, starts)
+
+
+def _run_of_trial(study: Path, row: TrialRecord) -> RunFolder | None:
+    """The run of a row, None where it has none yet; raises `RunError` where its folder holds another trial."""
+    folder = own(study, row.run)
+    if not (folder / RunRecord.FILE).is_file():
+        return None
+    facts = FinetuneRecord.read(own(folder, RunRecord.FILE))
+    for name, asked, found in (("fraction", row.fraction, facts.fraction), ("seed", row.seed, facts.seed)):
+        if found is not None and found != asked:
+            raise RunError(
+                f"{folder / RunRecord.FILE}: {name} is {found}, but {asked} in study.json: it is another trial; "
+                "move it elsewhere and run mixcl tune again"
+            )
+    return open_run(folder)
 
 
 def open_table(path: Path) -> TableFolder:
-    file = own(path, "plan.json")
-    facts = read_json(file)
-    _require(file, facts, ("table", "items"))
-    records = _current_records(path, facts["items"])
-    trials = [
-        _table_trial(path, item, records.get(item["name"], {})) for item in facts["items"] if item["kind"] == "trial"
-    ]
-    return TableFolder(path, facts, _read_text(path / "config.yaml"), records, trials)
+    plan = PlanRecord.read(own(path, PlanRecord.FILE))
+    config = _config(path)
+    _check_settings(path, plan)
+    records = _current_records(path, plan.items)
+    trials = [_table_trial(path, item, records.get(item.name)) for item in plan.items if item.kind == "trial"]
+    found = {name: {"linear": None, "knn": None, **record} for name, record in records.items()}
+    return TableFolder(path, plan.content(), config, found, trials)
 
 
-def _current_records(path: Path, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _check_settings(path: Path, plan: PlanRecord) -> None:
+    """Raise `RunError` for a table whose parts do not fit together, or an item whose settings are none."""
+    config = read_config(path) if (path / CONFIG).is_file() else Config()
+    try:
+        check(plan.table)
+        for settings in {repr(item.settings): item.settings for item in plan.items}.values():
+            replace(config, settings)
+    except ConfigError as error:
+        raise RunError(f"{path / plan.FILE}: {error}; {plan.CURE}") from None
+
+
+def _current_records(path: Path, items: Sequence[PlannedItem]) -> dict[str, ledger.LedgerRecord]:
     """The newest record of each planned item, unless other settings or sources have made it, by its digest; a plan
     without digests takes all."""
     newest = {record["item"]: record for record in ledger.read(own(path, "ledger.jsonl"))}
     return {
-        item["name"]: record
+        item.name: record
         for item in items
-        if (record := newest.get(item["name"])) and item.get("digest", record["digest"]) == record["digest"]
+        if (record := newest.get(item.name)) and (item.digest or record["digest"]) == record["digest"]
     }
 
 
-def _table_trial(path: Path, item: dict[str, Any], record: dict[str, Any]) -> TableTrial:
-    run = own(path, item["name"])
+def _table_trial(path: Path, item: PlannedItem, record: ledger.LedgerRecord | None) -> TableTrial:
+    run = own(path, item.name)
     for name in RUN_FILES:
         own(run, name)
-    dice = _read_optional(run / "dice.json", ("classes", "cases", "class_mean", "mean"))
-    status = record.get("status")
+    dice, facts = DiceRecord.load_if_there(run), FinetuneRecord.load_if_there(run)
+    status = record["status"] if record else "planned"
     if status not in ("failed", "barred"):
-        status = "done" if status == "done" and dice and dice["mean"] is not None else "planned"
-    facts = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+        status = "done" if status == "done" and dice else "planned"
     return TableTrial(
-        **{key: item[key] for key in ("name", "fold", "arm", "scans", "seed")},
+        **{key: getattr(item, key) for key in ("name", "fold", "arm", "scans", "seed")},
         status=status,
-        text=record.get("text", ""),
-        seconds=record.get("seconds"),
-        dice=(dice or {}) if status == "done" else {},
-        curve=[
-            (int(row["step"]), row["mean"]) for row in _read_metrics(run / "curve.jsonl") if row.get("mean") is not None
-        ],
-        unshown=tuple(facts.get("unshown_classes", ())),
+        text=record.get("text", "") if record else "",
+        seconds=record.get("seconds") if record else None,
+        dice=dice.content() if dice and status == "done" else {},
+        curve=[(point.step, point.mean) for point in read_curve(run / CURVE) if point.mean is not None],
+        unshown=facts.unshown_classes if facts else (),
     )
 
 
@@ -205,48 +245,13 @@ def _start_if_there(study: Path, start: str, trials: Sequence[Trial]) -> RunFold
     It lies outside the study, and is read where a trial that began from it lists every scan that it was trained on:
     then it is that start, not a later run or another's at the same path.
     """
-    there = next((place for place in (Path(start), study / start) if (place / "run.json").is_file()), None)
+    there = next((place for place in (Path(start), study / start) if (place / RunRecord.FILE).is_file()), None)
     known = [set(t.run.facts.get("training_cases", ())) for t in trials if t.run and t.run.facts.get("start") == start]
     if there is None or not known:
         return None
     run = open_run(there)
     trained_on = set(run.facts.get("training_cases", ()))
     return run if trained_on and any(trained_on <= cases for cases in known) else None
-
-
-def _run_if_there(path: Path) -> RunFolder | None:
-    return open_run(path) if (path / "run.json").is_file() else None
-
-
-def _read_optional(path: Path, needed: Sequence[str]) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    _require(path, content, needed)
-    return content
-
-
-def _require(path: Path, content: Any, needed: Sequence[str]) -> None:
-    for name in needed:
-        if not isinstance(content, Mapping) or name not in content:
-            raise RunError(f"{path}: {name!r} is missing; remove the file or make the run again")
-
-
-def _read_text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
-
-
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    """The logged steps; a last line that a killed run left half-written is dropped."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise RunError(f"{path}: line {number} is no JSON object; remove it or make the run again") from None
-    return metrics
 
 
 def _read_arrays(path: Path, needed: Sequence[str]) -> Arrays | None:
@@ -257,5 +262,6 @@ def _read_arrays(path: Path, needed: Sequence[str]) -> Arrays | None:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise RunError(f"{path}: not a whole .npz file; remove it or make the run again") from None
-    _require(path, arrays, needed)
+    if missing := [name for name in needed if name not in arrays]:
+        raise RunError(f"{path}: {missing[0]!r} is missing; remove the file or make the run again")
     return arrays

@@ -143,7 +143,7 @@ def _arms(table: TableFolder) -> list[str]:
 def _row(trials: Sequence[TableTrial], fold: str, arm: str, scans: int) -> Row:
     own = [trial for trial in trials if (trial.fold, trial.arm, trial.scans) == (fold, arm, scans)]
     done = [trial for trial in own if trial.status == "done"]
-    means = [trial.dice["mean"] for trial in done]
+    means = [trial.dice["mean"] for trial in done if trial.dice["mean"] is not None]
     classes = list(dict.fromkeys(name for trial in done for name in trial.dice["classes"]))
     by_class = {name: [_class_means(trial, "dice").get(name) for trial in done] for name in classes}
     return Row(

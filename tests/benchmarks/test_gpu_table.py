@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import json
 import os
@@ -24,7 +25,7 @@ def folder(tmp_path):
     """A table in the middle: one label-free pre-training done, the other cut off, one trial done."""
     table = tmp_path / "work" / "few_label"
     ledger = Ledger(table / "ledger.jsonl")
-    items = [item.as_json() | {"digest": "0"} for item in plan(load(recipe="few_label")).values()]
+    items = [dataclasses.asdict(item) | {"digest": "0"} for item in plan(load(recipe="few_label")).values()]
     (table / "plan.json").write_text(json.dumps({"items": items}))
     for name in DONE:
         ledger.add(name, "0", "done")

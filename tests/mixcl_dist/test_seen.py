@@ -21,7 +21,7 @@ from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.finetuning.start import check_start
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.phantom import draw_torso, write_cohort
-from mixcl_dist.run import RunError
+from mixcl_dist.records import RunError
 from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
 
 

@@ -6,9 +6,33 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Required
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from mixcl_dist.records import Count, Dice, Length, finite, read_lines
+
+
+class LedgerRecord(TypedDict, total=False):
+    """A line of a ledger; further figures may stand in it."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")  # type: ignore[misc]
+
+    item: Required[str]
+    digest: Required[str]
+    status: Required[Literal["begun", "partial", "failed", "barred", "done"]]
+    text: str
+    seconds: Length
+    steps: Count
+    mean: Dice | None
+    linear: Dice
+    knn: Dice
+    machine: dict[str, str | int | float | None]
+    card: str
+
 
 STATES = ("missing", "stale", "begun", "partial", "failed", "barred", "done")
 """How an item stands, in the order in which items are run; those that are "done" are not."""
@@ -24,13 +48,13 @@ class Ledger:
 
     def __init__(self, path: Path, card: str | None = None, earlier: Iterable[Path] = ()) -> None:
         self.path, self.card = path, card
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, LedgerRecord] = {}
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
         for source in (*earlier, path):
             for record in read(source):
-                if card is None or record["card"] == card:
+                if card is None or record.get("card") == card:
                     self.records[record["item"]] = record
         if not path.exists():
             self._write(self.records.values())
@@ -42,8 +66,8 @@ class Ledger:
             return "missing"
         return record["status"] if record["digest"] == digest else "stale"
 
-    def add(self, item: str, digest: str, status: str, **figures: Any) -> dict[str, Any]:
-        record = {"item": item, "digest": digest, "status": status, **figures}
+    def add(self, item: str, digest: str, status: str, **figures: Any) -> LedgerRecord:
+        record = LedgerRecord(item=item, digest=digest, status=status, **figures)  # type: ignore[typeddict-item]
         if self.card is not None:
             record["card"] = self.card
         with self._lock:
@@ -51,18 +75,16 @@ class Ledger:
             self._write([record])
         return record
 
-    def _write(self, records: Iterable[dict[str, Any]]) -> None:
+    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(finite(record)) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, without a last line that a killed process left unfinished."""
-    if path.exists():
-        *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-        yield from map(json.loads, lines)
+def read(path: Path) -> list[LedgerRecord]:
+    """The records of a file, without a last line that a killed process left unfinished; raises `RunError`."""
+    return read_lines(path, LedgerRecord, "remove the line, and its item is made again")
 
 
 def digest_of(root: Path, patterns: Iterable[str], *settings: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mixcl_dist.config import ArmConfig, Config, ConfigError, FoldConfig, StageConfig, TableConfig, replace
@@ -38,9 +38,6 @@ class Item:
     def needs(self) -> tuple[str, ...]:
         return (*([self.start] if self.start else []), *self.gate)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"gate": list(self.gate)}
-
 
 def plan(config: Config) -> dict[str, Item]:
     """Every item by its name, each after those that it needs, what tells most first.
@@ -49,7 +46,7 @@ def plan(config: Config) -> dict[str, Item]:
     seed by seed, so that a table which is cut short has whole pairs. Label-free stages are run once, others for each
     (scans, seed) or fold. Raises `ConfigError`, in one line, for arms and stages that do not fit together.
     """
-    _check(config.table)
+    check(config.table)
     planner = _Planner(config)
     for trial in sorted(_cells(config.table), key=lambda cell: _order(config.table, cell)):
         planner.trial(*trial)
@@ -165,7 +162,8 @@ def _reach(stages: Mapping[str, StageConfig], name: str) -> str:
     return max(stage.labels, before, key=REACH.__getitem__)
 
 
-def _check(table: TableConfig) -> None:
+def check(table: TableConfig) -> None:
+    """Raise `ConfigError`, in one line, for arms and stages that do not fit together."""
     if not table.arms and not table.other_organs.arms:
         raise ConfigError("table.arms is empty, so there is nothing to compare; give --recipe few_label")
     _check_stages(table)

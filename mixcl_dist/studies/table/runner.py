@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -22,7 +22,8 @@ from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
-from mixcl_dist.run import LOCK, RunError, held, machine, now, read_json, write_atomic, write_json
+from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
+from mixcl_dist.run import CONFIG, begin, held, machine, now
 from mixcl_dist.seen import KnownScans, Seen, shared_scans
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.ledger import Ledger, digest_of
@@ -213,23 +214,24 @@ def _begin(
 
     Digests may have changed since: what they are of is made again.
     """
-    known = out / "plan.json"
-    head = {"kind": "table", "name": out.resolve().name, "started": now()}
-    listed = [item.as_json() for item in items.values()]
-    if known.exists():
-        earlier = read_json(known)
-        planned = [{key: value for key, value in item.items() if key != "digest"} for item in earlier["items"]]
-        if (earlier["digest"], planned) != (question["digest"], listed):
-            what = "trials" if earlier["digest"] == question["digest"] else "cases or shards"
-            raise RunError(
-                f"{out}: holds a table of other {what}; give another --out, or the settings in its config.yaml"
-            )
-        head["started"] = earlier["started"]
-    elif any(path for path in out.iterdir() if path.name != LOCK):
-        raise RunError(f"{out}: holds other files; give an empty or new folder")
-    write_atomic(out / "config.yaml", to_yaml(config).encode())
-    current = [item | {"digest": digests[item["name"]]} for item in listed]
-    write_json(known, head | question | {"table": to_dict(config)["table"], "items": current})
+    earlier = PlanRecord.load_if_there(out)
+    listed = [PlannedItem(**asdict(item)) for item in items.values()]
+    if earlier is None:
+        begin(out)
+    elif (earlier.digest, [dataclasses.replace(item, digest=None) for item in earlier.items]) != (
+        question["digest"],
+        listed,
+    ):
+        what = "trials" if earlier.digest == question["digest"] else "cases or shards"
+        raise RunError(f"{out}: holds a table of other {what}; give another --out, or the settings in its config.yaml")
+    write_atomic(out / CONFIG, to_yaml(config).encode())
+    PlanRecord(
+        name=out.resolve().name,
+        started=earlier.started if earlier else now(),
+        **question,
+        table=config.table,
+        items=tuple(dataclasses.replace(item, digest=digests[item.name]) for item in listed),
+    ).save(out)
 
 
 @dataclass
@@ -266,7 +268,10 @@ class Queue:
         """One of `STATES`; what is done, but whose files are gone though others need them, is missing."""
         state = self.ledger.state(name, self.digests[name])
         item = self.items[name]
-        there = item.kind == "probe" or (self.out / name / FINISHED[item.kind]).exists()
+        if item.kind == "probe":
+            there = "linear" in self.ledger.records.get(name, {})
+        else:
+            there = (self.out / name / FINISHED[item.kind]).exists()
         return "missing" if state == "done" and not there else state
 
     def wanted(self, chosen: Sequence[str]) -> list[str]:
@@ -337,7 +342,7 @@ class Queue:
         log.parent.mkdir(exist_ok=True)
         self._make_room(item)
         self.ledger.add(item.name, self.digests[item.name], "begun")
-        share = max(1, self.machine["cores"] // self.workers)
+        share = max(1, self.machine.cores // self.workers)
         path = os.pathsep.join(filter(None, [str(ROOT.parent), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"OMP_NUM_THREADS": str(share), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         with log.open("w", encoding="utf-8") as output:
@@ -371,10 +376,11 @@ class Queue:
         return bool(ended)
 
     def _record(self, item: Item, status: str, seconds: float, **figures: Any) -> None:
-        facts = {"seconds": round(seconds, 1), "steps": self.steps[item.name], "date": now(), "machine": self.machine}
+        facts = {"seconds": round(seconds, 1), "steps": self.steps[item.name], "date": now()}
+        facts["machine"] = asdict(self.machine)
         record = self.ledger.add(item.name, self.digests[item.name], status, **figures, **facts)
         done = sum(self.state(name) == "done" for name in self.wait_for)
-        self._say(f"{item.name}: {record['text']} ({seconds:.0f} s; {done}/{len(self.wait_for)} items)")
+        self._say(f"{item.name}: {record.get('text')} ({seconds:.0f} s; {done}/{len(self.wait_for)} items)")
 
     def _passes(self, item: Item) -> bool | None:
         """Whether the probe of what a trial starts from clears all baselines; None while a probe is missing."""
@@ -391,15 +397,16 @@ class Queue:
         own, *baselines = item.gate
         best = max(baselines, key=figures.__getitem__)
         text = f"barred: {own} {figures[own]:.3f} is not {self.margin:g} above {best} {figures[best]:.3f}"
-        if self.state(item.name) != "barred" or self.ledger.records[item.name]["text"] != text:
+        if self.state(item.name) != "barred" or self.ledger.records[item.name].get("text") != text:
             self._record(item, "barred", 0.0, text=text, probes=figures)
 
     def expected(self, item: Item) -> float:
         """Seconds that an item is expected to take, by what its kind took a step so far; 0 where nothing is known."""
         rates = [
-            record["seconds"] / record["steps"]
+            record.get("seconds", 0.0) / record["steps"]
             for name, record in self.ledger.records.items()
-            if record["status"] == "done" and name in self.items and self.items[name].kind == item.kind
+            if record["status"] == "done" and record.get("steps") and name in self.items
+            if self.items[name].kind == item.kind
         ]
         return statistics.median(rates) * self.steps[item.name] if rates else 0.0
 
@@ -426,14 +433,14 @@ def _steps(config: Config, item: Item) -> int:
 def _figures(item: Item, ran: Path) -> dict[str, Any]:
     """What the ledger keeps of an item's result; raises `RunError` where that is broken, or a probe judged nothing."""
     if item.kind == "probe":
-        probe = read_json(ran / FINISHED["probe"])
-        linear, nearest = probe["linear"]["mean"], probe["knn"]["mean"]
+        probe = ProbeRecord.load(ran)
+        linear, nearest = probe.linear.mean, probe.knn.mean
         if linear is None or nearest is None:
             raise RunError("no class was probed: none is both annotated and drawn in the development scans judged")
         return {"linear": linear, "knn": nearest, "text": f"linear probe {linear:.3f}, k-NN {nearest:.3f}"}
     if item.kind == "pretrain":
         return {"text": "pre-trained"}
-    mean = read_json(ran / FINISHED[item.kind])["mean"]
+    mean = DiceRecord.load(ran).mean
     return {"mean": mean, "text": "nothing scored" if mean is None else f"Dice {mean:.3f}"}
 
 

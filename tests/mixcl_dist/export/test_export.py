@@ -46,7 +46,7 @@ def write_run(folder: Path, network: torch.nn.Module, kind: str, architecture: s
     description = {"architecture": architecture, "filters": FILTERS, "window_hu": [-900, 700]}
     description |= {"spacing_mm": [1.0, 2.0, 3.0] if pretraining else None, "classes": CLASSES}
     (folder / "network.json").write_text(json.dumps(description))
-    facts = {"kind": kind, "name": folder.name, "mixcl_version": "0.1.0", "label_cases": ["a", "b"]}
+    facts = {"kind": kind, "name": folder.name, "finished": None, "mixcl_version": "0.1.0", "label_cases": ["a", "b"]}
     facts |= {"start": None, "fraction": 0.05, "seed": 0, "validation_cases": ["c"], "training_cases": ["a", "b"]}
     (folder / "run.json").write_text(json.dumps(facts))
     if not pretraining:

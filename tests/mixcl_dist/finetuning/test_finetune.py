@@ -19,7 +19,7 @@ from mixcl_dist.finetuning.start import initial_network
 from mixcl_dist.finetuning.task import Task, open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.phantom import CLASSES
-from mixcl_dist.run import RunError
+from mixcl_dist.records import DiceRecord, RunError
 from mixcl_dist.seen import KnownScans, Seen
 
 SMALL = {
@@ -56,7 +56,7 @@ def pretrained(folder, config, *, data=None, label_cases=(), classes=CLASSES, tr
     save_file(backbone.state_dict(), folder / "network.safetensors")
     network = {key: getattr(config.network, key) for key in ("architecture", "filters", "window_hu")}
     (folder / "network.json").write_text(json.dumps(network | {"spacing_mm": spacing_mm, "classes": []}))
-    facts = {"kind": "pretrain", "name": folder.name, "finished": "2026-01-01"}
+    facts = {"kind": "pretrain", "name": folder.name, "finished": "2026-01-01", "label_cases": []}
     (folder / "run.json").write_text(json.dumps(facts))
     names = {*label_cases, *training_cases}
     cases = [case for case in open_source(data).cases if case.name in names] if names else []
@@ -67,8 +67,8 @@ def pretrained(folder, config, *, data=None, label_cases=(), classes=CLASSES, tr
 
 def test_a_trial_leaves_what_report_and_export_read(trial, budgeted):
     run, dice = trial
-    assert dice == json.loads((run / "dice.json").read_text())
-    assert dice["classes"] == list(CLASSES) and list(dice["cases"]) == ["validation_000"]
+    assert dice == DiceRecord.load(run)
+    assert list(dice.classes) == list(CLASSES) and list(dice.cases) == ["validation_000"]
     facts = json.loads((run / "run.json").read_text())
     assert facts["kind"] == "finetune" and facts["start"] is None and facts["start_name"] == "scratch"
     assert facts["label_cases"] == budgeted and facts["validation_cases"] == ["validation_000"]
@@ -96,8 +96,8 @@ def test_choices_are_scored_on_development_cases_and_only_a_final_figure_on_vali
         run = tmp_path / scored
         dice = finetune(choosing, data=data, start=None, run=run, final=final)
         facts = json.loads((run / "run.json").read_text())
-        assert list(dice["cases"]) == facts["scored_cases"] == names
-        assert dice["scored"] == facts["scored"] == scored
+        assert list(dice.cases) == facts["scored_cases"] == names
+        assert dice.scored == facts["scored"] == scored
         assert kept_back not in facts["label_cases"]
 
 
@@ -166,7 +166,7 @@ def test_a_supervised_start_gives_its_backbone_and_its_labels_count(trial, confi
 def test_only_the_chosen_classes_are_learnt_and_scored(config, data, tmp_path):
     chosen = {"finetune.classes": ["aorta", "liver"], "budget.fraction": 1.0, "finetune.steps": 1}
     dice = finetune(replace(config, chosen), data=data, start=None, run=tmp_path / "run")
-    assert dice["classes"] == ["liver", "aorta"]
+    assert list(dice.classes) == ["liver", "aorta"]
     seen = Seen.load(tmp_path / "run")
     assert set().union(*seen.labels) == {"liver", "aorta"}
     weights = load_file(tmp_path / "run" / "model.safetensors")
@@ -220,8 +220,8 @@ def test_a_class_that_no_labelled_case_shows_is_named_and_left_out_of_the_mean(c
     unshown = [name for name in CLASSES if name not in case.reliable]  # a phantom shows all that it annotates
     assert facts["unshown_classes"] == unshown != []
     assert f"no labelled case shows {', '.join(unshown)}: left out of the mean" in capsys.readouterr().err
-    shown = [value for name, value in dice["class_mean"].items() if name in case.reliable and value is not None]
-    assert dice["mean"] == pytest.approx(np.mean(shown))
+    shown = [value for name, value in dice.class_mean.items() if name in case.reliable and value is not None]
+    assert dice.mean == pytest.approx(np.mean(shown))
     assert mean_dice({"a": 0.4, "b": 0.0, "c": 0.8, "d": None}, ["c"]) == pytest.approx(0.2)
     assert mean_dice({"a": None, "c": 0.8}, ["c"]) is None
 
@@ -282,7 +282,7 @@ def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"kind": "study", "finished": "2026-01-01"}, "holds a study; give a pre-training or fine-tuning run"),
+        ({"kind": "study", "finished": "2026-01-01"}, "kind is 'study', not pretrain or finetune"),
         ({"kind": "finetune", "finished": None}, "has not finished; fine-tune again"),
         ({"kind": "pretrain", "finished": None}, "has not finished"),
     ],
@@ -290,7 +290,7 @@ def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
 def test_only_a_finished_run_is_a_start(config, data, tmp_path, facts, said):
     start = tmp_path / "start"
     start.mkdir()
-    (start / "run.json").write_text(json.dumps(facts))
+    (start / "run.json").write_text(json.dumps(facts | {"name": "start", "label_cases": []}))
     with pytest.raises(RunError, match=said):
         finetune(config, data=data, start=start, run=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -223,15 +223,15 @@ def test_surface_scores_are_summarised_as_dice_is():
     truth = blobs(5)
     cases = {"x": surfaces(truth, truth), "y": surfaces(truth, truth) | {"b": None}}
     summary = summarise_surfaces(cases, ["a", "b"])
-    assert summary["surface_dice"]["mean"] == 1.0 and summary["hd95_mm"]["class_mean"] == {"a": 0.0, "b": 0.0}
-    assert summary["hd95_mm"]["cases"]["y"] == {"a": 0.0, "b": None}
+    assert summary["surface_dice"].mean == 1.0 and summary["hd95_mm"].class_mean == {"a": 0.0, "b": 0.0}
+    assert summary["hd95_mm"].cases["y"] == {"a": 0.0, "b": None}
 
 
 def test_the_mean_is_over_classes_and_leaves_out_what_was_not_scored():
     cases = {"x": {"a": 0.8, "b": 0.2, "c": None}, "y": {"a": 0.6, "b": None, "c": None}}
     summary = summarise(cases, ["a", "b", "c"])
-    assert summary["class_mean"] == {"a": pytest.approx(0.7), "b": 0.2, "c": None}
-    assert summary["mean"] == pytest.approx(0.45)
+    assert summary.class_mean == {"a": pytest.approx(0.7), "b": 0.2, "c": None}
+    assert summary.mean == pytest.approx(0.45)
 
 
 def test_overlays_show_the_slice_with_most_foreground(volume):

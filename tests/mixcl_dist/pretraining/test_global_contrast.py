@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixcl_dist.run import read_metrics
+from mixcl_dist.records import read_metrics
 
 from ..conftest import SMALL
 

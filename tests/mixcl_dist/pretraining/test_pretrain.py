@@ -24,7 +24,8 @@ from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.pretraining import pretrain as loop
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.pretrain import budgeted_labels, pretrain
-from mixcl_dist.run import RunError, held, read_json, read_metrics
+from mixcl_dist.records import PretrainRecord, RunError, read_metrics
+from mixcl_dist.run import held
 from mixcl_dist.seen import Seen
 
 from ..conftest import SMALL
@@ -46,11 +47,11 @@ def wait_for(path, process, seconds=120):
 def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_path, capsys):
     config = replace(small_config, {"pretrain.steps": 3, "budget.fraction": 0.5})
     pretrain(config, shards=shards, run=tmp_path / "run")
-    facts = read_json(tmp_path / "run" / "run.json")
+    facts = PretrainRecord.load(tmp_path / "run")
     manifest = Manifest.load(shards)
-    assert facts["kind"] == "pretrain" and facts["finished"]
-    assert sorted(facts["label_cases"]) == sorted(budgeted_labels(manifest, config.budget)) != []
-    assert set(facts["training_cases"]) == {case.name for case in manifest.cases}
+    assert facts.kind == "pretrain" and facts.finished
+    assert sorted(facts.label_cases) == sorted(budgeted_labels(manifest, config.budget)) != []
+    assert set(facts.training_cases) == {case.name for case in manifest.cases}
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [entry["step"] for entry in metrics] == [1, 2, 3]
     assert {"loss", "voxel_identity", "crop_identity", "reconstruction", "learning_rate", "samples_per_s",
@@ -62,8 +63,8 @@ def test_a_run_leaves_what_report_and_finetune_read(shards, small_config, tmp_pa
     assert all(metrics[-1][f"gradient_norm_{term}"] > 0 for term in ("voxel_identity", "crop_identity"))
     Backbone(config.network).load_state_dict(load_file(tmp_path / "run" / "network.safetensors"))
     assert (tmp_path / "run" / "samples.npz").exists()
-    assert facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
-    assert f"; {facts['arithmetic']} on cpu" in capsys.readouterr().err
+    assert facts.arithmetic in ("float32", "bfloat16 autocast, float32 master weights")
+    assert f"; {facts.arithmetic} on cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -99,7 +100,7 @@ def test_scattered_parameters_have_no_gradient_of_single_terms_which_is_said_onc
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert "effective_rank" in last and not any(name.startswith("gradient_norm_") for name in last)
     assert capsys.readouterr().err.count("at ZeRO stage 3") == 1
-    assert "at ZeRO stage 3" in read_json(tmp_path / "run" / "run.json")["warnings"]["gradient_norms"]
+    assert "at ZeRO stage 3" in PretrainRecord.load(tmp_path / "run").warnings["gradient_norms"]
 
 
 def test_a_killed_run_resumes_to_the_same_weights(shards, tmp_path):
@@ -141,10 +142,10 @@ def test_development_cases_are_neither_seen_nor_budgeted(shards, small_config, t
     kept_back = next(case.name for case in manifest.cases if case.reliable and case.split == "training")
     settings = {"pretrain.steps": 1, "budget.fraction": 1.0, "budget.development": [kept_back]}
     pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
-    facts = read_json(tmp_path / "run" / "run.json")
+    facts = PretrainRecord.load(tmp_path / "run")
     others = {case.name for case in manifest.cases} - {kept_back}
-    assert set(facts["training_cases"]) == others and kept_back in facts["withheld_cases"]
-    assert set(facts["label_cases"]) == {case.name for case in manifest.cases if case.reliable} - {kept_back}
+    assert set(facts.training_cases) == others and kept_back in facts.withheld_cases
+    assert set(facts.label_cases) == {case.name for case in manifest.cases if case.reliable} - {kept_back}
     with pytest.raises(ConfigError, match=r"budget.development: there is no case nobody"):
         pretrain(replace(small_config, {"budget.development": ["nobody"]}), shards=shards, run=tmp_path / "other")
 
@@ -180,15 +181,13 @@ def test_a_start_gives_all_its_weights(first_stage):
 
 
 def test_what_a_start_has_seen_the_next_run_has_seen(first_stage, shards):
-    first, second = (read_json(run / "run.json") for run in first_stage)
-    assert set(second["label_cases"]) == set(first["label_cases"]) != set()
-    assert first["start"] is None and second["start"] == str(first_stage[0].resolve())
+    first, second = (PretrainRecord.load(run) for run in first_stage)
+    assert set(second.label_cases) == set(first.label_cases) != set()
+    assert first.start is None and second.start == str(first_stage[0].resolve())
     seen = Seen.load(first_stage[1])
     records = {case.name: case for case in Manifest.load(shards).cases}
     assert {scan.name: scan.digest for scan in seen.scans} == {name: records[name].source_digest for name in records}
-    assert {scan.name for scan, labels in zip(seen.scans, seen.labels, strict=True) if labels} == set(
-        first["label_cases"]
-    )
+    assert {scan.name for scan, labels in zip(seen.scans, seen.labels, strict=True) if labels} == set(first.label_cases)
 
 
 def test_a_resumed_run_keeps_to_the_start_it_began_from(first_stage, shards, small_config, tmp_path):
@@ -196,7 +195,7 @@ def test_a_resumed_run_keeps_to_the_start_it_began_from(first_stage, shards, sma
     still = load_config(second / "config.yaml")
     shutil.copytree(second, tmp_path / "run")
     pretrain(still, shards=shards, run=tmp_path / "run", start=first, resume=True)
-    assert read_json(tmp_path / "run" / "run.json")["start"] == str(first.resolve())
+    assert PretrainRecord.load(tmp_path / "run").start == str(first.resolve())
     assert Seen.load(tmp_path / "run").labels == Seen.load(second).labels
     with pytest.raises(RunError, match="goes on with that; leave out --start"):
         pretrain(still, shards=shards, run=tmp_path / "run", start=second, resume=True)
@@ -352,7 +351,7 @@ def test_a_run_says_what_it_learns_from(shards, small_config, tmp_path, capsys, 
     pretrain(replace(small_config, {"pretrain.steps": 1} | budget), shards=shards, run=tmp_path / "run")
     first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain:"))
     assert first.startswith(f"pretrain: learns from {', '.join(terms)}; {said}")
-    assert read_json(tmp_path / "run" / "run.json")["terms"] == terms
+    assert list(PretrainRecord.load(tmp_path / "run").terms) == terms
 
 
 def test_a_run_without_a_whole_checkpoint_begins_anew_only_by_the_advice(shards, small_config, tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.run import read_json, read_metrics
+from mixcl_dist.records import PretrainRecord, read_metrics
 
 from ..conftest import SMALL
 
@@ -64,7 +64,7 @@ def test_two_ranks_make_one_run_that_can_be_resumed_by_one(shards, tmp_path, sta
     codes, said = finish(start(shards, run, settings=settings))
     assert codes == [0, 0], said
     assert [entry["step"] for entry in read_metrics(run / "metrics.jsonl")] == [1, 2]
-    assert read_json(run / "run.json")["finished"]
+    assert PretrainRecord.load(run).finished
     assert all(weights.numel() for weights in load_file(run / "network.safetensors").values())
 
     (run / "checkpoints" / "step_00000002" / "engine.safetensors").unlink()  # so that a step is left to do

@@ -12,7 +12,7 @@ from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.pretraining.probe import Patches, probe, probe_run, read_patches
-from mixcl_dist.run import RunError, read_json, read_metrics
+from mixcl_dist.records import PretrainRecord, ProbeRecord, ProbeScans, RunError, read_metrics
 
 WINDOW_HU = (-1000.0, 1000.0)
 DEVELOPMENT = ("abdomen_000", "abdomen_001", "renal_000", "renal_001")
@@ -53,9 +53,9 @@ def test_features_that_tell_the_classes_apart_score_one_and_noise_does_not():
     good = probe(Oracle(), patches(), ("a", "b"), WINDOW_HU)
     noise = probe(Oracle(informative=False), patches(), ("a", "b"), WINDOW_HU)
     for kind in ("linear", "knn"):
-        assert good[kind]["mean"] > 0.99 and good[kind]["dice"].keys() == {"a", "b"}
-        assert noise[kind]["mean"] < 0.6
-    assert good["scans"] == {"fitted": 2, "judged": 2} and len(good["linear"]["scans"]) == 2
+        assert getattr(good, kind).mean > 0.99 and getattr(good, kind).dice.keys() == {"a", "b"}
+        assert getattr(noise, kind).mean < 0.6
+    assert good.scans == ProbeScans(fitted=2, judged=2) and len(good.linear.scans) == 2
 
 
 def test_patches_that_the_network_cannot_halve_are_cut(shards):
@@ -68,7 +68,7 @@ def test_the_classifier_is_computed_in_float32_where_the_network_runs_in_bfloat1
     """Features far from 0 differ little: bfloat16 would lose what tells them apart."""
     expected = probe(Oracle(), patches(), ("a", "b"), WINDOW_HU)
     monkeypatch.setattr("mixcl_dist.precision.has_bfloat16", lambda device: True)
-    assert probe(Oracle(offset=100.0), patches(), ("a", "b"), WINDOW_HU)["linear"] == expected["linear"]
+    assert probe(Oracle(offset=100.0), patches(), ("a", "b"), WINDOW_HU).linear == expected.linear
 
 
 def test_scans_that_show_no_class_cannot_be_judged_by():
@@ -81,16 +81,16 @@ def test_a_class_that_a_scan_leaves_unknown_is_neither_learnt_as_background_nor_
     """Of scans that never drew "b", background voxels of b's grey value say nothing against it."""
     known = [[False, True, True], [False, True, True], [False, True, False], [False, True, False]]
     found = probe(Oracle(), patches(known), ("a", "b"), WINDOW_HU)
-    assert found["linear"]["dice"]["b"] > 0.99
+    assert found.linear.dice["b"] > 0.99
     nowhere = [[False, True, True], [False, True, False], [False, True, True], [False, True, False]]
-    assert probe(Oracle(), patches(nowhere), ("a", "b"), WINDOW_HU)["linear"]["dice"]["b"] is None
+    assert probe(Oracle(), patches(nowhere), ("a", "b"), WINDOW_HU).linear.dice["b"] is None
 
 
 def test_ignored_voxels_are_not_judged():
     some = patches()
     some.label[:, :2] = IGNORED
     some.hu[:, :2] = 0  # looks like class a
-    assert probe(Oracle(), some, ("a", "b"), WINDOW_HU)["linear"]["dice"]["a"] > 0.99
+    assert probe(Oracle(), some, ("a", "b"), WINDOW_HU).linear.dice["a"] > 0.99
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
@@ -124,15 +124,15 @@ def test_the_verb_probes_a_run_a_checkpoint_and_a_random_network(shards, small_c
     kept_back = {"budget.development": DEVELOPMENT, "pretrain.steps": 2, "pretrain.probe_every": 2}
     run = tmp_path / "run"
     pretrain(replace(small_config, kept_back), shards=shards, run=run)
-    at_the_end = read_json(run / "probe.json")
+    at_the_end = ProbeRecord.load(run)
     assert main(["probe", str(run), "--data", str(shards)]) == 0
     assert "mean" in capsys.readouterr().out
-    again = read_json(run / "probe.json")
-    assert again["linear"] == at_the_end["linear"] and again["cases"] == list(DEVELOPMENT)
+    again = ProbeRecord.load(run)
+    assert again.linear == at_the_end.linear and again.cases == DEVELOPMENT
     checkpoint = run / "checkpoints" / "step_00000002"
     out = tmp_path / "probe.json"
     assert main(["probe", str(checkpoint), "--data", str(shards), "--out", str(out)]) == 0
-    assert read_json(out)["linear"] == again["linear"]
+    assert ProbeRecord.read(out).linear == again.linear
     settings = ["--network.filters", "4,6,8", "--budget.development", ",".join(DEVELOPMENT)]
     assert main(["probe", "none", "--data", str(shards), "--out", str(out), *settings]) == 0
 
@@ -152,7 +152,7 @@ def test_a_probe_that_cannot_be_made_is_warned_of_and_the_run_goes_on(
     monkeypatch.setattr("mixcl_dist.pretraining.recorder.probe", _collapsed)
     pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
     assert "the network has collapsed" in capsys.readouterr().err
-    assert read_json(tmp_path / "run" / "run.json")["finished"] and not (tmp_path / "run" / "probe.json").exists()
+    assert PretrainRecord.load(tmp_path / "run").finished and not (tmp_path / "run" / "probe.json").exists()
 
 
 def _collapsed(*arguments):

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from mixcl_dist.config import load
 from mixcl_dist.pretraining.recorder import Recorder, _compact, _principal_colours, _slice_index, _view_label
-from mixcl_dist.run import read_json, read_metrics
+from mixcl_dist.records import PretrainRecord, read_metrics
 
 MANIFEST = SimpleNamespace(cases=(), digest="", patches=0, classes=(), spacing_mm=None, patch_size=(8, 8, 8))
 
@@ -91,7 +91,7 @@ def test_few_anchors_are_warned_of_once_a_run_and_kept_for_the_page(recorder, tm
     add(resumed, 1.0, 1.0, 8)
     resumed.log(3)
     assert capsys.readouterr().err == ""
-    assert f"pretrain: {read_json(tmp_path / 'run' / 'run.json')['warnings']['label_anchors']}" == line
+    assert f"pretrain: {PretrainRecord.load(tmp_path / 'run').warnings['label_anchors']}" == line
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -118,7 +118,7 @@ def test_an_embedding_that_is_not_finite_still_makes_a_picture():
 
 
 def test_the_run_states_its_arithmetic(recorder):
-    assert recorder._run.facts["arithmetic"] in ("float32", "bfloat16 autocast, float32 master weights")
+    assert recorder._run.record.arithmetic in ("float32", "bfloat16 autocast, float32 master weights")
 
 
 def test_pictures_are_computed_where_the_views_are():

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mixcl_dist.records import RunError
 from mixcl_dist.report import slices, write_report
 from mixcl_dist.report.folders import open_study
 from mixcl_dist.report.results import study_results
-from mixcl_dist.run import RunError
 from mixcl_dist.studies.statistics import t_interval
 
 CLASSES = ["liver", "left_kidney"]
@@ -55,7 +55,8 @@ def write_pretraining(folder: Path, training_cases: list[str]) -> None:
     label[0][ORGAN] = 1
     pictures = {"clean": slice_, "degraded": slice_, "restored": slice_, "label": label, "step": np.array(40)}
     np.savez(folder / "samples.npz", **pictures, embedding_rgb=np.zeros((2, 16, 16, 3), dtype=np.float16))
-    write(folder / "network.json", {"window_hu": [-1000, 1000]})
+    network = {"architecture": "dynunet", "filters": [4, 8, 8], "window_hu": [-1000, 1000], "spacing_mm": None}
+    write(folder / "network.json", network | {"classes": CLASSES})
 
 
 def write_trial(folder: Path, scores: dict[str, float], fraction: float, start: str | None = None) -> None:
@@ -397,7 +398,7 @@ def test_nothing_overflows_on_a_telephone(study, folder, width_on_a_telephone):
 
 
 def test_run_that_has_logged_nothing_says_so(tmp_path):
-    write(tmp_path / "run" / "run.json", {"kind": "pretrain", "name": "run"})
+    write(tmp_path / "run" / "run.json", {"kind": "pretrain", "name": "run", "finished": None, "label_cases": []})
     text = Page(write_report(tmp_path / "run")).text
     assert "No loss has been logged yet" in text and "No pictures were kept" in text
 
@@ -493,12 +494,12 @@ def test_links_within_the_folder_are_followed(study):
     ("file", "content", "message"),
     [
         ("study.json", "{", "cannot be read"),
-        ("study.json", "{}", "'trials' is missing"),
-        ("study.json", '{"trials": [{"id": "a"}], "starts": []}', "'start' is missing"),
-        ("trials/scratch-0.05-0/run.json", "[]", "no run of kind pretrain or finetune"),
+        ("study.json", '{"name": "s", "starts": []}', "'trials' is missing"),
+        ("study.json", '{"name": "s", "trials": [{"id": "a"}], "starts": []}', "'trials.0.start' is missing"),
+        ("trials/scratch-0.05-0/run.json", "[]", "kind is None, not finetune"),
         ("trials/scratch-0.05-0/overlays.npz", "cut", "not a whole .npz file"),
         ("trials/scratch-0.05-0/dice.json", "{}", "'classes' is missing"),
-        ("../pre/metrics.jsonl", "{\n{}", "line 1 is no JSON object"),
+        ("../pre/metrics.jsonl", "{\n{}", "line 1: cannot be read"),
     ],
 )
 def test_broken_file_is_named_in_one_line_with_the_cure(study, file, content, message):

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 from mixcl_dist.budget import budget_cases
 from mixcl_dist.cluster.trials import Outcome
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace, to_dict
 from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.export import export
+from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.task import open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.run import RunError
+from mixcl_dist.records import DiceRecord, PretrainRecord, RunError, StudyRecord
+from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.studies import study as study_module
-from mixcl_dist.studies.study import plan, run_study
+from mixcl_dist.studies.study import plan, run_study, run_trial
 
 SMALL = {
     "network.filters": [4, 8, 8],
@@ -53,7 +59,7 @@ def start(config, data, known, tmp_path):
         save_file(SegmentationNetwork(network, 1).backbone.state_dict(), folder / "network.safetensors")
         facts = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
         (folder / "network.json").write_text(json.dumps(facts | {"spacing_mm": None, "classes": []}))
-        (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "name": name, "finished": "2026-01-01"}))
+        PretrainRecord(name=name, finished="2026-01-01", label_cases=()).save(folder)
         label_cases = budget_cases(open_source(data).cases, BudgetConfig(fraction, seed))
         cases = [case for case in open_source(data).cases if case.name in label_cases]
         Seen(tuple(known.of(cases)), tuple(frozenset(case.reliable) for case in cases)).save(folder)
@@ -81,13 +87,13 @@ def at_once(monkeypatch):
 
 def test_a_study_runs_the_table_and_writes_it_down(config, data, start, at_once, tmp_path, capsys):
     content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")
-    assert content == json.loads((tmp_path / "study" / "study.json").read_text())
-    rows = {row["id"]: row for row in content["trials"]}
+    assert content == StudyRecord.load(tmp_path / "study")
+    rows = {row.id: row for row in content.trials}
     assert list(rows) == ["scratch-0.5-s0", "pretrained-0.5-s0", "scratch-1-s0", "pretrained-1-s0"]
-    assert {row["status"] for row in rows.values()} == {"done"} and content["finished"]
-    assert rows["pretrained-1-s0"]["start"] == "pretrained" and rows["scratch-1-s0"]["start"] == "scratch"
-    dice = json.loads((tmp_path / "study" / rows["scratch-1-s0"]["run"] / "dice.json").read_text())
-    assert rows["scratch-1-s0"]["mean"] == dice["mean"]
+    assert {row.status for row in rows.values()} == {"done"} and content.finished
+    assert rows["pretrained-1-s0"].start == "pretrained" and rows["scratch-1-s0"].start == "scratch"
+    dice = json.loads((tmp_path / "study" / rows["scratch-1-s0"].run / "dice.json").read_text())
+    assert rows["scratch-1-s0"].mean == dice["mean"]
     assert "pretrained-1-s0: Dice" in capsys.readouterr().err
 
 
@@ -95,8 +101,8 @@ def test_a_search_chooses_on_development_cases(config, data, at_once, tmp_path):
     training = [case.name for case in open_source(data).cases if case.split == "training"]
     choosing = {"budget.development": training[:1], "study.fractions": [1.0], "finetune.steps": 1}
     content = run_study(replace(config, choosing), data=data, starts=[], study=tmp_path / "study")
-    assert content["scored"] == "development"
-    dice = json.loads((tmp_path / "study" / content["trials"][0]["run"] / "dice.json").read_text())
+    assert content.scored == "development"
+    dice = json.loads((tmp_path / "study" / content.trials[0].run / "dice.json").read_text())
     assert list(dice["cases"]) == training[:1]
 
 
@@ -107,18 +113,76 @@ def test_a_search_that_would_choose_on_validation_cases_is_refused(config, data,
     assert at_once[0] == [] and not (tmp_path / "study").exists()
 
 
+@pytest.fixture
+def controls(data, tmp_path):
+    """The data set with validation scans that show none of its classes."""
+    folder = tmp_path / "controls"
+    shutil.copytree(data, folder)
+    for case in open_source(folder).cases:
+        if case.split == "validation":
+            (path,) = case.labels
+            image = nib.load(path)
+            nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+    return folder
+
+
+def test_a_trial_with_nothing_to_average_is_done(config, controls, at_once, tmp_path, capsys):
+    content = run_study(config, data=controls, starts=[], study=tmp_path / "study")
+    assert [(row.status, row.mean, row.error) for row in content.trials] == [("done", None, None)] * 2
+    assert "scratch-1-s0: Dice – (2/2 trials" in capsys.readouterr().err
+    assert "–" in study_table(tmp_path / "study") and "No trial" in write_report(tmp_path / "study").read_text()
+    trial = tmp_path / "study" / "trials" / "scratch-1-s0"
+    assert "Mean Dice – %" in write_report(trial).read_text()
+    assert "Not scored" in (export(trial, "monai", tmp_path / "out") / "README.md").read_text()
+    assert run_study(config, data=controls, starts=[], study=tmp_path / "study").trials == content.trials
+    assert at_once[0] == ["scratch-0.5-s0", "scratch-1-s0"]
+
+
+def test_a_trial_that_is_started_again_after_it_has_finished_is_done(config, data, at_once, tmp_path):
+    """As Ray does where the process ends between the last file and the report of it."""
+    content = run_study(config, data=data, starts=[], study=tmp_path / "study")
+    trial = {"id": "scratch-1-s0", "fraction": 1.0, "seed": 0, "start": None, "params": {}}
+    run_trial(to_dict(config), data, tmp_path / "study", trial)
+    assert DiceRecord.load(tmp_path / "study" / "trials" / "scratch-1-s0").mean == content.trials[1].mean
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"budget.seed": 1}, "budget.seed"),
+        ({"budget.fraction": 0.5}, "budget.fraction"),
+        ({"finetune.steps": 1}, "finetune.steps"),
+    ],
+)
+def test_a_folder_of_another_trial_is_not_counted(config, data, at_once, tmp_path, settings, said):
+    """Copied by hand, or left by a study that had the folder before."""
+    other = replace(config, {"budget.fraction": 1.0, "finetune.steps": 2} | settings)
+    finetune(other, data=data, start=None, run=tmp_path / "study" / "trials" / "scratch-1-s0")
+    with pytest.raises(RunError, match=rf"scratch-1-s0: holds a trial of other {said} than .*; move it elsewhere"):
+        run_study(config, data=data, starts=[], study=tmp_path / "study")
+    assert at_once[0] == []
+
+
+def test_a_trial_of_another_start_is_not_counted(config, data, start, at_once, tmp_path):
+    half = start("half", 0.5, 0)
+    folder = tmp_path / "study" / "trials" / "scratch-1-s0"
+    finetune(replace(config, {"budget.fraction": 1.0}), data=data, start=half, run=folder)
+    with pytest.raises(RunError, match=r"scratch-1-s0: holds a trial of other .*the start than this study's"):
+        run_study(config, data=data, starts=[half], study=tmp_path / "study")
+
+
 def test_called_again_a_study_runs_only_what_is_missing(config, data, at_once, tmp_path):
     ran, broken = at_once
     broken.add("scratch-1-s0")
     content = run_study(config, data=data, starts=[], study=tmp_path / "study")
-    rows = {row["id"]: row for row in content["trials"]}
-    assert rows["scratch-0.5-s0"]["status"] == "done"
-    assert rows["scratch-1-s0"]["status"] == "failed" and rows["scratch-1-s0"]["error"] == "OSError: disk full"
+    rows = {row.id: row for row in content.trials}
+    assert rows["scratch-0.5-s0"].status == "done"
+    assert rows["scratch-1-s0"].status == "failed" and rows["scratch-1-s0"].error == "OSError: disk full"
     broken.clear()
     ran.clear()
     content = run_study(config, data=data, starts=[], study=tmp_path / "study")
     assert ran == ["scratch-1-s0"]
-    assert [row["status"] for row in content["trials"]] == ["done", "done"]
+    assert [row.status for row in content.trials] == ["done", "done"]
 
 
 def test_a_study_is_not_mixed_with_another(config, data, at_once, tmp_path):
@@ -192,8 +256,8 @@ def test_what_a_trial_would_refuse_is_refused_before_the_study_is_begun(
 @pytest.mark.slow
 def test_the_table_runs_under_ray(config, data, start, tmp_path):
     content = run_study(config, data=data, starts=[start("small", 0.5, 0)], study=tmp_path / "study")
-    assert [row["status"] for row in content["trials"]] == ["done"] * 4
-    assert all((tmp_path / "study" / row["run"] / "dice.json").exists() for row in content["trials"])
+    assert [row.status for row in content.trials] == ["done"] * 4
+    assert all((tmp_path / "study" / row.run / "dice.json").exists() for row in content.trials)
 
 
 FROM_SCRATCH = """

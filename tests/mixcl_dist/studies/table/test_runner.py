@@ -19,8 +19,8 @@ from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.records import RunError
 from mixcl_dist.report import table_text, write_report
-from mixcl_dist.run import RunError
 from mixcl_dist.studies.table import ledger, runner
 from mixcl_dist.studies.table.plan import plan
 from mixcl_dist.studies.table.runner import run_table
@@ -91,13 +91,14 @@ run = out / ((kind == "probe" and item["start"]) or name)
 run.mkdir(parents=True, exist_ok=True)
 with (out / "order").open("a") as file:
     file.write(name + "\\n")
-probe = {"linear": {"mean": 0.5 if stage == "mixcl" else 0.3}, "knn": {"mean": 0.2}}
+probe = {"linear": {"mean": 0.5 if stage == "mixcl" else 0.3, "dice": {}}, "knn": {"mean": 0.2, "dice": {}}}
+probe["scans"] = {"fitted": 1, "judged": 1}
 """
 
 
 FINISH = """
 result = {"probe": ("probe.json", probe), "pretrain": ("network.safetensors", {})}
-file, content = result.get(kind, ("dice.json", {"mean": 0.6}))
+file, content = result.get(kind, ("dice.json", {"mean": 0.6, "classes": [], "cases": {}, "class_mean": {}}))
 (run / file).write_text(json.dumps(content))
 """
 

@@ -1,0 +1,507 @@
+"""The JSON files of runs, studies and tables: what each holds, its one writer and its one reader.
+
+A reader takes nothing on trust: what is missing, of another type, out of its bounds, not finite, cut short or of a
+newer version is refused in one line that names the file, the key and the cure. A writer writes null for a number that
+is not finite. A field with a default may be missing, as older versions did not write it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from mixcl_dist.config import NetworkConfig, TableConfig
+from mixcl_dist.data_shards.storage.publishing import publish
+from mixcl_dist.errors import MixclError
+
+FORMAT = 1
+"""Version of all these files; a file that names none is of the first."""
+RUN, METRICS, CURVE = "run.json", "metrics.jsonl", "curve.jsonl"
+Row = TypeVar("Row")
+
+
+class RunError(MixclError):
+    """A run's, study's or table's folder, or a file in it, that cannot be used."""
+
+
+def _inside(path: str) -> str:
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ValueError("leads out of this folder")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+"""A path relative to the record's folder, and in it."""
+Dice = Annotated[float, Field(ge=0, le=1)]
+Length = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]
+Spacing = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+"""mm."""
+Size = tuple[Count, Count, Count]
+"""Voxels."""
+Labels = dict[str, Dice | None]
+"""Dice by class; None where it is not scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A JSON file in a folder."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+
+    FILE: ClassVar[str]
+    CURE: ClassVar[str]
+
+    format: Count = FORMAT
+
+    def save(self, folder: Path) -> None:
+        """Publish the file whole in a folder; raises `RunError` where there is no room for it."""
+        self.write(folder / self.FILE)
+
+    def write(self, file: Path) -> None:
+        write_json(file, self.content())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises `RunError`, in one line."""
+        return cls.read(folder / cls.FILE)
+
+    @classmethod
+    def load_if_there(cls, folder: Path) -> Self | None:
+        return cls.load(folder) if (folder / cls.FILE).is_file() else None
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        return _parsed(cls._kind_of, _bytes_of(file), str(file), cls.CURE)
+
+    @classmethod
+    def _kind_of(cls, content: Mapping[str, Any]) -> type[Self]:
+        """The class to read a file's content as; raises `ValueError` where it is of another kind."""
+        return cls
+
+    def content(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return _plain(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a figure was measured on."""
+
+    cpu: str = "?"
+    cores: Count = 0
+    gpu: str | None = None
+    memory_gb: Length = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsRecord:
+    """The shards of a pre-training."""
+
+    manifest_digest: str
+    cases: Count
+    patches: Count
+    training_patches: Count | None = None
+    classes: tuple[str, ...]
+    spacing_mm: Spacing | None
+    patch_size: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Record):
+    """`run.json`: who may read which labels, versions, machine, time."""
+
+    FILE = RUN
+    CURE = "make the run again"
+
+    kind: Literal["pretrain", "finetune"]
+    name: str
+    started: str | None = None
+    """UTC, ISO 8601."""
+    finished: str | None = None
+    seconds: Length = 0.0
+    peak_memory_mb: Count | None = None
+    warnings: dict[str, str] = field(default_factory=dict)
+    mixcl_version: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: Machine = field(default_factory=Machine)
+    arithmetic: str = ""
+    start: str | None = None
+    """Folder of the run that it began from; None: random weights."""
+    training_cases: tuple[str, ...] = ()
+    """Whose images were learnt from, by this run and those it started from."""
+    label_cases: tuple[str, ...]
+    """Whose labels were read."""
+
+    @classmethod
+    def _kind_of(cls, content: Mapping[str, Any]) -> type[Self]:
+        kinds: dict[Any, type[RunRecord]] = {"pretrain": PretrainRecord, "finetune": FinetuneRecord}
+        known = kinds.get(content.get("kind")) if isinstance(content.get("kind"), str) else None
+        if known is None or not issubclass(known, cls):
+            wanted = " or ".join(kind for kind, record in kinds.items() if issubclass(record, cls))
+            raise ValueError(f"kind is {_shown(content.get('kind'))}, not {wanted}")
+        return known
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecord(RunRecord):
+    kind: Literal["pretrain"] = "pretrain"
+    shards: ShardsRecord | None = None
+    withheld_cases: tuple[str, ...] = ()
+    world_size: Count = 1
+    datasets: dict[str, Count] = field(default_factory=dict)
+    """Data set → cases of it that were learnt from."""
+    terms: tuple[str, ...] = ()
+    """Of the objective, those that something was learnt from."""
+    budget: dict[str, Any] = field(default_factory=dict)
+    parameters: Count = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecord(RunRecord):
+    kind: Literal["finetune"] = "finetune"
+    start_name: str = ""
+    fraction: Dice | None = None
+    """Share of the labelled cases in the budget, where `scans` gives no number."""
+    scans: Count | None = None
+    seed: Seed | None = None
+    validation_cases: tuple[str, ...] = ()
+    scored: Literal["validation", "development"] = "validation"
+    scored_cases: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    unshown_classes: tuple[str, ...] = ()
+    """Those that no labelled case shows."""
+    start_saw: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Cases of this data set that the start has seen, under whatever name → classes whose labels it read."""
+    spacing_mm: Spacing | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecord(Record):
+    """`network.json`: what the weights beside it are of."""
+
+    FILE = "network.json"
+    CURE = "make the run again"
+
+    architecture: Literal["dynunet", "residual_dynunet"]
+    filters: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=3, max_length=16)]
+    window_hu: tuple[float, float]
+    spacing_mm: Spacing | None
+    """At which it was trained; None: each case at its own."""
+    classes: tuple[str, ...]
+    patch_size: Size | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+    """File of weights → SHA-256."""
+
+    def __post_init__(self) -> None:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu {self.window_hu} does not rise")
+
+    @classmethod
+    def of(cls, network: NetworkConfig, weights: Mapping[str, bytes], **more: Any) -> Self:
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in weights.items()}
+        known = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
+        return cls(**known, **more, digests=digests)
+
+    def check(self, file: Path) -> None:
+        """Raise `RunError` where a file of weights is not that which was written with this record."""
+        expected = self.digests.get(file.name)
+        if expected is None:
+            return
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
+                raise RunError(f"{file}: content differs from its digest in {self.FILE}; {self.CURE}, or copy it again")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One score of every case and class."""
+
+    classes: tuple[str, ...] = ()
+    cases: dict[str, dict[str, Length | None]] = field(default_factory=dict)
+    """Case → class → score; None where the class is not annotated, is doubtful or has no voxel in the case."""
+    class_mean: dict[str, Length | None]
+    mean: Length | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceRecord(Record):
+    """`dice.json`, written last: a folder that holds it holds a finished trial."""
+
+    FILE = "dice.json"
+    CURE = "remove it and fine-tune again"
+
+    classes: tuple[str, ...]
+    cases: dict[str, Labels]
+    class_mean: Labels
+    mean: Dice | None
+    """Over the classes that some labelled case shows; None where none of them was scored."""
+    scored: Literal["validation", "development"] = "validation"
+    hd95_mm: Scores | None = None
+    surface_dice: Scores | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := sorted({name for of in (self.class_mean, *self.cases.values()) for name in of} - {*self.classes}):
+            raise ValueError(f"{unknown[0]} is scored, but is not among classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A line of `curve.jsonl`: Dice on development scans while a trial learns."""
+
+    step: Count
+    seconds: Length = 0.0
+    mean: Dice | None
+    dice: Labels = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """A row of a study's table."""
+
+    id: str
+    start: str
+    """Arm: "scratch" or "pretrained"."""
+    fraction: Dice
+    seed: Seed
+    params: dict[str, Any] = field(default_factory=dict)
+    run: Inside
+    status: Literal["pending", "done", "failed"] = "pending"
+    mean: Dice | None = None
+    class_mean: Labels | None = None
+    seconds: Length | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord(Record):
+    """`study.json`: which trials there are and how each ended."""
+
+    FILE = "study.json"
+    CURE = "remove it and run mixcl tune again, which keeps finished trials"
+
+    kind: Literal["study"] = "study"
+    name: str
+    started: str | None = None
+    finished: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
+    starts: tuple[StartRecord | Literal["scratch"], ...]
+    fractions: tuple[Dice, ...] = ()
+    seeds: tuple[Seed, ...] = ()
+    scored: Literal["validation", "development"] = "validation"
+    trials: tuple[TrialRecord, ...]
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScores:
+    mean: Dice | None
+    dice: Labels
+    scans: tuple[Dice | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScans:
+    fitted: Count
+    judged: Count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecord(Record):
+    """`probe.json`: Dice of classifiers of frozen features."""
+
+    FILE = "probe.json"
+    CURE = "remove it and probe again"
+
+    linear: ProbeScores
+    knn: ProbeScores
+    scans: ProbeScans
+    cases: tuple[str, ...] = ()
+    """The development scans that it was fitted to and judged on, by turns."""
+    seconds: Length | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedItem:
+    """Something that a table runs (see `studies.table.plan.Item`)."""
+
+    name: Inside
+    kind: Literal["pretrain", "supervised", "probe", "trial"]
+    settings: dict[str, Any]
+    start: str | None
+    gate: tuple[str, ...]
+    arm: str
+    scans: Count
+    seed: Seed
+    fold: str
+    digest: str | None = None
+    """Of all that its figures depend on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord(Record):
+    """`plan.json`: the question of a few-label table and all that is run to answer it."""
+
+    FILE = "plan.json"
+    CURE = "remove it and give the same mixcl table command with another --out"
+
+    kind: Literal["table"] = "table"
+    name: str
+    started: str
+    data: str
+    shards: str
+    digest: str
+    table: TableConfig
+    items: tuple[PlannedItem, ...]
+
+    def __post_init__(self) -> None:
+        known: set[str] = set()
+        others = self.table.other_organs
+        arms = {"": self.table.arms} | {fold: others.arms for fold in others.folds}
+        for item in self.items:
+            for need in (item.start, *item.gate):
+                if need is not None and need not in known:
+                    raise ValueError(f"item {item.name} needs {need}, which does not come before it")
+            if item.kind == "trial" and item.arm not in arms.get(item.fold, ()):
+                raise ValueError(f"item {item.name} is of arm {item.arm}, which the table does not have")
+            known.add(item.name)
+
+
+def told(record: Any) -> dict[str, Any]:
+    """A record, or a part of one, as plain JSON values, without what it says nothing of."""
+    kind = {"kind": record.kind} if isinstance(record, RunRecord) else {}
+    return kind | _plain(record, exclude_defaults=True)
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The logged steps of `metrics.jsonl`, each with its finite numbers; raises `RunError`."""
+    rows = read_lines(file, dict[str, float | None], "remove the line, or make the run again")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(step := row.get("step"), int | float) or step != int(step) or not 0 <= step < 2**53:
+            raise RunError(f"{file}: line {number}: step is {_shown(step)}; remove the line, or make the run again")
+    return [{key: int(n) if key == "step" else n for key, n in row.items() if n is not None} for row in rows]
+
+
+def read_curve(file: Path) -> list[CurvePoint]:
+    """Raises `RunError`."""
+    return read_lines(file, CurvePoint, "remove the line, or fine-tune again")
+
+
+def read_lines(file: Path, kind: type[Row], cure: str) -> list[Row]:
+    """A JSON value of every line; none where there is no file. What follows the last end of line was left by a killed
+    process, and out. Raises `RunError`."""
+    if not file.exists():
+        return []
+    *lines, _unfinished = _bytes_of(file).split(b"\n")
+    return [_parsed(lambda _: kind, line, f"{file}: line {number}", cure) for number, line in enumerate(lines, start=1)]
+
+
+def append_line(file: Path, value: Any) -> None:
+    """Add a JSON value to a file of lines; raises `RunError` where there is no room for it."""
+    with _named(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(finite(value)) + "\n")
+
+
+def write_lines(file: Path, values: Iterable[Any]) -> None:
+    write_atomic(file, "".join(json.dumps(finite(value)) + "\n" for value in values).encode())
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_atomic(file, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_atomic(file: Path, content: bytes) -> None:
+    """Publish a file whole or not at all; raises `RunError` where there is no room for it."""
+    with _named(file), publish(file) as stream:
+        stream.write(content)
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number in it that is not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What the system says of a file that cannot be written, in one line with the cure."""
+    try:
+        yield
+    except OSError as error:
+        cure = "make room there, or give a folder that you may write, and give the command again"
+        raise RunError(f"{file}: {error.strerror or error}; {cure}") from None
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{file}: no such file; is this a run's folder?") from None
+    except OSError as error:
+        raise RunError(f"{file}: {error.strerror}; give a folder that you may read") from None
+
+
+def _parsed(kind_of: Callable[[Any], type[Row]], text: bytes, where: str, cure: str) -> Row:
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+        if isinstance(content, dict) and isinstance(version := content.get("format"), int) and version > FORMAT:
+            cure = f"read it with that, or {cure}"
+            raise ValueError(f"is of format {version}, written by a newer mixcl-dist")
+        kind: Any = kind_of(content if isinstance(content, dict) else {})
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise RunError(f"{where}: {_first(error)}; {cure}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RunError(f"{where}: cannot be read ({' '.join(str(error).split())}); {cure}") from None
+    except ValueError as error:
+        raise RunError(f"{where}: {' '.join(str(error).split())}; {cure}") from None
+
+
+def _plain(record: Any, exclude_defaults: bool = False) -> dict[str, Any]:
+    kind: Any = type(record)
+    return _adapter(kind).dump_python(record, mode="json", exclude_defaults=exclude_defaults)
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    own = hasattr(kind, "__pydantic_config__") or is_dataclass(kind)
+    return TypeAdapter(kind, config=None if own else Record.__pydantic_config__)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong with a file, with the key."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} is {_shown(first['input'])}: {message}" if key else message
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"holds {name}, which is no JSON")

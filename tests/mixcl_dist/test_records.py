@@ -1,0 +1,345 @@
+"""What a run leaves as JSON is read as it was written, and whatever is wrong with it is said in one line."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
+from mixcl_dist.data_shards.storage import publishing
+from mixcl_dist.errors import MixclError
+from mixcl_dist.export import export
+from mixcl_dist.finetuning.finetune import finetune
+from mixcl_dist.finetuning.start import initial_network, like
+from mixcl_dist.pretraining.pretrain import pretrain
+from mixcl_dist.pretraining.probe import probe_run
+from mixcl_dist.records import (
+    CurvePoint,
+    DiceRecord,
+    FinetuneRecord,
+    NetworkRecord,
+    PretrainRecord,
+    ProbeRecord,
+    ProbeScans,
+    ProbeScores,
+    RunError,
+    RunRecord,
+    Scores,
+    StudyRecord,
+    TrialRecord,
+    append_line,
+    read_curve,
+    read_metrics,
+    write_atomic,
+    write_json,
+)
+from mixcl_dist.report import study_table, write_report
+from mixcl_dist.studies import study as study_module
+from mixcl_dist.studies.study import run_study
+from mixcl_dist.studies.table import ledger
+
+from ..conftest import ROOT
+
+FORM = {"network.filters": [4, 6, 8], "network.voxel_dim": 8, "network.crop_dim": 8}
+STEPS = {"finetune.steps": 2, "finetune.patch_size": [16, 16, 16], "finetune.batch_size": 1, "finetune.curve_every": 1}
+FEW, MANY = 6, 120
+"""Faults of each file."""
+KEPT_BACK = {"budget.development": ["abdomen_000", "abdomen_001"]}
+STUDY = {"study.fractions": [0.5], "study.seeds": [0]}
+WRONG: tuple[Any, ...] = (
+    *(None, True, -1, 17, 0, 1e308, 10**400, math.nan, math.inf, "", "x", "1", "../..", "a\x00b", "$\\frac$"),
+    *([], {}, [[]], [None], {"": None}, "2026-01-01", "\ud800", "$__import__('os')"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(shards, data, small_config, tmp_path_factory) -> Path:
+    """The folders of a pre-training, a fine-tuning and a study, made by the real verbs."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = replace(small_config, FORM | STEPS | STUDY | {"budget.fraction": 0.5, "pretrain.steps": 1})
+    kept_back = replace(config, KEPT_BACK)
+    pretrain(kept_back, shards=shards, run=folder / "pre")
+    finetune(kept_back, data=data, start=None, run=folder / "few")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "run_trials", _at_once)
+        run_study(config, data=data, starts=[], study=folder / "study")
+    return folder
+
+
+def _at_once(function, trials, *, ended, **options):
+    for trial in trials:
+        function(trial)
+        ended(study_module.Outcome(trial, None, None))
+
+
+def verbs(runs: Path, config: Config, shards: Path, data: Path) -> dict[str, Any]:
+    """What each verb does with a run folder, without the training."""
+    study = replace(config, FORM | STEPS | STUDY | {"budget.fraction": 0.5, "pretrain.steps": 1})
+    kept_back = replace(study, KEPT_BACK)
+    return {
+        "report pre": lambda: write_report(runs / "pre"),
+        "report few": lambda: write_report(runs / "few"),
+        "report study": lambda: (write_report(runs / "study"), study_table(runs / "study")),
+        "export pre": lambda: export(runs / "pre", "nnunet", runs / "out"),
+        "export few": lambda: export(runs / "few", "bundle", runs / "out"),
+        "finetune --from": lambda: initial_network(like(config, runs / "pre"), runs / "pre", 1),
+        "finetune": lambda: finetune(study, data=data, start=None, run=runs / "few"),
+        "tune": lambda: run_study(study, data=data, starts=[], study=runs / "study"),
+        "probe": lambda: probe_run(runs / "pre", kept_back, shards=shards),
+        "pretrain --resume": lambda: pretrain(kept_back, shards=shards, run=runs / "pre", resume=True),
+        "pretrain --start": lambda: pretrain(kept_back, shards=shards, run=runs / "next", start=runs / "pre"),
+    }
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Of every key and entry in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def damaged(text: str, rng: random.Random) -> str:
+    """A JSON file, or one of its lines, with one fault."""
+    how = rng.choice(["value"] * 6 + ["delete"] * 3 + ["cut", "version", "bytes"])
+    if how == "cut":
+        return text[: rng.randrange(len(text))]
+    if how == "bytes":
+        at = rng.randrange(len(text))
+        return text[:at] + rng.choice("\x00}{[\"',:9é") + text[at + 1 :]
+    lines = text.splitlines() if text.count("\n{") else [text]
+    number = rng.randrange(len(lines))
+    content = copy.deepcopy(json.loads(lines[number]))
+    *way, last = rng.choice(list(places(content)))
+    holder = content
+    for key in way:
+        holder = holder[key]
+    if how == "delete":
+        del holder[last]
+    elif how == "version":
+        content["format"] = 99
+    else:
+        holder[last] = rng.choice(WRONG)
+    lines[number] = json.dumps(content)
+    return "\n".join(lines) + "\n"
+
+
+READ_BY = {
+    "pre/run.json": ("report pre", "export pre", "finetune --from", "pretrain --resume", "pretrain --start"),
+    "pre/network.json": ("report pre", "export pre", "finetune --from", "probe", "pretrain --start"),
+    "pre/metrics.jsonl": ("report pre",),
+    "few/run.json": ("report few", "export few"),
+    "few/network.json": ("report few", "export few"),
+    "few/dice.json": ("report few", "export few"),
+    "few/metrics.jsonl": ("report few",),
+    "study/study.json": ("report study", "tune"),
+    "study/trials/scratch-0.5-s0/run.json": ("report study", "tune"),
+    "study/trials/scratch-0.5-s0/dice.json": ("report study", "tune"),
+}
+
+
+class Stopped(Exception):
+    """A verb has read all that it reads, and would begin to learn."""
+
+
+@pytest.fixture
+def without_learning(monkeypatch):
+    def stop(*arguments, **options):
+        raise Stopped
+
+    for place in ("pretraining.pretrain._launch", "finetuning.finetune._train", "pretraining.probe.read_patches"):
+        monkeypatch.setattr(f"mixcl_dist.{place}", stop)
+    monkeypatch.setattr(study_module, "run_trials", stop)
+
+
+def refusal(verb) -> str | None:
+    """The one line with which a verb refuses, None where it does not; any other exception goes through."""
+    try:
+        verb()
+    except Stopped:
+        return None
+    except MixclError as error:
+        return str(error)
+    return None
+
+
+def try_faults(file: str, count: int, runs: Path, there: Path, make_verbs) -> int:
+    """Damage a file so many times; every verb that reads it works or refuses in one line. Returns how often one
+    refused."""
+    shutil.copytree(runs, there)
+    whole, verbs = (there / file).read_text(), make_verbs(there)
+    rng, refused = random.Random(file), 0
+    for _ in range(count):
+        text = damaged(whole, rng)
+        for name in READ_BY[file]:
+            (there / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+            try:
+                said = refusal(verbs[name])
+            except Exception as error:
+                raise AssertionError(f"{name}: {file} with {text[:3000]}") from error
+            refused += said is not None
+            assert said is None or (said.count("\n") == 0 and str(there) in said), f"{name}: {said}"
+            shutil.rmtree(there / "out", ignore_errors=True)
+    return refused
+
+
+@pytest.mark.parametrize("file", READ_BY)
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_refused_in_one_line_by_every_verb_that_reads_it(
+    file, count, runs, small_config, shards, data, tmp_path, without_learning, monkeypatch
+):
+    if count == FEW:
+        monkeypatch.setattr("mixcl_dist.report.figures._svg", lambda *arguments: "")
+    refused = try_faults(file, count, runs, tmp_path / "runs", lambda there: verbs(there, small_config, shards, data))
+    assert refused > 0
+
+
+RECORDS = (
+    PretrainRecord(name="run", finished=None, label_cases=("a",), warnings={"probe": "it — collapsed"}),
+    FinetuneRecord(
+        name="run", finished="2026-01-01", label_cases=(), fraction=0.1, seed=-3, spacing_mm=(1.0, 2.0, 2.5)
+    ),
+    NetworkRecord.of(NetworkConfig(), {"network.safetensors": b"x"}, spacing_mm=None, classes=("liver",)),
+    DiceRecord(
+        classes=("liver", "aorta"),
+        cases={"v": {"liver": 0.5, "aorta": None}},
+        class_mean={"liver": 0.5, "aorta": None},
+        mean=0.5,
+        hd95_mm=Scores(classes=("liver",), cases={"v": {"liver": 12.5}}, class_mean={"liver": 12.5}, mean=12.5),
+    ),
+    StudyRecord(
+        name="s", starts=("scratch",), trials=(TrialRecord(id="a", start="scratch", fraction=0.1, seed=0, run="a"),)
+    ),
+    ProbeRecord(
+        linear=ProbeScores(mean=0.5, dice={"liver": 0.5}),
+        knn=ProbeScores(mean=None, dice={"liver": None}),
+        scans=ProbeScans(fitted=2, judged=1),
+    ),
+)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_is_read_as_it_was_written(record, tmp_path):
+    record.save(tmp_path)
+    assert type(record).load(tmp_path) == record
+    json.loads((tmp_path / record.FILE).read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_written_as_null_and_read_as_nothing(tmp_path, number):
+    append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": number, "rate": 0.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "rate": 0.5}]
+    append_line(tmp_path / "curve.jsonl", {"step": 1, "mean": number, "dice": {"liver": number}})
+    assert read_curve(tmp_path / "curve.jsonl") == [CurvePoint(step=1, mean=None, dice={"liver": None})]
+    write_json(tmp_path / "x.json", {"a": [number, {"b": (number,)}]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, {"b": [None]}]}
+
+
+@pytest.mark.parametrize(
+    ("known", "instead"),
+    [
+        ('"mean": 0.5', '"mean": 17'),
+        ('"mean": 0.5', '"mean": NaN'),
+        ('"mean": 0.5', '"mean": "0.5"'),
+        ('"mean": 0.5', '"average": 0.5'),
+        ('"format": 1', '"format": 2'),
+        ('"aorta"\n ]', '"spleen"\n ]'),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_key_and_cure(tmp_path, known, instead):
+    RECORDS[3].save(tmp_path)
+    text = (tmp_path / "dice.json").read_text()
+    assert known in text
+    (tmp_path / "dice.json").write_text(text.replace(known, instead, 1))
+    with pytest.raises(RunError) as refusal:
+        DiceRecord.load(tmp_path)
+    line = str(refusal.value)
+    assert line.startswith(str(tmp_path / "dice.json")) and line.endswith("remove it and fine-tune again")
+
+
+def test_a_trial_lies_inside_its_study(tmp_path):
+    """A stranger's study must not show the settings of another folder."""
+    for run in ("../private", "/private", "trials/../../private"):
+        content = RECORDS[4].content()
+        content["trials"][0]["run"] = run
+        write_json(tmp_path / "study.json", content)
+        with pytest.raises(RunError, match=r"study.json: trials.0.run is .*: leads out of this folder; "):
+            StudyRecord.load(tmp_path)
+
+
+def test_only_the_text_after_the_last_line_is_a_killed_writers(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == []
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]
+    file.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"metrics.jsonl: line 1: cannot be read .*; remove the line, or make the run"):
+        read_metrics(file)
+
+
+def test_one_flipped_byte_of_the_weights_is_refused_by_every_verb_that_loads_them(
+    runs, small_config, shards, data, tmp_path, without_learning
+):
+    shutil.copytree(runs, tmp_path / "runs")
+    for folder, file, names in (
+        ("pre", "network.safetensors", ("finetune --from", "export pre", "probe")),
+        ("pre", "pretrain.safetensors", ("pretrain --start",)),
+        ("few", "model.safetensors", ("export few",)),
+    ):
+        path = tmp_path / "runs" / folder / file
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        for name in names:
+            said = refusal(verbs(tmp_path / "runs", small_config, shards, data)[name])
+            assert said.startswith(f"{path}: content differs from its digest in network.json; "), name
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("write", [write_atomic, lambda file, content: append_line(file, {"step": 1})])
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, write):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomic(tmp_path / "old.json", b"old")
+    monkeypatch.setattr(publishing.os, "fsync", full)
+    monkeypatch.setattr("mixcl_dist.records.json.dumps", full)
+    with pytest.raises(RunError, match=r"old.json: No space left on device; make room there, .* give the command"):
+        write(tmp_path / "old.json", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    assert (tmp_path / "old.json").read_bytes() == b"old"
+
+
+def test_a_pretraining_that_was_killed_before_its_first_record_is_begun_by_the_same_command(
+    shards, small_config, tmp_path, without_learning
+):
+    (tmp_path / "config.yaml").write_text(to_yaml(small_config))
+    for resume in (False, True):
+        with pytest.raises(Stopped):
+            pretrain(small_config, shards=shards, run=tmp_path, resume=resume)
+
+
+def test_committed_results_of_earlier_versions_are_still_read():
+    results = ROOT / "benchmarks" / "results"
+    for seed in range(3):
+        assert PretrainRecord.read(results / "openkbp" / f"pretrained-s{seed}.json").finished
+        assert read_metrics(results / "openkbp" / f"metrics-s{seed}.jsonl")
+    assert StudyRecord.read(results / "openkbp" / "study.json").trials
+    assert len(ledger.read(results / "few_label" / "cpu" / "ledger.jsonl")) > 3
+    curves = [read_curve(file) for file in (results / "few_label" / "cpu").glob("curve-*.jsonl")]
+    assert len(curves) == 6 and all(curves)
+
+
+def test_a_run_of_another_kind_is_not_taken_for_it(tmp_path):
+    RECORDS[1].save(tmp_path)
+    assert RunRecord.load(tmp_path) == RECORDS[1]
+    with pytest.raises(RunError, match=r"run.json: kind is 'finetune', not pretrain; make the run again"):
+        PretrainRecord.load(tmp_path)
