@@ -46,15 +46,6 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         pass
 
 
-def test_a_run_that_was_killed_before_its_facts_were_written_begins_anew(tmp_path):
-    Run.create(tmp_path / "run", Config(), pretraining())
-    (tmp_path / "run" / "run.json").rename(tmp_path / "run" / ".run.json.12.tmp")
-    Run.create(tmp_path / "run", Config(), pretraining())
-    assert RunRecord.load(tmp_path / "run").kind == "pretrain"
-    with pytest.raises(RunError, match="file"):
-        Run.create(tmp_path / "file" / "run", Config(), pretraining())
-
-
 def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):
     """What such a process leaves: its configuration, and perhaps a file that it had not published."""
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
