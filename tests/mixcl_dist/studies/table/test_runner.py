@@ -42,7 +42,7 @@ STORAGE = tuple(f"data_shards/storage/{name}.py" for name in ("__init__", "store
 
 APART = {
     "config.py": "its values are in the digest",
-    **dict.fromkeys(("run.py", "progress.py"), TELL),
+    **dict.fromkeys(("run.py", "records.py", "errors.py", "progress.py"), TELL),
     **dict.fromkeys((f"pretraining/{name}.py" for name in ("recorder", "alarms", "diagnostics")), TELL),
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
