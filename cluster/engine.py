@@ -304,10 +304,12 @@ class _DeepSpeed:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _whole_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        import torch
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if not self._engine.zero_optimization_stage():
-            return self._optimizer.state[parameter][moment]
+            # A parameter that never had a gradient, as a head whose term is off, has no state at this stage alone.
+            return self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
         return safe_get_full_optimizer_state(parameter, moment)
 
     def _set_moment(self, parameter: torch.nn.Parameter, moment: str, whole: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ def told(facts: Mapping[str, Any], metrics: Metrics) -> str:
     if not terms:
         return "Nothing has been logged yet."
     steps, images = metrics[-1]["step"], len(facts.get("training_cases", []))
-    drawn = f" ({metrics[-1]['samples']:,} patches drawn)" if "samples" in metrics[-1] else ""
+    drawn = f" ({round(metrics[-1]['samples']):,} patches drawn)" if "samples" in metrics[-1] else ""
     so_far = "" if facts.get("finished") else " so far"
     taught = f"Trained for {steps:,} steps{so_far} on {_count(images, 'CT volume')}{drawn} by {_joined(terms)}"
     return f"{taught}: {'; '.join(found)}." if (found := learnt(metrics)) else f"{taught}."

@@ -81,6 +81,27 @@ def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage):
     resumed.close()
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_that_never_had_a_gradient_are_saved_and_loaded(tmp_path, stage):
+    """As of a head whose term is off."""
+
+    def with_idle() -> torch.nn.Module:
+        made = module()
+        made.idle = torch.nn.Parameter(torch.full((3,), 7.0))
+        return made
+
+    engine = launch(with_idle(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
+    train_engine(engine, batches(2))
+    engine.save(tmp_path)
+    engine.close()
+    resumed = launch(with_idle(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
+    resumed.load(tmp_path)
+    train_engine(resumed, batches(1))
+    with resumed.whole_parameters():
+        assert resumed.module.idle.tolist() == pytest.approx([7.0] * 3, rel=1e-3), "but for its decay"
+    resumed.close()
+
+
 @pytest.mark.parametrize(("ranks", "given", "stage"), [(1, None, 0), (4, None, 1), (1, 1, 1), (4, 0, 0), (4, 3, 3)])
 def test_nothing_is_sharded_for_one_rank_unless_it_is_asked_for(monkeypatch, ranks, given, stage):
     group = {"WORLD_SIZE": str(ranks), "RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}

@@ -141,7 +141,8 @@ def test_an_error_of_the_project_is_one_line_and_a_defect_keeps_its_traceback(sh
 def start_in(folder):
     """What a command reads of a start before anything else."""
     folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"kind": "pretrain", "name": "start", "finished": "2026-01-01"}))
+    facts = {"kind": "pretrain", "name": "start", "finished": "2026-01-01", "label_cases": []}
+    (folder / "run.json").write_text(json.dumps(facts))
     (folder / "config.yaml").write_text("network: {filters: [4, 8, 8]}\n")
     network = {"architecture": "dynunet", "filters": [4, 8, 8], "window_hu": [-900, 700], "spacing_mm": None}
     (folder / "network.json").write_text(json.dumps(network | {"classes": []}))

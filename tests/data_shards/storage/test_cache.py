@@ -220,5 +220,5 @@ def test_an_unusable_cache_is_refused(nginx, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file: cannot be made for the cache: Not a directory"):
         open_store(nginx.url, CacheConfig(tmp_path / "file", 1 << 20))
-    with pytest.raises(ValueError, match="max_bytes"):
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
         CacheConfig(tmp_path, 0)

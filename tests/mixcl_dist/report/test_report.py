@@ -294,7 +294,8 @@ def test_pretraining_page_shows_what_was_measured_beside_the_loss_with_advice_an
 
 
 def text_of_pretraining(run: Path, steps: list[dict], config: str = "", **facts: object) -> str:
-    write(run / "run.json", {"kind": "pretrain", "name": "run", "finished": "2025-01-01T10:00:00+00:00"} | facts)
+    known = {"kind": "pretrain", "name": "run", "finished": "2025-01-01T10:00:00+00:00", "label_cases": []}
+    write(run / "run.json", known | facts)
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "config.yaml").write_text(config)
     return Page(write_report(run)).text
@@ -476,8 +477,8 @@ def test_a_trial_elsewhere_is_refused(study):
 
 def test_a_start_is_shown_only_where_a_trial_tells_what_it_was_trained_on(study):
     """So that a stranger's study cannot show a run of mine, nor mine a later run at the start's path."""
-    (study.parent / "pre" / "config.yaml").write_text("secret: here")
-    assert "secret: here" in write_report(study).read_text()
+    (study.parent / "pre" / "config.yaml").write_text("budget: {full_datasets: [secret]}")
+    assert "secret" in write_report(study).read_text()
     write_pretraining(study.parent / "pre", ["another patient"])
     page = write_report(study).read_text()
     assert "secret" not in page and "another patient" not in page and "not checked" in page
