@@ -25,8 +25,8 @@ SITES = {
 """Each site annotates what it needed; the archive annotates nothing."""
 
 PHASES = {
-    "arterial": {"liver": 80, "spleen": 130, "kidney": 190, "medulla": 120, "blood": 260},
-    "portal": {"liver": 105, "spleen": 145, "kidney": 200, "medulla": 170, "blood": 170},
+    "arterial": {"liver": 90, "spleen": 140, "kidney": 190, "medulla": 120, "blood": 260},
+    "portal": {"liver": 115, "spleen": 155, "kidney": 200, "medulla": 170, "blood": 170},
 }
 """HU of what takes up contrast agent, in the two phases in which the abdomen is mostly scanned."""
 
@@ -223,7 +223,7 @@ class _Scene:
         """HU as a scanner shows them: partial volume at borders, and correlated noise; int16."""
         blurred = ndimage.gaussian_filter(self.hu, 0.45)
         grain = ndimage.gaussian_filter(self.rng.standard_normal(self.hu.shape).astype(np.float32), 0.6)
-        noise_hu = self.rng.uniform(8, 22)
+        noise_hu = self.rng.uniform(6, 16)
         return np.clip(blurred + noise_hu * grain / grain.std(), -1024, 3071).round().astype(np.int16)
 
 
