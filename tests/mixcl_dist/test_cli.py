@@ -11,6 +11,8 @@ import pytest
 
 from mixcl_dist import cli
 from mixcl_dist.arguments import parse
+from mixcl_dist.cli import results
+from mixcl_dist.cli.verbs import config_of
 from mixcl_dist.config import ConfigError
 
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
@@ -56,7 +58,7 @@ def test_every_verb_explains_itself_with_an_example(verb, shown):
 def test_the_example_in_help_is_accepted_by_the_parser(verb, shown):
     example = re.search(r"example:\n  mixcl (.*)", shown(*verb.split(), "--help")[1]).group(1)
     options = parse(cli._parser(), example.split())
-    assert options.verb and cli._config(options) if options.takes_settings else options.verb
+    assert options.verb and config_of(options) if options.takes_settings else options.verb
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_an_error_of_the_project_is_one_line_and_a_defect_keeps_its_traceback(sh
         def verb(options):
             raise error
 
-        monkeypatch.setattr(cli, "_report", verb)
+        monkeypatch.setattr(results, "_report", verb)
 
     fail(ConfigError("said in one line"))
     assert shown("report", "run") == (2, "", "mixcl: said in one line\n")
@@ -165,7 +167,7 @@ def test_a_setting_that_would_give_way_in_silence_is_refused(shown, tmp_path, ve
 
 def given(*words):
     options = parse(cli._parser(), list(words))
-    return options, cli._config(options)
+    return options, config_of(options)
 
 
 SETTING, OPTION, SOURCES = ["--build.spacing_mm", "2,2,2"], ["--out", "s"], ["data", "more"]
