@@ -25,6 +25,8 @@ from mixcl_dist.errors import MixclError
 
 FORMAT = 1
 """Version of all these files; a file that names none is of the first."""
+UNTOLD = 1e100
+"""Of no arithmetic here, and more than an axis can be drawn for."""
 RUN, METRICS, CURVE = "run.json", "metrics.jsonl", "curve.jsonl"
 Row = TypeVar("Row")
 
@@ -396,7 +398,10 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(step := row.get("step"), int | float) or step != int(step) or not 0 <= step < 2**53:
             raise RunError(f"{file}: line {number}: step is {_shown(step)}; remove the line, or make the run again")
-    return [{key: int(n) if key == "step" else n for key, n in row.items() if n is not None} for row in rows]
+    return [
+        {key: int(n) if key == "step" else n for key, n in row.items() if n is not None and abs(n) < UNTOLD}
+        for row in rows
+    ]
 
 
 def read_curve(file: Path) -> list[CurvePoint]:

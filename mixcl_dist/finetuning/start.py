@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixcl_dist.config import Config, replace
+from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import NetworkRecord, RunError, RunRecord
@@ -27,7 +27,10 @@ def like(config: Config, start: Path) -> Config:
     overrides = {f"network.{key}": getattr(trained, key) for key in ("architecture", "filters", "window_hu")}
     if config.finetune.spacing_mm is None:
         overrides["finetune.spacing_mm"] = trained.spacing_mm
-    return replace(config, overrides)
+    try:
+        return replace(config, overrides)
+    except ConfigError as error:
+        raise RunError(f"{start / trained.FILE}: {error}; {trained.CURE}") from None
 
 
 def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> dict[str, list[str]]:

@@ -80,7 +80,7 @@ def check_resumed(tmp_path, source, name):
     """Taking it up loses no bit, and what is learnt then is what the one that was not stopped learnt."""
     for tensor, expected in state(tmp_path, source).items():
         torch.testing.assert_close(state(tmp_path, f"{source}-to-{name}")[tensor], expected, rtol=0, atol=0)
-    exact = source == name
+    exact = source == name and name[0] in "12"  # more than two are added up in the order in which they come
     ended, resumed = state(tmp_path, f"{source}-end"), state(tmp_path, f"{source}-to-{name}-end")
     for tensor, expected in ended.items():
         rtol, atol = (0, 0) if exact else (1e-4, 1e-6)
