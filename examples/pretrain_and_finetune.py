@@ -34,7 +34,7 @@ def main(out: Path) -> None:
     pretrain(config, shards=out / "shards", run=out / "pretrained")
     for start in (out / "pretrained", None):
         scores = finetune(config, data=labelled, start=start, run=out / ("few" if start else "scratch"))
-        print(f"from {start.name if start else 'scratch'}: mean Dice {scores['mean']}")
+        print(f"from {start.name if start else 'scratch'}: mean Dice {scores.mean}")
 
 
 if __name__ == "__main__":  # the stream's workers import this file

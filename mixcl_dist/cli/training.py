@@ -53,7 +53,16 @@ def add_training(verbs: Any) -> None:
     add = add_verb(verbs, "tune", _tune, "run the table of few-label trials under Ray Tune", example)
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
     starts = "pre-training runs; a trial uses the one that read most labels within the trial's budget"
-    add("--from", dest="start", type=Path, nargs="+", action="extend", required=True, metavar="RUN", help=starts)
+    add(
+        "--from",
+        dest="start",
+        type=start_of,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="RUN|none",
+        help=starts,
+    )
     add("--study", type=Path, required=True, metavar="STUDY", help="folder of this study; going on where it stopped")
 
     example = "mixcl table --data openkbp/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
@@ -133,11 +142,13 @@ def _tune(options: argparse.Namespace) -> int:
     from mixcl_dist.studies.study import run_study
 
     config = config_of(options)
-    refuse_lost(options, config, like(config, options.start[0]), f"trials take that of {options.start[0]}")
+    starts = [start for start in options.start if start is not None]
+    if starts:
+        refuse_lost(options, config, like(config, starts[0]), f"trials take that of {starts[0]}")
     refuse_lost(
         options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
     )
-    study = run_study(config, data=options.data, starts=options.start, study=options.study)
+    study = run_study(config, data=options.data, starts=starts, study=options.study)
     failed = [trial.id for trial in study.trials if trial.status != "done"]
     if failed:
         print(f"mixcl: trials not done: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
