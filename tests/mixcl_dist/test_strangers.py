@@ -84,6 +84,7 @@ VERBS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_runs_what_stands_in_any_file_that_it_reads(finished, shards, data, tmp_path, verb):
     """Which these are is seen by opening them: each is a pickle in turn, whatever becomes of the verb."""
