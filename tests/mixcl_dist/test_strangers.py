@@ -73,10 +73,11 @@ def test_damaged_checkpoints_are_passed_over_or_refused_in_one_line(finished, sh
         assert code == (2 if both else 0)
 
 
+BRIEF = ["--finetune.steps", "2", "--finetune.patch_size", "24,24,24"]
 VERBS = {
     "pretrain": ["pretrain", "--data", "SHARDS", "--run", "RUN", "--resume", "latest"],
     "probe": ["probe", "RUN", "--data", "SHARDS"],
-    "finetune": ["finetune", "--data", "DATA", "--from", "RUN", "--scans", "1", "--run", "OUT"],
+    "finetune": ["finetune", "--data", "DATA", "--from", "RUN", "--scans", "1", "--run", "OUT", *BRIEF],
     "report": ["report", "RUN"],
     "export": ["export", "RUN", "--to", "monai", "--out", "OUT"],
     "start": ["pretrain", "--data", "SHARDS", "--run", "OUT", "--start", "RUN"],
