@@ -12,6 +12,8 @@ from mixcl_dist.cli.verbs import add_verb, add_verbs, positive
 
 
 def add_launch(verbs: Any) -> None:
+    from mixcl_dist.cluster.launch.job import PORT
+
     launch = verbs.add_parser(
         "launch", allow_abbrev=False, help="pre-train on several machines: hosts, SLURM, Kubernetes, Ray"
     )
@@ -39,7 +41,7 @@ def add_launch(verbs: Any) -> None:
 
     add = way("hosts", _launch_hosts, "hosts that ssh reaches", "hosts --hosts a,b --gpus-per-node 8")
     add("--hosts", required=True, metavar="A,B|FILE", help="which see the same folders; all meet at the first")
-    add("--port", type=positive, default=29511, metavar="PORT", help="where the first host listens (default 29511)")
+    add("--port", type=positive, default=PORT, metavar="PORT", help=f"where the first host listens (default {PORT})")
     on_launch.choices["hosts"].set_defaults(nodes=1)
     command(add)
 
