@@ -11,6 +11,7 @@ import pytest
 import xxhash
 
 from mixcl_dist import cli
+from mixcl_dist.cli import shards
 from mixcl_dist.data_shards.format.manifest import CASES_FILE, CLASSES_FILE, Manifest, table_digest
 from mixcl_dist.data_shards.format.shard import index_path, read_index, read_sample, write_shard
 from mixcl_dist.data_shards.inspection import verify as verifying
@@ -177,7 +178,7 @@ def test_verify_names_what_is_damaged(copy, damage):
 def test_several_processes_find_the_same_and_the_verb_reports_it(copy, capsys, monkeypatch):
     expected = [damage_payload(copy), add(copy)]
     assert verify(copy, workers=2) == verify(copy)
-    monkeypatch.setattr(cli, "_cores", lambda: 1)
+    monkeypatch.setattr(shards, "_cores", lambda: 1)
     assert cli.main(["shards", "verify", str(copy)]) == 1
     told = capsys.readouterr()
     assert all(line in told.err for line in expected) and "shard (100 %)" in told.err
