@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import posixpath
 import shutil
@@ -24,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +116,7 @@ def make_ct(source: Path, pack: Path, cases: int | None) -> None:
         listed[split] = listed[split][:cases]
     entries = [entry for split in ("training", "validation") for entry in listed[split]]
     jobs = [(source, pack / f"ct-{n:02}.tar.xz", entries[n::GROUPS]) for n in range(min(GROUPS, len(entries)))]
-    with ProcessPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write_cases, *zip(*jobs, strict=True)))
     text = json.dumps(listed, indent=1).replace(".nii.gz", ".nii").encode()
     write_archive(pack / "ct-list.tar.xz", [(text, "ct/dataset.json")])
@@ -184,14 +183,14 @@ def repository(root: Path = ROOT) -> Iterator[Path]:
 
 
 def unpack(pack: Path, work: Path) -> None:
-    """Lay the pack out in a folder, every archive by a process of its own, unless it lies there already."""
+    """Lay the pack out in a folder, every archive by a thread of its own, unless it lies there already."""
     stamps = (pack / STAMPS).read_text()
     laid = work / STAMPS
     if laid.exists() and laid.read_text() == stamps:
         return
     work.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-        pool.starmap(extract, [(path, work) for path in sorted(pack.glob("*.tar.xz"))], 1)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # lzma lets the others run
+        list(pool.map(lambda archive: extract(archive, work), sorted(pack.glob("*.tar.xz"))))
     relocate(work / "cache")
     laid.write_text(stamps)
 

@@ -1,6 +1,7 @@
 """Launches and host waits of a training step, by stage, counted on a CPU: see `count.py` for what they mean.
 
 python benchmarks/launches/run.py             the table, beside the committed one
+python benchmarks/launches/run.py --check     exit with 1 where a stage has come to make more of either
 python benchmarks/launches/run.py --write     commit it to benchmarks/results/launches.csv
 python benchmarks/launches/run.py --operators "loss, N = 8,192"    which operators a stage is made of
 """
@@ -174,6 +175,14 @@ def write_committed(counts: list[Count]) -> None:
         csv.writer(file, lineterminator="\n").writerows([Count._fields, *counts])
 
 
+def grown(counts: list[Count]) -> list[Count]:
+    """Stages that make more launches or waits than the committed table says."""
+    committed = read_committed()
+    return [
+        now for now in counts if now.launches > committed[now.stage].launches or now.waits > committed[now.stage].waits
+    ]
+
+
 def verdict(count: Count) -> str:
     bar = BARS.get(count.stage)
     if bar is None:
@@ -185,6 +194,9 @@ def verdict(count: Count) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {COMMITTED.relative_to(ROOT)}")
+    parser.add_argument(
+        "--check", action="store_true", help="fail where a stage makes more than the committed table says"
+    )
     parser.add_argument("--operators", metavar="STAGE", help="list the operators of a stage instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -200,9 +212,12 @@ def main() -> int:
     for row in counts:
         before = f"{row.launches_before:>9} {row.waits_before:>5}"
         print(f"{row.stage:<34} {row.launches:>9} {row.waits:>6} {before} {verdict(row)}".rstrip())
+    more = grown(counts)
+    for row in more if options.check else ():
+        print(f"{row.stage}: more than committed; see --operators '{row.stage}', or commit it with --write")
     if options.write:
         write_committed(counts)
-    return 0
+    return int(options.check and bool(more))
 
 
 if __name__ == "__main__":
