@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -31,36 +32,76 @@ class CheckpointConfig:
     """Newest whole checkpoints kept; once there are so many, all others are removed."""
 
 
+class Writer:
+    """Writes the checkpoints in `folder` beside whatever else its process does, one at a time.
+
+    For the one process that writes there. What a killed one left half written is removed.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        for left in folder.glob(".step_*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def begin(self, step: int, *, state: dict, write: Callable[[Path], None], size: int) -> None:
+        """Let `write` fill a folder with `size` bytes, and `publish` it, after the one before; does not wait for it.
+
+        What `write` reads must stay as it is until `wait` returns.
+        """
+        self.wait()
+        self._writing = self._executor.submit(self._write, step, state, write, size)
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise at once."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until the newest checkpoint is published; raises `CheckpointError` where it could not be."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Let the newest checkpoint be published, if it can be."""
+        self._executor.shutdown()
+
+    def _write(self, step: int, state: dict, write: Callable[[Path], None], size: int) -> None:
+        try:
+            with publish(self._folder, step, keep=self._keep, state=state) as folder:
+                write(folder)
+        except OSError as error:
+            free = shutil.disk_usage(self._folder if self._folder.exists() else self._folder.parent).free
+            raise CheckpointError(
+                f"{self._folder}: step {step} could not be saved, which needs {size:,} bytes ({free:,} are free): "
+                f"{error.strerror or error}; make room there, then go on with --resume latest"
+            ) from None
+
+
 @contextmanager
-def publish(
-    folder: Path,
-    step: int,
-    *,
-    keep: int,
-    state: dict,
-    rank: int = 0,
-    barrier: Callable[[], None] = lambda: None,
-) -> Iterator[Path]:
-    """Give a temporary folder for every rank to write into; when the block ends, seal it and rename it.
+def publish(folder: Path, step: int, *, keep: int, state: dict) -> Iterator[Path]:
+    """Give a temporary folder to write into; when the block ends, seal it and rename it.
 
     `state` (JSON values) and the digest of every file go into the seal, which is written last. A reader never sees
-    an unfinished checkpoint: the final name appears with everything in it and on disk.
+    an unfinished checkpoint: the final name appears with everything in it and on disk. Where the block raises, nothing
+    is left of it.
     """
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.tmp"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
         temporary.mkdir(parents=True)
-    barrier()
-    yield temporary
-    barrier()
-    if rank == 0:
+        yield temporary
         _seal(temporary, state)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(folder)
-        _retain(folder, keep)
-    barrier()
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(folder)
+    _retain(folder, keep)
 
 
 def newest(folder: Path, warn: Callable[[str], None] = lambda line: None) -> Path | None:

@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
-from mixcl_dist.cluster.group import Group, described
+from mixcl_dist.cluster.group import Group, described, told_by_first
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 STATE = "engine.safetensors"
 """In a checkpoint: every tensor whole and under its parameter's name, so that any number of ranks can take it up."""
 
+MODULE = "module."
+"""Before the name of every weight in it."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam and AdamW keep of every parameter."""
 
@@ -53,6 +56,38 @@ class EngineConfig:
     a checkpoint, a probe or a shard that is slow to come."""
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole state after a step, in rank 0's memory; on the other ranks there is nothing in it.
+
+    The next one is made in the same memory.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, str]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The module's, by their names in it."""
+        named = self.tensors.items()
+        return {name.removeprefix(MODULE): tensor for name, tensor in named if name.startswith(MODULE)}
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path) -> None:
+        """Write it for `Engine.load`; raises `OSError`."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(dict(self.tensors), folder / STATE, metadata=dict(self.facts))
+        except SafetensorError as error:
+            raise OSError(" ".join(str(error).split())) from None
+
+
 class Engine(Protocol):
     """What the training loop needs of a distributed engine."""
 
@@ -73,7 +108,7 @@ class Engine(Protocol):
     def any(self, flag: bool) -> bool: ...
     def together(self) -> AbstractContextManager: ...
     def whole_parameters(self) -> AbstractContextManager: ...
-    def save(self, folder: Path) -> None: ...
+    def snapshot(self) -> Snapshot: ...
     def load(self, folder: Path) -> None: ...
     def close(self) -> None: ...
 
@@ -148,6 +183,7 @@ class _DeepSpeed:
         self._timeout_s = config.timeout_s
         self._norms: list[torch.Tensor | float] = []
         self._optimizer: Any = engine.basic_optimizer  # torch's own, within DeepSpeed's
+        self._copies: dict[str, torch.Tensor] = {}
         self.device = engine.device
         self.rank = engine.global_rank
         self.world_size = engine.world_size
@@ -222,23 +258,37 @@ class _DeepSpeed:
         """Block in which the loss of another rank is an `EngineError`, after `timeout_s` at the latest."""
         return _lost_ranks(self._timeout_s)
 
-    def save(self, folder: Path) -> None:
-        """Rank 0 writes the whole state, which it must be able to hold in memory; every rank has to call."""
-        from safetensors.torch import save_file
+    def snapshot(self) -> Snapshot:
+        """Copy the whole state to rank 0, which must be able to hold it in memory; every rank has to call.
 
+        Waits for the device, but for no disk.
+        """
+        tensors = {}
         with self.whole_parameters():
-            weights = self.module.state_dict()
-            tensors = {f"module.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()} if self.rank == 0 else {}
+            for name, weights in self.module.state_dict().items():
+                tensors[f"{MODULE}{name}"] = self._copied(f"{MODULE}{name}", weights)
         updates = self._updates()
         for name, parameter in self._trained():
             for moment in MOMENTS if updates else ():
-                whole = self._whole_moment(parameter, moment).detach().cpu().contiguous()
-                if self.rank == 0:
-                    tensors[f"optimizer.{moment}.{name}"] = whole
-        if self.rank == 0:
-            facts = {"format": "1", "steps": str(self._engine.global_steps), "updates": str(updates)}
-            save_file(tensors, folder / STATE, metadata=facts)
+                key = f"optimizer.{moment}.{name}"
+                tensors[key] = self._copied(key, self._whole_moment(parameter, moment))
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.current_stream(self.device).synchronize()
+        facts = {"format": "1", "steps": str(self._engine.global_steps), "updates": str(updates)}
+        return Snapshot(tensors if self.rank == 0 else {}, facts)
+
+    def _copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """On rank 0 a copy in main memory, in the place of the one before: new memory takes longer than the copy."""
+        import torch
+
+        if self.rank:
+            return tensor
+        pinned = self.device.type == "cuda"
+        if name not in self._copies:
+            self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return self._copies[name].copy_(tensor.detach(), non_blocking=pinned)
 
     def load(self, folder: Path) -> None:
         """Take up what any number of ranks saved at any ZeRO stage; raises `EngineError`.
@@ -247,7 +297,7 @@ class _DeepSpeed:
         """
         path = folder / STATE
         tensors, steps, updates = _read_state(path)
-        expected = {f"module.{name}": shape for name, shape in self._shapes(self.module.state_dict()).items()}
+        expected = {f"{MODULE}{name}": shape for name, shape in self._shapes(self.module.state_dict()).items()}
         trained = dict(self._trained())
         moments = MOMENTS if updates else ()
         for moment in moments:
@@ -255,7 +305,7 @@ class _DeepSpeed:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             raise EngineError(f"{path}: is of another network, {differing[0]} first; go on with the run's own settings")
-        self._load_weights({name: tensors[f"module.{name}"] for name in self.module.state_dict()})
+        self._load_weights({name: tensors[f"{MODULE}{name}"] for name in self.module.state_dict()})
         if updates:
             self._make_moments(updates)
         for name, parameter in trained.items():
@@ -402,7 +452,8 @@ def _compare(common: Mapping[str, Any], group: Group) -> None:
             shown = [f"{name} ({first.get(name)} and {theirs.get(name)})" for name in names[:3]]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             cure = "start all ranks with the same command and the same installation"
-            raise EngineError(f"ranks 0 and {rank} differ in {', '.join(shown)}{more}; {cure}")
+            problem = f"ranks 0 and {rank} differ in {', '.join(shown)}{more}; {cure}"
+            raise told_by_first(EngineError(problem), group.rank)
 
 
 def _gather(value: Any, world_size: int) -> list[Any]:

@@ -16,6 +16,15 @@ class GroupError(ValueError):
     """A group that is described in part or wrongly; the message is one line that names the variables."""
 
 
+class ToldError(ValueError):
+    """What ends all ranks alike, on one that leaves it to rank 0 to say so."""
+
+
+def told_by_first(error: ValueError, rank: int) -> ValueError:
+    """What `rank` is to raise where all of them end by `error`."""
+    return error if rank == 0 else ToldError(str(error))
+
+
 @dataclass(frozen=True)
 class Group:
     """The place of this process among those that train one network."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,18 +14,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block these signals end nothing, but are noted: gives a function that tells whether one has come.
+def stop_requests(most_s: float = math.inf) -> Iterator[Callable[[], bool]]:
+    """Within the block these signals end nothing, but are noted: gives a function that tells whether one has come, or
+    `most_s` seconds have passed.
 
     Outside of the main thread, which alone may handle signals, none ever comes.
     """
-    came = threading.Event()
+    came, end = threading.Event(), time.monotonic() + most_s
+
+    def requested() -> bool:
+        return came.is_set() or time.monotonic() >= end
+
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield requested
         return
     before = {number: signal.signal(number, lambda *_: came.set()) for number in SIGNALS}
     try:
-        yield came.is_set
+        yield requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

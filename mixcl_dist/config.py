@@ -236,6 +236,9 @@ class PretrainConfig:
     """Number that the first weights, the order of patches and all augmentation follow from."""
     log_every: Steps = 10
     """Steps between lines of metrics."""
+    max_hours: Annotated[float, Field(gt=0, le=8760)] | None = None
+    """Hours after which a start saves its step and ends with exit code 75, as by a signal, to be started again: fewer
+    than the scheduler's limit by what a step and a checkpoint take. None sets no limit."""
     max_skipped: Count = 10
     """Steps in a row that may be left out, as their gradient is not finite, before the run stops."""
     sample_every: Steps = 200

@@ -20,6 +20,7 @@ from mixcl_dist.cli.results import add_results
 from mixcl_dist.cli.shards import add_shards
 from mixcl_dist.cli.training import add_training
 from mixcl_dist.cli.verbs import add_verbs
+from mixcl_dist.cluster.group import ToldError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What this project refuses is one line; any other ValueError is a defect and keeps its traceback.
         if not type(error).__module__.startswith("mixcl_dist."):
             raise
-        print(f"mixcl: {error}", file=sys.stderr)
+        if not isinstance(error, ToldError):
+            print(f"mixcl: {error}", file=sys.stderr)
         return 2
 
 

@@ -78,6 +78,7 @@ def add_training(verbs: Any) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    from mixcl_dist.cluster.group import described
     from mixcl_dist.cluster.launch.job import REQUEUE
     from mixcl_dist.pretraining.pretrain import pretrain
     from mixcl_dist.run import Stopped
@@ -88,7 +89,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     try:
         pretrain(config_of(options), shards=options.data, run=options.run, start=options.start, resume=resume)
     except Stopped as stopped:
-        print(f"mixcl: {stopped}", file=sys.stderr)
+        if described().rank == 0:
+            print(f"mixcl: {stopped}", file=sys.stderr)
         return REQUEUE
     print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
     return 0

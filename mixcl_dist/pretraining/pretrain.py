@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixcl_dist.budget import budget_cases, check_development, readable, training_cases
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch
-from mixcl_dist.cluster.group import described
+from mixcl_dist.cluster.group import described, told_by_first
 from mixcl_dist.cluster.stopping import stop_requests
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
@@ -34,6 +35,7 @@ from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.recorder import WHOLE_NETWORK, Recorder
 from mixcl_dist.pretraining.rows import sample_rows
+from mixcl_dist.pretraining.saving import Saver
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
 from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError
@@ -45,9 +47,9 @@ from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
-    "pretrain.gradient_norms_every", "pretrain.max_skipped", "engine.accumulation_steps", "engine.zero_stage",
-    "engine.compile", "engine.timeout_s", "data.workers", "data.max_bad_fraction",
-    "data.cache", "optimizer.learning_rate",
+    "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "engine.accumulation_steps",
+    "engine.zero_stage", "engine.compile", "engine.timeout_s", "data.workers", "data.max_bad_fraction", "data.cache",
+    "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""
@@ -70,10 +72,12 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
     who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
     Between two logs nothing in a step waits for a GPU.
     Raises `RunError`, `ConfigError`, `EngineError`, `CheckpointError` or the stream's errors, each one line with the
-    cure, and `Stopped` where SIGTERM or SIGUSR1 came: the step was finished, and all is saved.
+    cure (`ToldError` on a rank that leaves it to rank 0), and `Stopped` where SIGTERM or SIGUSR1 came or
+    `pretrain.max_hours` are over: the step was finished, and all is saved.
     """
     first_rank = described().rank == 0
-    with held(run, "--run") if first_rank else nullcontext(), stop_requests() as requested:
+    most_s = 3600 * (config.pretrain.max_hours or math.inf)
+    with held(run, "--run") if first_rank else nullcontext(), stop_requests(most_s) as requested:
         _pretrain(config, shards=shards, run=run, start=start, resume=resume, stop_requested=requested)
 
 
@@ -102,62 +106,75 @@ def _pretrain(
     with engine.together():
         _check_shared(run, engine)
         stream = _stream(config, shards, run, manifest, label_cases, engine)
-        first = _resume(run, engine, stream) if resume else 0
-        recorder = Recorder(
-            run, config, manifest, training_cases(manifest.cases, config.budget), label_cases, engine, history
-        )
-        if engine.rank == 0:
-            seen.save(run)
-        recorder.forget_after(first)
-        batches = iter(stream)
-        group = engine.process_group if config.objective.contrast == "global" else None
-        network.train()
-        steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
-        if engine.rank == 0:
-            _say(f"{_lesson(config, label_cases)}; {arithmetic(engine.device)} on {engine.device.type}")
-            steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
-        for step in steps:
-            last = step == config.pretrain.steps
-            inspected = _is_due(step, config.pretrain.gradient_norms_every, last)
-            for _ in range(config.engine.accumulation_steps):
-                with recorder.waiting():
-                    batch = next(batches)
-                draws = Draws(config.pretrain.seed, batch.slots, engine.device)
-                views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
-                rows = sample_rows(
-                    views.patch_from_view,
-                    config.views.size,
-                    batch.label,
-                    batch.candidate_bits,
-                    config.rows,
-                    draws,
-                    group,
-                )
-                if inspected and config.engine.zero_stage != 3:
-                    recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
-                output = engine(views.image, rows.voxel_index)
-                if inspected:
-                    recorder.inspect(spread(output.voxel, rows.present))
-                loss, terms = mixcl_loss(output, views, rows, config.objective, group)
-                engine.backward(loss)
-                engine.step()
-                recorder.add(loss, terms)
-            stopped = engine.any(stop_requested())
-            if _is_due(step, config.pretrain.probe_every, last):
-                recorder.probe(shards)
-            if stopped or _is_due(step, config.pretrain.log_every, last):
-                _share_bad_samples(stream, engine)
-                recorder.log(step)
-            if stopped or _is_due(step, config.checkpoint.every, last):
-                _save(run, step, engine, stream, config, recorder)
-            if recorder.skipped >= config.pretrain.max_skipped:
-                raise RunError(_diverged(run, step, engine, recorder))
-            if _is_due(step, config.pretrain.sample_every, last):
-                recorder.pictures(step, batch, views)
-            if stopped and not last:
-                raise Stopped(f"{run}: asked to stop, and saved at step {step}; go on with --resume latest")
+        with Saver(run, config.checkpoint, engine, stream) as saver:
+            first = saver.resume() if resume else 0
+            trained = training_cases(manifest.cases, config.budget)
+            recorder = Recorder(run, config, manifest, trained, label_cases, engine, history)
+            recorder.forget_after(first)
+            if engine.rank == 0:
+                seen.save(run)
+                _say(f"{_lesson(config, label_cases)}; {arithmetic(engine.device)} on {engine.device.type}")
+            _train(config, engine, stream, recorder, saver, first, shards, stop_requested)
         recorder.finish()
     engine.close()
+
+
+def _train(
+    config: Config,
+    engine: Engine,
+    stream: PatchStream,
+    recorder: Recorder,
+    saver: Saver,
+    first: int,
+    shards: Path | str,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Take the steps after `first`, and save the last one."""
+    group = engine.process_group if config.objective.contrast == "global" else None
+    batches = iter(stream)
+    network = cast(PretrainNetwork, engine.module).train()
+    for step in _steps(first, config, engine):
+        is_due = functools.partial(_is_due, step, last=step == config.pretrain.steps)
+        inspected = is_due(config.pretrain.gradient_norms_every)
+        for _ in range(config.engine.accumulation_steps):
+            with recorder.waiting():
+                batch = next(batches)
+            draws = Draws(config.pretrain.seed, batch.slots, engine.device)
+            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
+            where, size = views.patch_from_view, config.views.size
+            rows = sample_rows(where, size, batch.label, batch.candidate_bits, config.rows, draws, group)
+            if inspected and config.engine.zero_stage != 3:
+                recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
+            output = engine(views.image, rows.voxel_index)
+            if inspected:
+                recorder.inspect(spread(output.voxel, rows.present))
+            loss, terms = mixcl_loss(output, views, rows, config.objective, group)
+            engine.backward(loss)
+            engine.step()
+            recorder.add(loss, terms)
+        ends = engine.any(stop_requested() or saver.failed)
+        if is_due(config.pretrain.probe_every):
+            recorder.probe(shards)
+        if ends or is_due(config.pretrain.log_every):
+            _share_bad_samples(stream, engine)
+            recorder.log(step)
+        if (ends or is_due(config.checkpoint.every)) and not recorder.count_skipped():
+            saver.save(step)  # but for weights that may have diverged
+        if recorder.skipped >= config.pretrain.max_skipped:
+            raise told_by_first(RunError(_diverged(saver.run, step, recorder.skipped, saver)), engine.rank)
+        if is_due(config.pretrain.sample_every):
+            recorder.pictures(step, batch, views)
+        if ends and step < config.pretrain.steps:
+            saver.wait()
+            raise Stopped(f"{saver.run}: stopped as asked, and saved at step {step}; go on with --resume latest")
+    saver.wait()
+
+
+def _steps(first: int, config: Config, engine: Engine) -> Iterable[int]:
+    steps = range(first + 1, config.pretrain.steps + 1)
+    if engine.rank:
+        return steps
+    return progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
 
 
 def _lesson(config: Config, label_cases: Sequence[str]) -> str:
@@ -345,7 +362,8 @@ def _check_shared(run: Path, engine: Engine) -> None:
         if not apart:
             return
         time.sleep(attempt / 2)  # a network file system may show it a little later
-    raise RunError(f"{run}: ranks 0 and {apart[0]} see different folders; give a --run that all machines share")
+    problem = f"{run}: ranks 0 and {apart[0]} see different folders; give a --run that all machines share"
+    raise told_by_first(RunError(problem), engine.rank)
 
 
 def _share_bad_samples(stream: PatchStream, engine: Engine) -> None:
@@ -354,17 +372,13 @@ def _share_bad_samples(stream: PatchStream, engine: Engine) -> None:
         stream.also_bad(sample for samples in engine.gather(stream.bad_samples) for sample in samples)
 
 
-def _diverged(run: Path, step: int, engine: Engine, recorder: Recorder) -> str:
+def _diverged(run: Path, step: int, skipped: int, saver: Saver) -> str:
     """Why the run stops, and how it may go on: without checkpoints of the weights that gave no finite gradient."""
-    folder = run / "checkpoints"
-    if engine.rank == 0:
-        checkpoint.set_aside(folder, step - recorder.skipped)
-    engine.barrier()
-    newest = checkpoint.newest(folder)
-    what = f"{run}: no gradient has been finite from step {step - recorder.skipped + 1} to {step}"
+    newest = saver.set_aside(step - skipped)
+    what = f"{run}: no gradient has been finite from step {step - skipped + 1} to {step}"
     if newest is None:
         return f"{what}, and there is no earlier checkpoint; start anew with a lower --optimizer.learning_rate"
-    return f"{what}; lower --optimizer.learning_rate, with --resume latest, which goes on from {newest.name}"
+    return f"{what}; lower --optimizer.learning_rate, with --resume latest, which goes on from {newest}"
 
 
 def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any]) -> Engine:
@@ -384,35 +398,6 @@ def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any]) ->
         config=config.engine,
         common=common,
     )
-
-
-def _save(run: Path, step: int, engine: Engine, stream: PatchStream, config: Config, recorder: Recorder) -> None:
-    """Publish a checkpoint, unless the newest steps were skipped: it would hold weights that may have diverged."""
-    recorder.count_skipped()
-    if recorder.skipped:
-        return
-    state = {"step": step, "stream": stream.position(), "world_size": engine.world_size}
-    keep = config.checkpoint.keep
-    folder = run / "checkpoints"
-    with checkpoint.publish(folder, step, keep=keep, state=state, rank=engine.rank, barrier=engine.barrier) as path:
-        engine.save(path)
-        recorder.save_backbone(path)
-
-
-def _resume(run: Path, engine: Engine, stream: PatchStream) -> int:
-    """Take up the newest whole checkpoint, if there is one; returns the step it was made at."""
-    path = checkpoint.newest(run / "checkpoints", _say if engine.rank == 0 else lambda line: None)
-    if path is None:
-        if engine.rank == 0:
-            _say(f"{run}: has no checkpoint yet; begins at step 0")
-        return 0
-    state = checkpoint.read_state(path)
-    step, position = state.get("step"), state.get("stream")
-    if not isinstance(step, int) or not isinstance(position, dict):
-        raise RunError(f"{path}: does not tell where the run stood; begin anew with another --run")
-    engine.load(path)
-    stream.seek(position)
-    return step
 
 
 def _say(line: str) -> None:

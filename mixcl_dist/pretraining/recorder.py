@@ -124,8 +124,8 @@ class Recorder:
         self._probed = {}
         self._begin_interval()
 
-    def count_skipped(self) -> None:
-        """Ask the engine for the gradients' norms since the last time, for `skipped` and the next log."""
+    def count_skipped(self) -> int:
+        """Ask the engine for the gradients' norms since the last time, for the next log; returns `skipped`."""
         norms = self._engine.gradient_norms()
         for norm in norms:
             self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -134,6 +134,7 @@ class Recorder:
             self._run.warn(
                 "skipped", "a step's gradient was not finite: it is left out; a lower optimizer.learning_rate may help"
             )
+        return self.skipped
 
     def _means(self) -> dict[str, float]:
         """Of each term over the passes kept, NaN for one that none of them says anything of.
@@ -205,8 +206,7 @@ class Recorder:
 
         Features of weights that give no finite gradient are not probed.
         """
-        self.count_skipped()
-        if self.skipped:
+        if self.count_skipped():
             return
         weights = self._weights(cast(PretrainNetwork, self._engine.module).backbone)
         if not self._run:
@@ -225,13 +225,6 @@ class Recorder:
         self._probed = {name: mean for name, mean in means.items() if mean is not None}
         dataclasses.replace(found, cases=self._config.budget.development).save(self._run.path)
 
-    def save_backbone(self, folder: Path) -> bytes:
-        """Write the backbone, for fine-tuning, export and probe, as `network.safetensors`; returns its content."""
-        content = save(self._weights(cast(PretrainNetwork, self._engine.module).backbone))
-        if self._run:
-            write_atomic(folder / BACKBONE, content)
-        return content
-
     def _weights(self, module: torch.nn.Module) -> dict[str, torch.Tensor]:
         """In main memory; every rank has to call."""
         with self._engine.whole_parameters():
@@ -239,15 +232,21 @@ class Recorder:
 
     def finish(self) -> None:
         """Write the backbone, what it is and, to begin a pre-training with, all heads; mark the run as finished."""
-        backbone = self.save_backbone(self._path)
         whole = self._weights(self._engine.module)
         if not self._run:
             return
-        contents = {BACKBONE: backbone, WHOLE_NETWORK: save(whole)}
-        write_atomic(self._path / WHOLE_NETWORK, contents[WHOLE_NETWORK])
+        contents = {BACKBONE: save(backbone_of(whole)), WHOLE_NETWORK: save(whole)}
+        for name, content in contents.items():
+            write_atomic(self._path / name, content)
         shown = {"spacing_mm": self._manifest.spacing_mm, "classes": self._manifest.classes}
         NetworkRecord.of(self._config.network, contents, **shown).save(self._path)
         self._run.finish()
+
+
+def backbone_of(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a whole network's weights the backbone's, by their names in it."""
+    prefix = "backbone."
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _shards(manifest: Manifest, trained: set[str]) -> ShardsRecord:

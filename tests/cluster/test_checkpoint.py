@@ -1,9 +1,11 @@
 """A checkpoint is there whole or not at all."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -149,3 +151,66 @@ with checkpoint.publish(Path({str(tmp_path)!r}), 2, keep=2, state={{}}) as path:
 
 def test_nothing_is_found_where_nothing_is(tmp_path):
     assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def write(size):
+    return lambda folder: (folder / "weights.bin").write_bytes(bytes(size)) and None
+
+
+def test_a_checkpoint_is_written_beside_the_steps_and_published_once_whole(tmp_path):
+    writer, go_on = checkpoint.Writer(tmp_path, keep=2), threading.Event()
+
+    def slowly(folder):
+        (folder / "weights.bin").write_bytes(b"half")
+        assert go_on.wait(60)
+
+    writer.begin(1, state={"position": 8}, write=slowly, size=4)
+    assert checkpoint.newest(tmp_path) is None and not writer.failed
+    go_on.set()
+    writer.wait()
+    assert checkpoint.read_state(checkpoint.newest(tmp_path)) == {"position": 8}
+    writer.close()
+
+
+def test_one_is_written_at_a_time_and_leaving_waits_for_it(tmp_path):
+    writer, writing = checkpoint.Writer(tmp_path, keep=9), []
+
+    def alone(folder):
+        writing.append(folder.name)
+        (folder / "weights.bin").write_bytes(b"x")
+        assert [path.name for path in tmp_path.glob(".step_*")] == writing[-1:]
+
+    for step in range(1, 6):
+        writer.begin(step, state={}, write=alone, size=1)
+    writer.close()
+    assert len(writing) == len(list(tmp_path.glob("step_*"))) == 5
+
+
+def test_a_full_disk_is_told_with_folder_and_bytes_and_leaves_the_last_good_one(tmp_path):
+    """The kernel refuses a file that is too large as it refuses one on a full disk."""
+    writer = checkpoint.Writer(tmp_path, keep=2)
+    writer.begin(1, state={}, write=write(1000), size=1000)
+    writer.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        writer.begin(2, state={}, write=write(1_234_567), size=1_234_567)
+        writer.close()
+        assert writer.failed
+        with pytest.raises(checkpoint.CheckpointError, match="File too large; make room there") as refused:
+            writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(refused.value).startswith(f"{tmp_path}: step 2 could not be saved, which needs 1,234,567 bytes (")
+    assert "\n" not in str(refused.value) and not writer.failed
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert not checkpoint.verify(tmp_path / "step_00000001")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / ".step_00000002.tmp"
+    left.mkdir()
+    (left / "half").write_bytes(b"x")
+    checkpoint.Writer(tmp_path, keep=2).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

@@ -68,7 +68,7 @@ def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage):
     config = EngineConfig(zero_stage=stage)
     whole = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
     train_engine(whole, batches(3))
-    whole.save(tmp_path)
+    whole.snapshot().write(tmp_path)
     train_engine(whole, batches(6)[3:])
     x = batches(1)[0]
     expected = whole(x).detach().clone()
@@ -92,7 +92,7 @@ def test_weights_that_never_had_a_gradient_are_saved_and_loaded(tmp_path, stage)
 
     engine = launch(with_idle(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
     train_engine(engine, batches(2))
-    engine.save(tmp_path)
+    engine.snapshot().write(tmp_path)
     engine.close()
     resumed = launch(with_idle(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
     resumed.load(tmp_path)
@@ -100,6 +100,21 @@ def test_weights_that_never_had_a_gradient_are_saved_and_loaded(tmp_path, stage)
     with resumed.whole_parameters():
         assert resumed.module.idle.tolist() == pytest.approx([7.0] * 3, rel=1e-3), "but for its decay"
     resumed.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_snapshot_stays_as_it_is_while_training_goes_on(tmp_path, stage):
+    engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
+    train_engine(engine, batches(2))
+    snapshot = engine.snapshot()
+    expected = {name: tensor.clone() for name, tensor in snapshot.tensors.items()}
+    train_engine(engine, batches(2))
+    snapshot.write(tmp_path)
+    torch.testing.assert_close(load_file(tmp_path / STATE), expected, rtol=0, atol=0)
+    again = engine.snapshot()
+    assert all((again.tensors[name] != tensor).any() for name, tensor in expected.items())
+    assert all(tensor.data_ptr() == snapshot.tensors[name].data_ptr() for name, tensor in again.tensors.items())
+    engine.close()
 
 
 @pytest.mark.parametrize(("ranks", "given", "stage"), [(1, None, 0), (4, None, 1), (1, 1, 1), (4, 0, 0), (4, 3, 3)])
@@ -142,11 +157,11 @@ def test_a_step_without_a_finite_gradient_changes_the_rate_alone(tmp_path, stage
     engine = launch(module(), fused, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
     (x,) = batches(1)
     train_engine(engine, [x])
-    engine.save(tmp_path)
+    engine.snapshot().write(tmp_path)
     before = load_file(tmp_path / STATE)
     for factor in (bad, bad, 1.0):
         if factor == 1.0:
-            engine.save(tmp_path)
+            engine.snapshot().write(tmp_path)
             for name, expected in before.items():
                 torch.testing.assert_close(load_file(tmp_path / STATE)[name], expected, rtol=0, atol=0)
         engine.backward(engine(x).square().mean() * factor)
@@ -163,7 +178,7 @@ def test_a_state_is_taken_up_at_the_rate_of_today(tmp_path, stage):
     config = EngineConfig(zero_stage=stage)
     engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
     train_engine(engine, batches(3))
-    engine.save(tmp_path)
+    engine.snapshot().write(tmp_path)
     engine.close()
     slower = launch(module(), functools.partial(optimizer, lr=0.002), schedule, micro_batch_size=4, config=config)
     slower.load(tmp_path)
@@ -199,7 +214,7 @@ def damaged(content, how, tmp_path):
 @pytest.mark.parametrize("how", ["empty", "cut", "length", "header", "pickle", "other tensors", "other facts"])
 def test_a_state_of_a_stranger_is_refused_in_one_line_and_runs_nothing(tmp_path, how):
     engine = launch(module(), optimizer, schedule, micro_batch_size=4, config=EngineConfig())
-    engine.save(tmp_path)
+    engine.snapshot().write(tmp_path)
     path = tmp_path / STATE
     path.write_bytes(damaged(path.read_bytes(), how, tmp_path))
     with pytest.raises(EngineError, match=re.escape(str(path))) as refused:

@@ -43,7 +43,9 @@ def launched(stage, seed):
 def saved(engine, name):
     path = folder / name
     path.mkdir(exist_ok=True)
-    engine.save(path)
+    snapshot = engine.snapshot()
+    if rank == 0:
+        snapshot.write(path)
     engine.barrier()
 
 

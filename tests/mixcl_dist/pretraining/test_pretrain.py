@@ -298,22 +298,24 @@ def test_a_run_that_diverges_from_the_first_step_says_to_start_anew(shards, smal
         pretrain(replace(small_config, hopeless), shards=shards, run=tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, None])
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_says_how_to_go_on(
     shards, tmp_path, monkeypatch, capsys, number
 ):
     def interrupted(*arguments):
-        if interrupted.armed:
+        if interrupted.armed and number:
             os.kill(os.getpid(), number)
         return mixcl_loss(*arguments)
 
     interrupted.armed = True
     monkeypatch.setattr(loop, "mixcl_loss", interrupted)
     arguments = [str(word) for word in command(shards, tmp_path / "run", 3)[3:]]
-    assert cli.main([*arguments, "--checkpoint.every", "100"]) == 75
+    most = [] if number else ["--pretrain.max_hours", "1e-9"]
+    assert cli.main([*arguments, "--checkpoint.every", "100", *most]) == 75
     assert capsys.readouterr().err.splitlines()[-1].endswith("saved at step 1; go on with --resume latest")
     interrupted.armed = False
-    assert cli.main(["pretrain", "--data", str(shards), "--run", str(tmp_path / "run"), "--resume", "latest"]) == 0
+    again = ["pretrain", "--data", str(shards), "--run", str(tmp_path / "run"), "--resume", "latest"]
+    assert cli.main([*again, "--pretrain.max_hours", "null"]) == 0
     assert [entry["step"] for entry in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
