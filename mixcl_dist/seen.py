@@ -115,6 +115,33 @@ def leak(
     return None
 
 
+def check_split(
+    cases: Sequence[Case], label_cases: Collection[str], held_out: Mapping[str, str], known: KnownScans
+) -> str | None:
+    """Hold the labelled cases of a trial against those of its data set that are `held_out`, by voxels.
+
+    Raises `CaseError` for one whose voxels are those of a held-out case under another name. Returns one line that warns
+    of cases that look as if one was made from the other, or None.
+    """
+    chosen = [case for case in cases if case.name in label_cases or case.name in held_out]
+    scans = {scan.name: scan for scan in known.of(chosen)}
+    file = {case.name: case.files[0] for case in chosen}
+    found = matches([scans[name] for name in label_cases], [scans[name] for name in held_out])
+    for match in found:
+        one, other = match.one.name, match.other.name
+        if match.distance is None:
+            what = f"training case {one} has the same voxels as {held_out[other]} case {other} ({file[other]})"
+            raise CaseError(what, where=file[one], cure="leave one of them out, or put both into one split")
+    if not found:
+        return None
+    one, other = found[0].one.name, found[0].other.name
+    more = f" and {len(found) - 1} more such pairs" if len(found) > 1 else ""
+    return (
+        f"training case {one} looks like {held_out[other]} case {other} (distance {found[0].distance:.4f}){more}; if "
+        "one was made from the other, leave one of them out, or put both into one split"
+    )
+
+
 def _named(cases: Sequence[tuple[str, str]]) -> str:
     (case, seen_as), *others = cases
     alias = "" if case == seen_as else f" (there {seen_as})"

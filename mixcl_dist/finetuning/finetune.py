@@ -53,7 +53,7 @@ from mixcl_dist.records import (
 )
 from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
-from mixcl_dist.seen import KnownScans, Seen
+from mixcl_dist.seen import KnownScans, Seen, check_split
 
 GRADIENT_NORM = 1.0
 Watch = Callable[[int, float, SegmentationNetwork], None]
@@ -67,7 +67,8 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     them; on the validation cases where there are none, or where it is a `final` figure after which nothing is chosen.
     `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), whose backbone,
     architecture, HU window and spacing are taken over; None starts from scratch by the same recipe. A start that has
-    seen a validation or development scan, or labels outside the budget, is refused.
+    seen a validation or development scan, or labels outside the budget, is refused, and so is a labelled case whose
+    voxels are those of such a scan under another name.
     The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
     others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
     Everything is left in the folder `run`; returns its `dice.json`, which is written last and so marks a finished
@@ -86,6 +87,7 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     cases = task.validation if scored == "validation" else task.development
     label_cases = budgeted(task, config.budget)
     known = KnownScans(run.parent)
+    alike = check_split(task.cases, label_cases, task.held_out, known)
     seen = _own(task, label_cases, known)
     start_saw: dict[str, list[str]] = {}
     if start is not None:
@@ -121,6 +123,8 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     record = Run.create(run, config, facts)
     seen.save(run)
     known.save()
+    if alike:
+        record.warn("split", alike)
     record.forget_metrics_after(0)
     network.to(device)
     network = _train(network, config, volumes, record, _watch(config, task, unshown, run, device), device)

@@ -20,7 +20,7 @@ from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, RunRecord, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
-from mixcl_dist.seen import KnownScans, Seen, Shared, leak, shared_scans
+from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_scans
 
 SEARCH_SEED = 0
 
@@ -71,6 +71,7 @@ def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) 
         for seed in config.study.seeds:
             budget = dataclasses.replace(config.budget, fraction=fraction, scans=None, seed=seed)
             label_cases = budgeted(task, budget)
+            check_split(task.cases, label_cases, task.held_out, known)  # what looks alike, each trial says
             arms: dict[str, Path | None] = {"scratch": None}
             if starts:
                 arms["pretrained"] = _lawful_start(shared, task, label_cases)

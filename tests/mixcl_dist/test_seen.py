@@ -6,23 +6,27 @@ import dataclasses
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from mixcl_dist import seen as seen_module
-from mixcl_dist.config import BudgetConfig
+from mixcl_dist.config import BudgetConfig, replace
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.dedup import Scan, scans_of_shards
 from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.format.fingerprint import fingerprint, voxel_digest
 from mixcl_dist.data_shards.sources import open_source
-from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.data_shards.volume import CaseError, Volume, resample
+from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.start import check_start
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.phantom import draw_torso, write_cohort
 from mixcl_dist.records import RunError
-from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
+from mixcl_dist.seen import KnownScans, Seen, check_split, leak, shared_scans
+from mixcl_dist.studies.study import run_study
+from mixcl_dist.studies.table.runner import run_table
 
 
 def patient(number):
@@ -138,6 +142,66 @@ def test_other_patients_of_the_same_names_are_nobody_s_scans(start_on, data, tmp
     names = {scan.name for scan in scans_of_shards(start / "shards")}
     assert names <= {case.name for case in open_source(data).cases}
     assert checked(start, data) == {}
+
+
+@pytest.fixture
+def with_a_copy(data, tmp_path):
+    """The data set with its validation scan, as a function makes it anew, as one more training case."""
+
+    def make(made_from_it=lambda volume: volume):
+        folder = shutil.copytree(data, tmp_path / "set")
+        content = json.loads((folder / "dataset.json").read_text())
+        copy = content["training"][0] | {"image": "another.nii.gz", "label": "another_label.nii.gz"}
+        image, label = (nib.load(folder / content["validation"][0][key]) for key in ("image", "label"))
+        volume = Volume(np.asarray(image.dataobj), image.affine, np.asarray(label.dataobj).astype(np.uint8))
+        volume = made_from_it(volume)
+        for key, array in (("image", volume.hu), ("label", volume.label)):
+            nib.save(nib.Nifti1Image(array, volume.affine), folder / copy[key])
+        (folder / "dataset.json").write_text(json.dumps(content | {"training": [*content["training"], copy]}))
+        return folder
+
+    return make
+
+
+def split_of(folder, known):
+    task = open_task(folder)
+    return check_split(task.cases, budgeted(task, BudgetConfig(fraction=1.0)), task.held_out, known)
+
+
+def test_a_scan_in_both_splits_is_named_with_its_other_name_and_the_cure_works(with_a_copy, data, tmp_path):
+    folder = with_a_copy()
+    what = r"another.nii.gz: training case another has the same voxels as validation case validation_000 \(/.*\); leave"
+    with pytest.raises(CaseError, match=what):
+        split_of(folder, KnownScans(tmp_path))
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(content | {"training": content["training"][:-1]}))
+    assert split_of(folder, KnownScans(tmp_path)) is None
+    assert split_of(data, KnownScans(tmp_path)) is None
+
+
+def test_a_scan_that_was_made_from_one_of_the_other_split_is_warned_of(with_a_copy, tmp_path):
+    said = split_of(with_a_copy(lambda volume: resample(volume, (8.0, 8.0, 12.0))), KnownScans(tmp_path))
+    assert said.startswith("training case another looks like validation case validation_000 (distance 0.0")
+    assert "\n" not in said
+
+
+def test_every_verb_that_fine_tunes_refuses_a_scan_in_both_splits_before_its_folder_is_begun(
+    with_a_copy, shards, small_config, tmp_path
+):
+    folder, out = with_a_copy(), tmp_path / "out"
+    config = replace(small_config, {"study.fractions": [1.0], "study.seeds": [0]})
+    every = replace(config, {"budget.fraction": 1.0})
+    table = replace(
+        config, {"table": {"scans": [1], "seeds": [0], "arms": {"scratch": {}}, "baselines": [], "first_arms": []}}
+    )
+    for verb in (
+        lambda: finetune(every, data=folder, start=None, run=out),
+        lambda: run_study(config, data=folder, starts=[], study=out),
+        lambda: run_table(table, data=folder, shards=shards, out=out),
+    ):
+        with pytest.raises(CaseError, match="has the same voxels as validation case"):
+            verb()
+        assert not out.exists()
 
 
 def test_what_was_seen_is_written_merged_and_read_again(tmp_path):

@@ -19,12 +19,12 @@ from mixcl_dist.config import Config, ConfigError, NetworkConfig, replace, to_di
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
-from mixcl_dist.finetuning.task import budgeted, open_task
+from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
 from mixcl_dist.run import CONFIG, begin, held, machine, now
-from mixcl_dist.seen import KnownScans, Seen, shared_scans
+from mixcl_dist.seen import KnownScans, Seen, check_split, shared_scans
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.ledger import Ledger, digest_of
 from mixcl_dist.studies.table.plan import Item, plan
@@ -114,8 +114,11 @@ def run_table(
     _check_items(config, items, manifest)
     with held(out, "--out"):
         known = KnownScans(out / "trial")  # where the trials look for it
+        task = open_task(data, config)
+        labelled = budgeted(task, dataclasses.replace(config.budget, fraction=1.0, scans=None))
+        check_split(task.cases, labelled, task.held_out, known)
         if any(item.kind == "pretrain" for item in items.values()):
-            _refuse_held_out(config, data, shards, manifest, known)
+            _refuse_held_out(config, task, data, shards, manifest, known)
         digests = _digests(config, items, question["digest"])
         _begin(out, config, question, items, digests)
         (out / "trial").mkdir(exist_ok=True)
@@ -177,10 +180,11 @@ def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> 
             raise ConfigError(f"{item.name}: {refused}") from None
 
 
-def _refuse_held_out(config: Config, data: Path, shards: Path, manifest: Manifest, known: KnownScans) -> None:
+def _refuse_held_out(
+    config: Config, task: Task, data: Path, shards: Path, manifest: Manifest, known: KnownScans
+) -> None:
     """Raise `RunError` where pre-training would see a validation or development scan, under whatever name: every trial
     would refuse such a start, after it is trained."""
-    task = open_task(data, config)
     trained = set(training_cases(manifest.cases, config.budget))
     scans = [scan for scan in scans_of_shards(shards) if scan.name in trained]
     held_out = known.of([case for case in task.cases if case.name in task.held_out])
