@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -94,6 +96,23 @@ def named_apart(opened: Sequence[Source], base: Manifest | None) -> list[Source]
             )
         apart.append(replace(source, cases=tuple(cases)))
     return apart
+
+
+def tell_of_namesakes(opened: Sequence[Source], base: Manifest | None) -> None:
+    """Say where several data sets are called alike, so that what is said of one by its name is said of all of them.
+
+    Cases of one name among them are another matter: they are refused. Bare folders have no names of their own.
+    """
+    cases: dict[str, list[set[str]]] = defaultdict(list)
+    for dataset in {case.dataset for case in base.cases} if base else ():
+        cases[dataset].append({case.name for case in base.cases if case.dataset == dataset} if base else set())
+    for source in opened:
+        if {case.dataset for case in source.cases} == {source.name}:
+            cases[source.name].append({case.name for case in source.cases})
+    for name, alike in cases.items():
+        if any(one.isdisjoint(other) for one, other in itertools.combinations(alike, 2)):
+            what = "%d data sets are called %s, so they share one label budget and one line in every count"
+            logger.warning(f"{what}; rename the folder of one of them if that is not meant", len(alike), name)
 
 
 def grown_catalogue(base: Manifest | None, opened: Sequence[Source]) -> Catalogue:

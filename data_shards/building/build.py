@@ -79,6 +79,7 @@ def build(
         with exclusive(out / ".build" / "lock", lambda line: print(f"build: {line}", file=sys.stderr)):
             remove_unpublished(out)
             base = appending.finished(out, config)
+            appending.tell_of_namesakes(opened, base)
             opened = appending.named_apart(opened, base)
             catalogue = appending.grown_catalogue(base, opened)
             excluded = appending.read_excluded(exclude, out, base, elsewhere, progress)

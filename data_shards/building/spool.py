@@ -76,7 +76,9 @@ def choose_cases(opened: Sequence[Source], splits: Sequence[str]) -> tuple[list[
         if len(case.name) > MAX_NAME:
             error = refusal(case, f"case name {case.name} is longer than {MAX_NAME} characters", "rename it")
         elif case.name in chosen:
-            error = refusal(case, f"case name {case.name} is taken by {chosen[case.name].files[0]}", "rename it")
+            cure = "rename the folder of one of the two data sets, or give it once"
+            cure = "it is the same series: leave one of the two places out" if case.format == "dicom" else cure
+            error = refusal(case, f"case name {case.name} is taken by {chosen[case.name].files[0]}", cure)
         else:
             chosen[case.name] = case
             continue

@@ -280,6 +280,31 @@ def test_cases_of_two_sources_with_one_name_are_told_apart(cohort, small_config,
     ]
 
 
+def test_data_sets_of_one_name_are_said_and_told_apart_by_the_advice(cohort, small_config, tmp_path, caplog):
+    """Budgets and counts go by a data set's name."""
+    here, there = (shutil.copytree(cohort(name, labelled=1), tmp_path / name / "ct") for name in "ab")
+    assert build([here, there], tmp_path / "out", small_config).manifest.annotated == {"ct": {"core": 2}}
+    assert "2 data sets are called ct, so they share one label budget" in caplog.text
+    caplog.clear()
+    build([here], tmp_path / "grown", small_config)
+    assert "are called" not in caplog.text
+    build([there], tmp_path / "grown", small_config)
+    assert "2 data sets are called ct" in caplog.text
+    caplog.clear()
+    manifest = build([here, there.rename(tmp_path / "b" / "mr")], tmp_path / "apart", small_config).manifest
+    assert manifest.annotated == {"ct": {"core": 1}, "mr": {"core": 1}} and "are called" not in caplog.text
+
+
+def test_a_case_name_that_is_taken_is_free_by_the_advice(cohort, small_config, tmp_path):
+    here, there = (shutil.copytree(cohort(name), tmp_path / name / "ct") for name in "ab")
+    renamed(there, "b", "a")
+    refused = build([here, there], tmp_path / "out", small_config).quarantined
+    assert [problem.what.partition(" by ")[0] for problem in refused] == ["case name a is taken"]
+    assert refused[0].cure == "rename the folder of one of the two data sets, or give it once"
+    again = build([here, there.rename(tmp_path / "b" / "other")], tmp_path / "again", small_config)
+    assert again.quarantined == [] and len(again.manifest.cases) == 2
+
+
 def test_labels_without_a_labelled_voxel_are_said(cohort, small_config, tmp_path, caplog):
     source = cohort("a", "b", labelled=2)
     label = nib.load(source / "b_label.nii.gz")
