@@ -11,9 +11,10 @@ from mixcl_dist.networks import dynunet
 from mixcl_dist.pretraining import summary
 from mixcl_dist.records import read_metrics
 
-LICENCE = (
+ADDED = "What mixcl-dist itself adds to this folder is under Apache-2.0."
+UNKNOWN_LICENCE = (
     "The weights inherit the terms of the data that they were trained on, which this run does not record: find them "
-    "out before you pass the weights on. What mixcl-dist itself adds to this folder is under Apache-2.0."
+    f"out before you pass the weights on. {ADDED}"
 )
 
 
@@ -28,7 +29,7 @@ def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
         f"## Results\n\n{_results(trained)}" if trained.is_segmentation else "",
         f"## Compute\n\n{_compute(trained)}",
         f"## Limits\n\n{_limits(trained)}",
-        f"## Licence\n\n{LICENCE}",
+        f"## Licence\n\n{_licence(trained)}",
         notes,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -71,6 +72,13 @@ def _interface(trained: Trained) -> str:
         classes = ", ".join(f"{k} {literal(name)}" for k, name in enumerate(("background", *trained.classes)))
         lines.append(f"- Output: logits (batch, {len(trained.classes) + 1}, x, y, z): {classes}.")
     return "\n".join(lines)
+
+
+def _licence(trained: Trained) -> str:
+    if not trained.licence:
+        return UNKNOWN_LICENCE
+    given = "the terms that whoever made this folder states for the data that they were trained on"
+    return f"The weights are under {literal(trained.licence)}: {given}. {ADDED}"
 
 
 def _times(size: Any) -> str:

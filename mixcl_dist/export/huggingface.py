@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ assert not unexpected and all(name.startswith({optional}) for name in missing)
 
 {why} With `huggingface_hub`, `class Network(DynUNet, PyTorchModelHubMixin): pass` loads it by
 `Network.from_pretrained(FOLDER_OR_NAME{out_channels})`."""
+_KNOWN_LICENCES = frozenset(
+    f"cc-by{terms}-{version}" for terms in ("", "-sa", "-nc", "-nd", "-nc-sa", "-nc-nd") for version in ("3.0", "4.0")
+) | {"cc0-1.0", "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause"}
+"""Hugging Face's identifiers of licences that CT is under; any other is "other" there, with a name."""
 _ALIASES = "DynUNet lists every layer a second time under `skip_layers`; the file holds each tensor once."
 
 
@@ -50,9 +55,9 @@ def _config(trained: Trained) -> dict[str, Any]:
 
 
 def _front_matter(trained: Trained) -> str:
+    licence = re.sub(r"[^a-z0-9.]+", "-", (trained.licence or "terms of the training data").casefold()).strip("-")
     head = {
-        "license": "other",
-        "license_name": "terms-of-the-training-data",
+        **({"license": licence} if licence in _KNOWN_LICENCES else {"license": "other", "license_name": licence}),
         "library_name": "monai",
         "pipeline_tag": "image-segmentation",
         "tags": ["medical-imaging", "computed-tomography", "3d-segmentation", "monai", "mixcl"]

@@ -43,6 +43,8 @@ class Trained:
     dice: dict[str, Any] | None
     """What dice.json holds; None for a pre-training."""
     weights: dict[str, torch.Tensor]
+    licence: str | None = None
+    """Of the weights, by what the data's terms allow; None: no run records these."""
 
     @property
     def network(self) -> NetworkConfig:
@@ -80,8 +82,11 @@ class Trained:
         }
 
 
-def open_trained(run: Path) -> Trained:
-    """Read a finished run; raises `ExportError` or `RunError` where its network is missing or broken."""
+def open_trained(run: Path, licence: str | None = None) -> Trained:
+    """Read a finished run, whose weights are passed on under `licence`.
+
+    Raises `ExportError` or `RunError` where its network is missing or broken.
+    """
     record, config = RunRecord.load(run), _used_settings(run / "config.yaml")
     file = run / ("model.safetensors" if record.kind == "finetune" else "network.safetensors")
     if not file.is_file():
@@ -99,6 +104,7 @@ def open_trained(run: Path) -> Trained:
         classes=described.classes,
         dice=dice.content() if dice else None,
         weights={_CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
+        licence=licence,
     )
     _check(trained, file)
     return trained

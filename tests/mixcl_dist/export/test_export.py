@@ -133,6 +133,22 @@ def test_hugging_face_card_has_front_matter_and_files_hold_each_tensor_once(fine
     assert json.loads((out / "config.json").read_text())["classes"] == CLASSES
 
 
+@pytest.mark.parametrize(
+    ("given", "head"),
+    [
+        ("CC-BY-NC-3.0", {"license": "cc-by-nc-3.0"}),
+        ("Data Use Agreement 1", {"license": "other", "license_name": "data-use-agreement-1"}),
+    ],
+)
+def test_a_licence_that_is_given_stands_in_front_matter_and_card(finetuned, tmp_path, given, head):
+    """As Hugging Face's metadata has it: its identifier, or "other" with a name."""
+    text = (export(finetuned, "hf", tmp_path / "out", licence=given) / "README.md").read_text()
+    _, front_matter, card = text.split("---\n", 2)
+    found = {key: value for key, value in yaml.safe_load(front_matter).items() if key.startswith("license")}
+    assert found == head
+    assert f"The weights are under {given}: " in card and "does not record" not in card
+
+
 @pytest.mark.parametrize("kind", ["pretrained", "finetuned"])
 def test_config_json_builds_the_network_as_huggingface_hubs_mixin_does(kind, request, tmp_path):
     """It gives a class those entries of config.json that its constructor names, and loads the weights not strictly."""
