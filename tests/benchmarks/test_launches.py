@@ -122,6 +122,7 @@ def test_stages_are_counted_apart(benchmark):
     assert counter.total() == (5, 1)
 
 
+@pytest.mark.slow
 def test_no_stage_makes_more_launches_or_waits_than_the_committed_table_says():
     """In a process of its own: what other tests leave alive decides whether autograd copies a gradient or takes it."""
     command = [sys.executable, FOLDER / "run.py", "--check"]

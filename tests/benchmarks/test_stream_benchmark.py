@@ -70,6 +70,7 @@ def test_the_command_measures_and_reports(ct, tmp_path):
     assert (tmp_path / "throughput.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_all_formats_hold_the_same_voxels(benchmark, data):
     found = []
     for path in sorted((data / "npz").glob("*.tar")):
@@ -81,6 +82,7 @@ def test_all_formats_hold_the_same_voxels(benchmark, data):
     assert {(image.dtype, image.shape) for image in found} == {(np.dtype("int16"), (96, 96, 96))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_contestant_delivers_every_sample_once(benchmark, data, workers):
     contestants, host, corpus = map(benchmark, ("contestants", "host", "corpus"))
@@ -90,6 +92,7 @@ def test_every_contestant_delivers_every_sample_once(benchmark, data, workers):
         assert sorted(found) == wanted, name
 
 
+@pytest.mark.slow
 def test_the_stream_that_is_timed_has_no_end(benchmark, data):
     contestants, host = map(benchmark, ("contestants", "host"))
     for name in benchmark("run").HERE:
@@ -186,6 +189,7 @@ def test_a_contestant_stands_still_while_it_is_not_its_turn(fake, tmp_path):
     assert (tmp_path / "log").stat().st_size > before
 
 
+@pytest.mark.slow
 def test_a_contestant_ends_with_its_workers(benchmark, data, tmp_path):
     command = [sys.executable, str(FOLDER / "host.py"), "contestants", "webdataset, blosc2", str(data), "4", "2"]
     process = benchmark("run").Process("webdataset", command)
@@ -244,6 +248,7 @@ def test_bars_without_their_measurements_are_not_measured(benchmark):
     assert {bar.verdict for bar in benchmark("report").bars({"timings": []})} == {"not measured"}
 
 
+@pytest.mark.slow
 def test_resuming_in_a_large_index_is_measured(tmp_path):
     command = [sys.executable, FOLDER / "resume.py", "--samples", "50000", "--rounds", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -254,6 +259,7 @@ def test_resuming_in_a_large_index_is_measured(tmp_path):
     assert "MB per million patches" in (tmp_path / "resume.md").read_text()
 
 
+@pytest.mark.slow
 def test_payloads_are_read_without_code_of_ours(benchmark, data):
     """The truth that contestants are held to: webdataset's members, blosc2's decoder."""
     (first, *_) = sorted((data / "shards").glob("shard-*.tar"))

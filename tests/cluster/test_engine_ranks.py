@@ -89,6 +89,7 @@ def check_resumed(tmp_path, source, name):
         torch.testing.assert_close(resumed[tensor], expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_gone_on_with_by_one(tmp_path):
     run(tmp_path, 2, ["none"], [3])
     run(tmp_path, 1, ["2-3"], [0, 1])

@@ -18,6 +18,7 @@ def build(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
+@pytest.mark.slow
 def test_the_usual_builds_use_tensor_cores_and_spill_nothing():
     run = build("sm_90", "bf16", "128", "narrow")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -40,6 +40,7 @@ SPLITS = {
 #: How a tensor of the answer comes near to float64 of the rounded embeddings: outputs, and gradients in their norm.
 TOLERANCE = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-4, 3e-3)}
 
+SLOW = pytest.mark.slow  # four processes take longer to start than all tests of two
 gather_and_ring = pytest.mark.parametrize("ring", [False, True], ids=["gather", "ring"])
 
 
@@ -219,7 +220,7 @@ class Ranks:
             process.communicate()
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.fixture(scope="module", params=[1, 2, *(pytest.param(size, marks=SLOW) for size in (3, 4))])
 def ranks(request):
     ranks = Ranks(request.param)
     yield ranks
@@ -227,7 +228,7 @@ def ranks(request):
 
 
 def with_ranks(size: int):
-    return pytest.mark.parametrize("ranks", [size], indirect=True)
+    return pytest.mark.parametrize("ranks", [pytest.param(size, marks=SLOW if size > 2 else ())], indirect=True)
 
 
 # Rows and the truth

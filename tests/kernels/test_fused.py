@@ -97,6 +97,7 @@ def test_rows_that_are_streamed_in_steps(tile, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_positive_does_not_swallow_the_negatives_of_other_tiles():
     """A tile of 16 negatives adds less than half a unit in the last place of the positive's exponential."""
     embeddings = torch.zeros(512, 16)
@@ -129,7 +130,10 @@ class Split:
         return True
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.005], ids=["narrow", "wide"])
+NARROW = pytest.param(0.2, id="narrow", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("temperature", [NARROW, pytest.param(0.005, id="wide")])
 def test_columns_that_come_in_parts(temperature, monkeypatch):
     """And that lack sets between theirs: 16 columns of the first part hold the first and the last of 20 sets."""
     sets = torch.arange(320) % 20

@@ -189,6 +189,7 @@ def test_a_really_full_disk(cohort, tmp_path):
     assert verify(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_ends_with_the_same_bytes(cohort, tmp_path):
     source, out = cohort("a", "b", "c", "d"), tmp_path / "out"
     subprocess.run([sys.executable, script(tmp_path), source, tmp_path / "whole", "1"], check=True)

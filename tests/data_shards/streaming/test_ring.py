@@ -37,7 +37,7 @@ def test_a_part_of_a_tensor_keeps_its_batch(built, part):
 
 def test_memory_of_batches_that_are_let_go_is_used_again(built):
     places = []
-    for batch in islice(stream_of(built, workers=0), 12):
+    for batch in islice(stream_of(built, workers=0), 6):
         places.append(batch.image.data_ptr())
         del batch
         gc.collect()

@@ -104,6 +104,7 @@ def test_fine_tuned_network_gives_equal_logits_from_its_cards_snippet(finetuned,
     torch.testing.assert_close(torch.load(out / "logits.pt"), segmenter(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["monai", "hf"])
 def test_pretrained_features_are_equal_from_the_cards_snippet(pretrained, backbone, tmp_path, to):
     out = export(pretrained, to, tmp_path / "out")
