@@ -36,13 +36,13 @@ from mixcl_dist.data_shards.storage.publishing import publish
 
 logger = logging.getLogger(__name__)
 
-ANEW = "give another --out, or remove this one"
+ELSEWHERE = "give another --out, or remove this one"
 KEPT = {"source_digest": "voxels", "label_digest": "labels", "reliable": "annotated classes", "split": "split"}
 """What of a case must stay as it is in the shards, and what it is called."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Changes:
     fresh: dict[str, tuple[Case, str]]
     """Case name → the case and its stamp: those that are to be read."""
     stamps: dict[str, str]
@@ -60,9 +60,9 @@ def finished(out: Path, config: BuildConfig) -> Manifest | None:
         begun = base.settings if base else json.loads(path.read_bytes())
         if differs := [name for name, value in config.recorded().items() if begun.get(name, value) != value]:
             name = differs[0]
-            raise BuildError(f"{out}: was begun with build.{name} = {begun[name]}; keep it, {ANEW}")
+            raise BuildError(f"{out}: was begun with build.{name} = {begun[name]}; keep it, {ELSEWHERE}")
     if not draw_note(out).exists() and (strange := unfinished_shards(out, len(base.shards) if base else 0)):
-        raise BuildError(f"{strange[0]}: is not of this build; {ANEW}")
+        raise BuildError(f"{strange[0]}: is not of this build; {ELSEWHERE}")
     for shard in base.shards if base else ():
         stored = out / shard.file
         if not stored.exists() or stored.stat().st_size != shard.bytes:
@@ -129,9 +129,9 @@ def grown_catalogue(base: Manifest | None, opened: Sequence[Source]) -> Catalogu
     return catalogue
 
 
-def plan(
+def changes(
     out: Path, base: Manifest | None, opened: Sequence[Source], catalogue: Catalogue, splits: Sequence[str]
-) -> Plan:
+) -> Changes:
     """Which cases are to be read: all but those that are in the shards, or known as bad, with the same files."""
     cases, refused = choose_cases(opened, splits)
     stored = {case.name for case in base.cases} if base else set()
@@ -147,10 +147,10 @@ def plan(
     elsewhere = [case for source in opened for case in source.cases if case.split not in splits]
     for case in elsewhere:
         if case.name in stored:
-            error = refusal(case, f"case {case.name} is in the shards, but its split is {case.split} now", ANEW)
+            error = refusal(case, f"case {case.name} is in the shards, but its split is {case.split} now", ELSEWHERE)
             refused.append(Quarantined.of(case.name, error))
     absent = stored - {case.name for source in opened for case in source.cases}
-    return Plan(fresh, stamps, refused, len(absent))
+    return Changes(fresh, stamps, refused, len(absent))
 
 
 def read_excluded(exclude: Sequence[Path], out: Path, base: Manifest | None, run: Mapper, progress: Progress) -> Scans:
@@ -159,7 +159,7 @@ def read_excluded(exclude: Sequence[Path], out: Path, base: Manifest | None, run
     if excluded.problems:
         raise BuildError(f"a scan to be kept out cannot be read: {excluded.problems[0]}")
     if base and excluded.found and (leaks := matches(scans_of([out], run, progress).found, excluded.found)):
-        raise BuildError(f"{out}: holds {len(leaks)} scans to be kept out, the first: {leaks[0]}; {ANEW}")
+        raise BuildError(f"{out}: holds {len(leaks)} scans to be kept out, the first: {leaks[0]}; {ELSEWHERE}")
     return excluded
 
 
@@ -231,7 +231,7 @@ def _changes(case: Case, stored: CaseRecord, now: CaseRecord) -> list[Quarantine
     if not differs:
         return []
     what = f"case {case.name} has other {' and '.join(differs)} than in the shards, which keep what they have"
-    return [Quarantined.of(case.name, refusal(case, what, f"rename it if it is another scan; else {ANEW}"))]
+    return [Quarantined.of(case.name, refusal(case, what, f"rename it if it is another scan; else {ELSEWHERE}"))]
 
 
 def nothing_usable(out: Path, refused: Sequence[Quarantined]) -> str:
@@ -242,7 +242,7 @@ def nothing_usable(out: Path, refused: Sequence[Quarantined]) -> str:
     return f"no case could be used: {first}{more}"
 
 
-def remember(out: Path, done: Plan, manifest: Manifest, refused: Sequence[Quarantined]) -> None:
+def remember(out: Path, done: Changes, manifest: Manifest, refused: Sequence[Quarantined]) -> None:
     """Leave behind what the next build in `out` need not find out again."""
     write_quarantine(out, refused)
     changed = {entry.case for entry in refused}

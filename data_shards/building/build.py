@@ -83,10 +83,10 @@ def build(
             opened = appending.named_apart(opened, base)
             catalogue = appending.grown_catalogue(base, opened)
             excluded = appending.read_excluded(exclude, out, base, elsewhere, progress)
-            plan = appending.plan(out, base, opened, catalogue, config.splits)
-            outcomes = spool.spool_cases(plan.fresh, catalogue, config, folder, elsewhere, progress)
-            used, unusable = appending.sort_outcomes(plan.fresh, outcomes, base, excluded)
-            refused = plan.refused + unusable
+            changes = appending.changes(out, base, opened, catalogue, config.splits)
+            outcomes = spool.spool_cases(changes.fresh, catalogue, config, folder, elsewhere, progress)
+            used, unusable = appending.sort_outcomes(changes.fresh, outcomes, base, excluded)
+            refused = changes.refused + unusable
             appending.tell_doubts(used, out, base)
             if used:
                 writers = run or (in_this_process if config.workers == 1 else elsewhere)
@@ -95,10 +95,10 @@ def build(
                 raise BuildError(appending.nothing_usable(out, refused))
             else:
                 manifest = base
-            appending.remember(out, plan, manifest, refused)
+            appending.remember(out, changes, manifest, refused)
             shutil.rmtree(folder)
             files = census(opened, config.splits, refused, {case.name for case in manifest.cases})
-            return BuildResult(manifest, [entry.error for entry in refused], len(used), plan.absent, files)
+            return BuildResult(manifest, [entry.error for entry in refused], len(used), changes.absent, files)
 
 
 @contextmanager

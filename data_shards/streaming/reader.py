@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
     """Whether its label is to be read; else the label is 0."""
 
 
-class Outcome(NamedTuple):
+class RowRead(NamedTuple):
     """What became of a row."""
 
     wanted: Wanted
@@ -62,7 +62,7 @@ class SampleReader:
         self._index_digests = [shard.index_xxh3 for shard in manifest.shards]
         self._first_of_shard = manifest.first_of_shard.tolist()  # quicker than NumPy to search for one number
 
-    def read(self, wanted: Sequence[Wanted], image: np.ndarray, label: np.ndarray | None) -> list[Outcome]:
+    def read(self, wanted: Sequence[Wanted], image: np.ndarray, label: np.ndarray | None) -> list[RowRead]:
         """Fill the rows of `image`, (rows, X, Y, Z) int16, and `label`, the same in uint8, that are wanted.
 
         `label` None reads no labels. What cannot be read says so in its outcome, and its row holds anything.
@@ -72,21 +72,21 @@ class SampleReader:
         payloads = iter(self._store.read_spans([place.span for place in found]))
         outcomes = []
         for one, place in zip(wanted, places, strict=True):
-            if isinstance(place, Outcome):
+            if isinstance(place, RowRead):
                 outcomes.append(place)
             else:
                 row_label = None if label is None else label[one.row]
                 outcomes.append(self._fill(one, place, next(payloads), image[one.row], row_label))
         return outcomes
 
-    def _place(self, one: Wanted) -> _Place | Outcome:
+    def _place(self, one: Wanted) -> _Place | RowRead:
         shard = bisect_right(self._first_of_shard, one.sample) - 1
         file = self._files[shard]
         try:
             key, members = self._index(shard)[one.sample - self._first_of_shard[shard]]
             return _Place.of(file, key, members, one.label, self._voxels, self._bytes[shard])
         except (ShardError, StorageError) as error:
-            return Outcome(one, "", file, str(error), isinstance(error, UnreachableError))
+            return RowRead(one, "", file, str(error), isinstance(error, UnreachableError))
 
     @lru_cache(maxsize=3 * WINDOW_SHARDS)  # noqa: B019 - a reader lives as long as its process
     def _index(self, shard: int) -> list[tuple[str, dict[str, Member]]]:
@@ -106,7 +106,7 @@ class SampleReader:
         content: memoryview | StorageError,
         image: np.ndarray,
         label: np.ndarray | None,
-    ) -> Outcome:
+    ) -> RowRead:
         """Decode one sample into its row."""
         cause = None if isinstance(content, StorageError) else place.decode(content, image, label)
         if cause:  # read once more, past a cache: the bytes may have been damaged on their way
@@ -114,10 +114,10 @@ class SampleReader:
             (content,) = self._store.read_spans([place.span])
             cause = None if isinstance(content, StorageError) else place.decode(content, image, label)
         if isinstance(content, StorageError):
-            return Outcome(one, place.key, place.span.file, str(content), isinstance(content, UnreachableError))
+            return RowRead(one, place.key, place.span.file, str(content), isinstance(content, UnreachableError))
         if label is not None and self._label_numbers is not None and not cause:
             label[...] = self._label_numbers[label]
-        return Outcome(one, place.key, place.span.file, cause)
+        return RowRead(one, place.key, place.span.file, cause)
 
 
 class _Place(NamedTuple):

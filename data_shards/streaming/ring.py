@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixcl_dist.data_shards.streaming.reader import Outcome, SampleReader, Wanted
+from mixcl_dist.data_shards.streaming.reader import RowRead, SampleReader, Wanted
 
 HELD = 2
 """Batches that the trainer may hold on to before it is given copies."""
@@ -70,7 +70,7 @@ class Filled(NamedTuple):
 
     image: np.ndarray
     label: np.ndarray | None
-    outcomes: list[Outcome]
+    outcomes: list[RowRead]
     """One for each row, in order."""
 
 
@@ -88,7 +88,7 @@ class Ring:
         rows: int,
         labels: bool,
         workers: int,
-        replace: Callable[[Outcome], Wanted],
+        replace: Callable[[RowRead], Wanted],
     ) -> None:
         self.ahead = max(2, math.ceil(ROWS_AHEAD * workers / rows)) if workers else 1
         """Batches that should be under way."""
@@ -170,7 +170,7 @@ class Ring:
             worker.rows -= len(outcomes)
             self._note(next(batch for batch in self._pending if batch.entry == entry), outcomes)
 
-    def _note(self, batch: _Pending, outcomes: Sequence[Outcome]) -> None:
+    def _note(self, batch: _Pending, outcomes: Sequence[RowRead]) -> None:
         again = [self._replace(outcome) for outcome in outcomes if outcome.cause is not None]
         for outcome in outcomes:
             if outcome.cause is None:
@@ -186,7 +186,7 @@ class _Pending:
     """A batch under way."""
 
     entry: int
-    outcomes: list[Outcome | None]
+    outcomes: list[RowRead | None]
     waiting: deque[Wanted] = field(default_factory=deque)
     """Rows that this process has still to fill, where there are no workers."""
 

@@ -26,7 +26,7 @@ from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.storage.store import CacheConfig, Store
 from mixcl_dist.data_shards.streaming.order import Deck, Order
-from mixcl_dist.data_shards.streaming.reader import Outcome, SampleReader, Wanted
+from mixcl_dist.data_shards.streaming.reader import RowRead, SampleReader, Wanted
 from mixcl_dist.data_shards.streaming.ring import Filled, Ring, StreamError
 
 __all__ = ["Batch", "Mixture", "PatchStream", "StreamError"]
@@ -235,7 +235,7 @@ class PatchStream:
             for row, (sample, label) in enumerate(zip(samples, labelled, strict=True))
         ]
 
-    def _replace(self, outcome: Outcome) -> Wanted:
+    def _replace(self, outcome: RowRead) -> Wanted:
         """What a row that could not be filled shows instead; raises `StreamError` when there are too many of them."""
         if outcome.unreachable:  # to show another sample would make the run depend on the network
             raise StreamError(f"{outcome.cause}; when it is there again, run again with --resume latest")
@@ -359,7 +359,7 @@ class _EpochCount:
         self._epoch, self._shown = first_slot // selected, 0
         self._seen = np.zeros(samples, dtype=bool)
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
+    def add(self, outcomes: Sequence[RowRead]) -> None:
         """Count rows in the order of their slots; raises `StreamError`."""
         for wanted, *_ in outcomes:
             epoch = wanted.slot // self._size
@@ -394,7 +394,7 @@ class _BadSamples:
         self._store = store
         self.known: set[int] = set()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: RowRead) -> None:
         if outcome.wanted.sample in self.known:
             return
         self.known.add(outcome.wanted.sample)

@@ -14,7 +14,7 @@ from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.format.shard import read_index
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.storage.store import Span, Store, UnreachableError
-from mixcl_dist.data_shards.streaming.reader import Outcome, SampleReader, Wanted
+from mixcl_dist.data_shards.streaming.reader import RowRead, SampleReader, Wanted
 
 SHAPE = (16, 16, 16)
 UNTOUCHED = -7
@@ -130,5 +130,5 @@ def test_an_index_that_is_not_the_manifests_takes_its_shard_alone(copy, stored):
     index.write_text(index.read_text() + "\n")
     in_second = next(n for n, sample in enumerate(stored) if "shard-000001" in sample["__url__"])
     bad, good = read(copy, [0, in_second])[0]
-    assert bad == Outcome(bad.wanted, "", "shard-000000.tar", bad.cause)
+    assert bad == RowRead(bad.wanted, "", "shard-000000.tar", bad.cause)
     assert "is not the index that the manifest names" in str(bad.cause) and good.cause is None

@@ -103,6 +103,7 @@ def test_scattered_parameters_have_no_gradient_of_single_terms_which_is_said_onc
     assert "at ZeRO stage 3" in PretrainRecord.load(tmp_path / "run").warnings["gradient_norms"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(shards, tmp_path):
     """SIGKILL after a checkpoint; samples, views and optimizer go on exactly, so the weights are equal to the bit."""
     subprocess.run(command(shards, tmp_path / "whole", 7), check=True, capture_output=True)
