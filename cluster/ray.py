@@ -67,14 +67,19 @@ def connection(
 
 
 def check_resources(wanted: Mapping[str, tuple[str, float]]) -> None:
-    """Raise `ClusterError` where a piece of work would wait for ever: `wanted` is the option → Ray's name, amount."""
+    """Raise `ClusterError` where a piece of work would wait for ever, as no machine has what it needs: `wanted` is the
+    option → Ray's name of a resource and its amount, of memory in GB."""
     import ray
 
-    total = ray.cluster_resources()
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [{**one, "memory": one.get("memory", 0) / 1e9} for one in machines]
     for option, (name, amount) in wanted.items():
-        if amount > total.get(name, 0):
-            has = f"Ray has {total.get(name, 0):g}"
-            raise ClusterError(f"{option} {amount:g}: {has}; lower it or join a larger cluster")
+        most = max((one.get(name, 0) for one in have), default=0)
+        if amount > most:
+            largest = "Ray has" if len(have) == 1 else f"the largest of {len(have)} machines has"
+            raise ClusterError(f"{option} {amount:g}: {largest} {most:g}; lower it or join a larger cluster")
+    if not any(all(one.get(name, 0) >= amount for name, amount in wanted.values()) for one in have):
+        raise ClusterError(f"{', '.join(wanted)}: no one machine has them together; lower one of them")
 
 
 def check_shared(written: Path, read: Sequence[Path]) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
+
+AT_ONCE = 1000
+"""Trials of one Tune experiment, whose time and memory a trial grow with their number."""
+STEP = "step"
+"""Figure of a report that says how far the trial is."""
+Figures = Mapping[str, float]
+Report = Callable[[Figures], None]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
@@ -26,8 +35,11 @@ class TrialsConfig:
     """GPUs of one trial; a share lets trials sit on one GPU together."""
     concurrent: Annotated[int, Field(ge=0, le=10**6, strict=True)] = 0
     """Most trials at once; 0 leaves it to the resources."""
+    memory_gb: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    """Main memory of one trial, in GB: no more of them sit on a machine than fit, and one that asks for more fails; 0
+    sets no bound."""
     max_failures: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
-    """How often a trial that failed is started again."""
+    """How often a trial that failed, or whose machine was lost, is started again."""
 
 
 class SearchError(ValueError):
@@ -36,63 +48,262 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: what its function returned, or the last line of its error."""
+    """How a trial ended: what its function returned, or the last line of its error, or stopped early (neither)."""
 
     trial: dict[str, Any]
-    result: dict[str, Any] | None
-    error: str | None
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    log: Path | None = None
+    """File with the whole error."""
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Ends trials whose metric (the higher the better) falls behind that of others after as many steps.
+
+    ASHA (Li et al. 2020, arXiv:1810.05934) looks after `grace` steps and `reduction` times as many again and again, and
+    goes on with the best 1/`reduction` of what has come there so far; median stopping (Golovin et al. 2017) looks from
+    `grace` on at every report, and goes on where a trial's best is no worse than the median of the others' means.
+    """
+
+    method: Literal["asha", "median"]
+    metric: str
+    longest: int
+    """Steps of a whole trial."""
+    grace: int
+    reduction: float = 3.0
+
+    def scheduler(self) -> Any:
+        """Tune's own, which needs no state beyond what was reported."""
+        from ray.tune import schedulers
+
+        known: dict[str, Any] = {"time_attr": STEP, "metric": self.metric, "mode": "max", "grace_period": self.grace}
+        if self.method == "median":  # it would pause what cannot be judged yet, to no end here
+            return schedulers.MedianStoppingRule(**known, min_time_slice=math.inf)  # type: ignore[arg-type]
+        return schedulers.ASHAScheduler(
+            **known, max_t=self.longest, reduction_factor=self.reduction, stop_last_trials=False
+        )
 
 
 def run_trials(
-    function: Callable[[dict[str, Any]], dict[str, Any]],
-    trials: Sequence[dict[str, Any]],
+    function: Callable[[dict[str, Any], Report], dict[str, Any]],
+    trials: Iterable[dict[str, Any]],
     *,
     storage: Path,
     read: Sequence[Path] = (),
     config: TrialsConfig,
     ended: Callable[[Outcome], None],
+    reported: Callable[[dict[str, Any], Figures], None] = lambda trial, figures: None,
+    early: EarlyStopping | None = None,
+    earlier: Iterable[Sequence[Figures]] = (),
 ) -> None:
-    """Call `function(trial)` for each of `trials` in its own process, as many at once as resources allow.
+    """Call `function(trial, report)` for each of `trials`, as many at once as resources allow, in other processes.
 
-    `ended` is called here, in this process, as soon as a trial is done or has failed for good; a failure does
-    not touch the others. Each trial has an "id" of its own.
+    `trials` are asked for one by one, when there is room: what comes later may depend on what has `ended`, which is
+    called here, in this process, as soon as a trial is done, was stopped early or has failed for good; a failure does
+    not touch the others. Each trial has an "id" of its own. In it `report({"step": n, …})` gives figures to `reported`
+    and to `early`; a trial that is stopped early does not come back from it.
 
-    A trial runs from its beginning or not at all, so an interrupted table is gone on with by passing the
-    trials that are not done. Each call is a new Tune experiment in `storage` and leaves earlier ones as they
-    are: restoring one would bring back its resources and limits, the very things to change after a crash.
-    Machines of a cluster must see the folder `storage` and the paths `read` as this one does. Raises `ClusterError`
-    where they do not, where there is no cluster, or where it could never run a trial.
+    A trial whose process ended, or whose machine was lost, is called again up to `max_failures` times; so it is by the
+    next call after this process was killed, with what it had reported as its "reported". It goes on from whatever the
+    function itself keeps, and may report the same again. `earlier` is what trials had reported that ended before this
+    call, to which others are compared, too.
+
+    Every `AT_ONCE` trials are a new Tune experiment in `storage`, which keeps memory and time a trial constant, and
+    leaves earlier ones as they are: restoring one would bring back its resources and limits, the very things to change
+    after a crash. Machines of a cluster must see the folder `storage` and the paths `read` as this one does. Raises
+    `ClusterError` where they do not, where there is no cluster, or where it could never run a trial; `SearchError`
+    where trials do not report the metric by which they are to be stopped; `KeyboardInterrupt` where the user ends it.
     """
-    from ray import tune
-
-    def trainable(parameters: dict[str, Any]) -> None:
-        tune.report({"returned": function(parameters["trial"])})
-
     variables = {"OMP_NUM_THREADS": str(config.cpus)}
     if not config.gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ""  # else every trial that asked for none would take the first
+    source, curves = iter(trials), list(earlier)
     with connection(config.address or "local", option="trials.address", variables=variables):
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its folder
-        check_resources({"trials.cpus": ("CPU", config.cpus), "trials.gpus": ("GPU", config.gpus)})
+        check_resources(
+            {
+                "trials.cpus": ("CPU", config.cpus),
+                "trials.gpus": ("GPU", config.gpus),
+                "trials.memory_gb": ("memory", config.memory_gb),
+            }
+        )
         if config.address:
             check_shared(storage, read)
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": config.cpus, "gpu": config.gpus}),
-            param_space={"trial": tune.grid_search(list(trials))},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=config.concurrent or None,
-                trial_name_creator=_trial_id,
-                trial_dirname_creator=_trial_id,
-            ),
-            run_config=tune.RunConfig(
-                name=_new_name(storage),
-                storage_path=str(storage.resolve()),
-                failure_config=tune.FailureConfig(max_failures=config.max_failures),
-                callbacks=[_telling(ended)],
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+        while (first := next(source, None)) is not None:
+            some = _Some(first, source, curves, ended, reported, early, storage.resolve())
+            _experiment(function, some, config)
+            if some.problem:
+                raise SearchError(some.problem)
+            if some.left:
+                raise KeyboardInterrupt  # Tune takes the signal and returns
+
+
+def _experiment(
+    function: Callable[[dict[str, Any], Report], dict[str, Any]], some: _Some, config: TrialsConfig
+) -> None:
+    from ray import tune
+
+    def trainable(parameters: dict[str, Any]) -> None:
+        _limit_memory(config)
+        report = lambda figures: tune.report({**figures, "reported": dict(figures)})  # noqa: E731
+        tune.report({"returned": function(parameters["trial"], report), "over": True})
+
+    resources = {"cpu": config.cpus, "gpu": config.gpus, "memory": config.memory_gb * 1e9}
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {name: amount for name, amount in resources.items() if amount or name == "cpu"}),
+        tune_config=tune.TuneConfig(
+            num_samples=AT_ONCE,
+            max_concurrent_trials=config.concurrent or None,
+            search_alg=some.searcher(),
+            scheduler=some.scheduler(),
+            trial_name_creator=_trial_id,
+            trial_dirname_creator=_trial_id,
+            reuse_actors=True,  # starting a process takes longer than a small trial
+        ),
+        run_config=tune.RunConfig(
+            name=_new_name(some.storage),
+            storage_path=str(some.storage),
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            callbacks=[some.callback()],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _limit_memory(config: TrialsConfig) -> None:
+    """What asks for more than its share fails by itself, instead of whatever the system would end for it."""
+    if config.memory_gb:
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(config.memory_gb * 1e9), most))
+    if 0 < config.gpus < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(config.gpus)
+
+
+class _Some:
+    """Up to `AT_ONCE` trials of a source: what Tune is told of them and what it tells, all in this process."""
+
+    def __init__(
+        self,
+        first: dict[str, Any],
+        source: Iterator[dict[str, Any]],
+        curves: list[Sequence[Figures]],
+        ended: Callable[[Outcome], None],
+        reported: Callable[[dict[str, Any], Figures], None],
+        early: EarlyStopping | None,
+        storage: Path,
+    ) -> None:
+        self.storage = storage
+        self.source, self.curves, self.early = chain([first], islice(source, AT_ONCE - 1)), curves, early
+        self.ended, self.reported = ended, reported
+        self.left: dict[str, list[Figures]] = {}
+        """Trials that have not ended → what they have reported."""
+        self.problem = ""
+
+    def next(self) -> dict[str, Any] | None:
+        trial = None if self.problem else next(self.source, None)
+        if trial is not None:
+            self.left[trial["id"]] = list(trial.get("reported", ()))
+        return trial
+
+    def hear(self, trial: dict[str, Any], figures: Figures) -> None:
+        curve = self.left[trial["id"]]
+        if not curve or figures[STEP] > curve[-1][STEP]:  # one that was begun again comes by where it was
+            curve.append(figures)
+            self.reported(trial, figures)
+
+    def end(self, outcome: Outcome) -> None:
+        curve = self.left.pop(outcome.trial["id"])
+        if self.early and curve:
+            self.curves.append(curve)
+        self.ended(outcome)
+
+    def searcher(self) -> Any:
+        from ray.tune.search import Searcher
+
+        some = self
+
+        class Source(Searcher):
+            def suggest(self, trial_id: str) -> Any:
+                trial = some.next()
+                return Searcher.FINISHED if trial is None else {"trial": trial}
+
+            def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
+            def save(self, checkpoint_path: str) -> None: ...
+            def restore(self, checkpoint_path: str) -> None: ...
+            def __reduce__(self):  # Tune pickles it, but the source belongs to this process
+                return Searcher, ()
+
+        return Source()
+
+    def scheduler(self) -> Any:
+        """The rule of `early`, told of what was reported before: Tune's own forgets it with the experiment."""
+        from ray.tune.schedulers import FIFOScheduler
+
+        if self.early is None:
+            return None
+        some, rule, metric = self, self.early.scheduler(), self.early.metric
+        for number, curve in enumerate(self.curves):
+            rule.on_trial_add(None, ended := _Ended(f"ended-{number}"))
+            for figures in curve:
+                rule.on_trial_result(None, ended, dict(figures))
+
+        class Rule(FIFOScheduler):
+            def on_trial_add(self, controller: Any, trial: Any) -> None:
+                rule.on_trial_add(controller, trial)
+                for figures in some.left[_trial_id(trial)]:  # it was let through then
+                    rule.on_trial_result(controller, trial, dict(figures))
+
+            def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
+                curve = some.left[_trial_id(trial)]
+                if metric in result and (not curve or result[STEP] > curve[-1][STEP]):
+                    return rule.on_trial_result(controller, trial, result)
+                if "over" in result and not curve:
+                    some.problem = f"trials report no {metric}, so none can be stopped by it; search without stopping"
+                return self.CONTINUE
+
+            def __reduce__(self):
+                return FIFOScheduler, ()
+
+        return Rule()
+
+    def callback(self) -> Any:
+        from ray import tune
+
+        some = self
+
+        class Telling(tune.Callback):
+            def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+                if "reported" in result:
+                    some.hear(trial.config["trial"], result["reported"])
+
+            def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+                some.end(Outcome(trial.config["trial"], trial.last_result.get("returned")))
+
+            def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+                text = Path(trial.error_file).read_text()  # among this machine's temporary files
+                log = some.storage / "failed" / f"{_trial_id(trial)}.txt"
+                log.parent.mkdir(exist_ok=True)
+                log.write_text(text)
+                some.end(Outcome(trial.config["trial"], error=text.strip().splitlines()[-1], log=log))
+
+            def __reduce__(self):
+                return tune.Callback, ()
+
+        return Telling()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """Stands for a trial of an earlier experiment."""
+
+    trial_id: str
 
 
 def draw(search: Mapping[str, Mapping[str, Sequence[Any]]], samples: int, seed: int) -> list[dict[str, Any]]:
@@ -124,24 +335,6 @@ def _domain(name: str, description: Mapping[str, Sequence[Any]]) -> Any:
             return sets[kind](values)
     forms = [*(f"{{{kind}: [low, high]}}" for kind in ranges), *(f"{{{kind}: [values]}}" for kind in sets)]
     raise SearchError(f"search for {name}: {dict(description)} is not one of {', '.join(forms)}")
-
-
-def _telling(ended: Callable[[Outcome], None]) -> Any:
-    """A Tune callback that reports each trial's end to `ended`."""
-    from ray import tune
-
-    class Telling(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            ended(Outcome(trial.config["trial"], trial.last_result["returned"], None))
-
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            lines = Path(trial.error_file).read_text().strip().splitlines()
-            ended(Outcome(trial.config["trial"], None, lines[-1]))
-
-        def __reduce__(self):  # Tune pickles its callbacks, but `ended` belongs to this process
-            return tune.Callback, ()
-
-    return Telling()
 
 
 def _trial_id(trial: Any) -> str:

@@ -297,9 +297,26 @@ class StudyConfig:
     seeds: Seeds = (0, 1, 2)
     """Numbers of the orders that cases are taken in, each a subset of every share."""
     search: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Searched values by configuration key, e.g. {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}."""
+    """Searched values by configuration key: {grid: [values]}, {choice: [values]}, {uniform: [low, high]},
+    {loguniform: [low, high]} or {randint: [low, high]}, e.g. {finetune.learning_rate: {loguniform: [1.0e-4, 1.0e-2]}};
+    with `when: {key: value}` only where another searched key, before it, has that value."""
     samples: Count = 1
     """Draws from the search space for each trial of the table."""
+    method: Literal["random", "tpe"] = "random"
+    """How points are chosen: at random, or by Optuna's tree-structured Parzen estimator from how the others ended."""
+    objectives: Annotated[tuple[Literal["dice", "seconds"], ...], Field(min_length=1), AfterValidator(_distinct)] = (
+        "dice",
+    )
+    """What tpe looks at: mean Dice, the higher the better, and seconds of a trial, the fewer the better."""
+    stopping: Literal["none", "asha", "median"] = "none"
+    """Ends trials early that fall behind others in Dice on the first `finetune.curve_scans` development scans."""
+    grace_steps: Steps = 250
+    """Steps after which a trial may first be stopped; a multiple of `finetune.curve_every`."""
+    reduction: Annotated[float, Field(ge=1.5, le=100)] = 3.0
+    """ASHA looks after so many times as many steps again and again, and goes on with the best of so many trials."""
+    smallest_difference: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Difference in Dice below which it does not matter which arm is better: a fraction's other seeds are left out once
+    its paired differences tell, at every look with 95 % confidence; None runs them all."""
 
 
 @dataclass(frozen=True)

@@ -278,11 +278,17 @@ class TrialRecord:
     seed: Seed
     params: dict[str, Any] = field(default_factory=dict)
     run: Inside
-    status: Literal["pending", "done", "failed"] = "pending"
+    status: Literal["pending", "running", "done", "stopped", "barred", "failed"] = "pending"
+    """"stopped" early by others' Dice; "barred" since what it would tell is decided."""
     mean: Dice | None = None
+    """Of a stopped trial the last that it reported, of the curve."""
     class_mean: Labels | None = None
     seconds: Length | None = None
     error: str | None = None
+    log: Inside | None = None
+    """File with a failed trial's whole error."""
+    reports: tuple[tuple[Count, Dice], ...] = ()
+    """Step and mean Dice of the curve's points, as they were reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +299,8 @@ class StartRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRecord(Record):
-    """`study.json`: which trials there are and how each ended."""
+    """`study.json`: which trials there are and how each ended, as of the last call's end; `ledger.jsonl` beside it has
+    what came since (see `studies.rows`)."""
 
     FILE = "study.json"
     CURE = "remove it and run mixcl tune again, which keeps finished trials"

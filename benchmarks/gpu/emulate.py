@@ -24,7 +24,7 @@ import stages
 sys.path.insert(0, str(pack.ROOT))
 
 # isort: split
-from mixcl_dist.studies.table import ledger
+from mixcl_dist.studies import ledger
 
 CUT_AFTER = 4  #: items, which is within the third stage
 

@@ -32,8 +32,8 @@ from stages import Job
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # isort: split
+from mixcl_dist.studies.ledger import STATES, Ledger, digest_of, read
 from mixcl_dist.studies.table import programs
-from mixcl_dist.studies.table.ledger import STATES, Ledger, digest_of, read
 
 ROOT = Path(__file__).resolve().parents[2]
 

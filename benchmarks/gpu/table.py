@@ -21,7 +21,7 @@ from stages import KEPT_TABLE, SIDE_BY_SIDE
 from mixcl_dist import cli
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.report import table_text, write_report
-from mixcl_dist.studies.table.ledger import Ledger
+from mixcl_dist.studies.ledger import Ledger
 from mixcl_dist.studies.table.work import FINISHED
 
 MARGIN = {16: 24, 48: 64, 96: 112}  #: edge of a patch that views of an edge are drawn from

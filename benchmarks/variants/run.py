@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mixcl_dist.records import METRICS, PretrainRecord, ProbeRecord, read_metrics
 from mixcl_dist.run import machine
-from mixcl_dist.studies.table.ledger import digest_of
+from mixcl_dist.studies.ledger import digest_of
 from mixcl_dist.studies.table.runner import ROOT, SOURCES
 
 LABELLED = {"budget.scans": "4", "data.labelled_fraction": "0.5", "objective.voxel_label": "1"}

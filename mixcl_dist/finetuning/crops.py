@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,14 @@ class Crops:
         self._hu = [torch.from_numpy(volume.hu).to(home) for volume in volumes]
         self._target = [torch.from_numpy(volume.target).to(home) for volume in volumes]
         self._known = [torch.from_numpy(volume.known).to(self._device) for volume in volumes]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sequence of batches stands."""
+        return {"places": self._rng.bit_generator.state, "noise": self._noise.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rng.bit_generator.state = state["places"]
+        self._noise.set_state(state["noise"])
 
     def batch(self, count: int) -> CropBatch:
         numbers, starts = zip(*(self._place() for _ in range(count)), strict=True)

@@ -23,6 +23,7 @@ from mixcl_dist.config import Config, FinetuneConfig
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.sources import Case, read_case
 from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.finetuning import interrupted
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.finetuning.marginal import marginal_loss
 from mixcl_dist.finetuning.scoring import (
@@ -49,18 +50,31 @@ from mixcl_dist.records import (
     RunRecord,
     Scores,
     append_line,
+    read_curve,
     write_atomic,
+    write_lines,
 )
 from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import KnownScans, Seen, check_split
 
 GRADIENT_NORM = 1.0
-Watch = Callable[[int, float, SegmentationNetwork], None]
-"""Called with the step, the seconds spent on learning, and the network as it would be kept."""
+Watch = Callable[[int, float, SegmentationNetwork], float | None]
+"""Called with the step, the seconds spent on learning, and the network as it would be kept; returns its mean Dice."""
+Report = Callable[[int, float | None], None]
+"""Called with the step and the mean Dice of every point of the curve."""
 
 
-def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool = False) -> DiceRecord:
+def finetune(
+    config: Config,
+    *,
+    data: Path,
+    start: Path | None,
+    run: Path,
+    final: bool = False,
+    resume: bool = False,
+    report: Report = lambda step, dice: None,
+) -> DiceRecord:
     """Train a segmentation network on the budgeted cases of `data`, and score it.
 
     It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
@@ -72,14 +86,17 @@ def finetune(config: Config, *, data: Path, start: Path | None, run: Path, final
     The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
     others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
     Everything is left in the folder `run`; returns its `dice.json`, which is written last and so marks a finished
-    trial.
+    trial. With `resume` it can be gone on with from each point of the curve: called again, it does so, and comes to the
+    same result on a CPU. `report` hears of every point, of those before an interruption again.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
     """
     with held(run, "--run"):
-        return _finetune(config, data=data, start=start, run=run, final=final)
+        return _finetune(config, data=data, start=start, run=run, final=final, resume=resume, report=report)
 
 
-def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, final: bool) -> DiceRecord:
+def _finetune(
+    config: Config, *, data: Path, start: Path | None, run: Path, final: bool, resume: bool, report: Report
+) -> DiceRecord:
     if (run / DiceRecord.FILE).exists():
         raise RunError(f"{run}: holds a finished trial; give another --run")
     task = open_task(data, config)
@@ -125,9 +142,9 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     known.save()
     if alike:
         record.warn("split", alike)
-    record.forget_metrics_after(0)
     network.to(device)
-    network = _train(network, config, volumes, record, _watch(config, task, unshown, run, device), device)
+    watch = _watch(config, task, unshown, run, device)
+    network = _train(network, config, volumes, record, watch, device, resume=resume, report=report)
     _save(network, config, task, run)
     scores, surfaces, overlays = _score(network, config, task, cases, device)
     dice = DiceRecord(
@@ -141,6 +158,7 @@ def _finetune(config: Config, *, data: Path, start: Path | None, run: Path, fina
     write_atomic(run / "overlays.npz", overlays.encode())
     record.finish()
     dice.save(run)
+    (run / interrupted.FILE).unlink(missing_ok=True)
     return dice
 
 
@@ -179,6 +197,9 @@ def _train(
     record: Run,
     watch: Watch,
     device: torch.device,
+    *,
+    resume: bool,
+    report: Report,
 ) -> SegmentationNetwork:
     """Learn from the volumes; returns the average of the weights over the last steps."""
     settings = config.finetune
@@ -187,9 +208,12 @@ def _train(
     kept = copy.deepcopy(network).requires_grad_(False)
     weights = list(kept.parameters()), list(network.parameters())
     network.train()
-    seconds, begin = 0.0, time.monotonic()
-    steps = range(1, settings.steps + 1)
-    for step in progress(steps, total=settings.steps, desc="finetune", unit="step"):
+    learning = interrupted.Learning(network, kept, optimizer, schedule, crops)
+    done, seconds = learning.load(record.path) if resume else (0, 0.0)
+    _take_up(record, done, report)
+    begin = time.monotonic()
+    steps = range(done + 1, settings.steps + 1)
+    for step in progress(steps, total=settings.steps, initial=done, desc="finetune", unit="step"):
         network.backbone.requires_grad_(step > _head_steps(settings))
         loss = train_step(network, optimizer, crops.batch(settings.batch_size))
         # At first the average is of few steps, so that the random start is soon forgotten.
@@ -200,12 +224,24 @@ def _train(
             rate = float(schedule.get_last_lr()[0])
             spent = round(seconds + time.monotonic() - begin, 2)
             record.log(step, seconds=spent, loss=_finite(loss, step, record), learning_rate=rate)
+        schedule.step()
         if last or step % settings.curve_every == 0:
             seconds += time.monotonic() - begin
-            watch(step, seconds, kept)
+            dice = watch(step, seconds, kept)
+            if resume:
+                learning.save(record.path, step, seconds)
+            report(step, dice)
             begin = time.monotonic()
-        schedule.step()
     return kept
+
+
+def _take_up(record: Run, step: int, report: Report) -> None:
+    """Keep what was logged and told up to a step, and tell the latter again."""
+    record.forget_metrics_after(step)
+    points = [point for point in read_curve(record.path / CURVE) if point.step <= step]
+    write_lines(record.path / CURVE, [dataclasses.asdict(point) for point in points])
+    for point in points:
+        report(point.step, point.mean)
 
 
 def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, device: torch.device) -> Watch:
@@ -213,16 +249,17 @@ def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, devi
     without any it does nothing."""
     shown = task.development[: config.finetune.curve_scans]
     scans = [(case, read_case(case, task.catalogue)) for case in shown]
-    (run / CURVE).unlink(missing_ok=True)
 
-    def watch(step: int, seconds: float, network: SegmentationNetwork) -> None:
+    def watch(step: int, seconds: float, network: SegmentationNetwork) -> float | None:
         scores = {}
         for case, volume in scans:
             *_, scores[case.name] = _segmented(network, config, task, case, volume, device)
-        if scores:
-            dice = summarise(scores, task.classes).class_mean
-            point = CurvePoint(step=step, seconds=round(seconds, 2), mean=mean_dice(dice, unshown), dice=dice)
-            append_line(run / CURVE, dataclasses.asdict(point))
+        if not scores:
+            return None
+        dice = summarise(scores, task.classes).class_mean
+        point = CurvePoint(step=step, seconds=round(seconds, 2), mean=mean_dice(dice, unshown), dice=dice)
+        append_line(run / CURVE, dataclasses.asdict(point))
+        return point.mean
 
     return watch
 

@@ -28,7 +28,8 @@ from mixcl_dist.records import (
     told,
 )
 from mixcl_dist.run import CONFIG, read_config
-from mixcl_dist.studies.table import ledger
+from mixcl_dist.studies import ledger
+from mixcl_dist.studies.rows import LEDGER, current_rows
 from mixcl_dist.studies.table.plan import check
 
 Arrays = Mapping[str, np.ndarray]
@@ -164,7 +165,9 @@ def _config(path: Path) -> str:
 
 def open_study(path: Path) -> StudyFolder:
     record = StudyRecord.read(own(path, StudyRecord.FILE))
-    trials = [Trial(told(row) | {"status": row.status}, _run_of_trial(path, row)) for row in record.trials]
+    own(path, LEDGER)
+    rows = current_rows(path, record)
+    trials = [Trial(told(row) | {"status": row.status}, _run_of_trial(path, row)) for row in rows]
     starts = [
         Start(start.name, start.path, _start_if_there(path, start.path, trials))
         for start in record.starts

@@ -6,23 +6,27 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from mixcl_dist.cluster.trials import Outcome, draw, run_trials
-from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
-from mixcl_dist.finetuning.finetune import finetune
+from mixcl_dist.cluster.trials import Outcome, run_trials
+from mixcl_dist.config import Config, ConfigError, differences, from_dict, to_dict
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
 from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, RunRecord, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
 from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_scans
+from mixcl_dist.studies.ledger import Ledger, digest_of, read
+from mixcl_dist.studies.rows import LEDGER, fold
+from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, points
+from mixcl_dist.studies.trial import result_of, run_trial, settings_of
 
-SEARCH_SEED = 0
+FINAL = ("done", "stopped", "barred")
+"""Of trials that are not run again."""
 
 
 def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path) -> StudyRecord:
@@ -31,41 +35,55 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     `starts` are pre-training runs that together make the arm "pretrained": each trial begins with the one
     that knows most of its own labelled cases and no others. Arm "scratch" has the same recipe and network.
     Trials are scored on development cases where the budget keeps some back, as the best of a search is a choice.
-    `study.json` in the folder `study` is written anew after every trial; called again, the study goes on.
+    A search that learns from its trials, or stops some early, is of one arm: "pretrained" where there are starts.
+
+    Every proposal, report and end of a trial is a line of `ledger.jsonl` in the folder `study`, on disk before the next
+    thing is done; called again, after SIGKILL too, the study goes on: what has ended is not repeated, what was running
+    goes on from its own checkpoint. `study.json` is written at the begin and the end of a call.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure, before any trial is run.
     """
+    check_search(config)
     with held(study, "--study"):
         return _run_study(config, data=data, starts=starts, study=study)
 
 
 def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path) -> StudyRecord:
-    if config.study.search and not config.budget.development:
-        raise ConfigError(
-            "study.search: the best draw would be chosen on validation scans; name training scans to choose on in "
-            "budget.development, or leave the search out"
-        )
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
     task = open_task(data, config)
     config = _common_network(config, starts)
+    check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     known = KnownScans(study / "trials")
     table = StudyTable.open(study, config, data, starts, plan(config, task, starts, known))
     known.save()  # where the trials look for it
-    pending = table.pending()
-    if pending:
-        trial = functools.partial(run_trial, to_dict(config), data, study)
-        read = [data, *starts]
-        run_trials(trial, pending, storage=study / "tune", read=read, config=config.trials, ended=table.ended)
-        if any(row.status == "pending" for row in table.record.trials):
-            raise KeyboardInterrupt  # Tune takes the signal and returns
+    if config.study.search:
+        print(described(config), file=sys.stderr)
+    try:
+        if table.unfinished:
+            run_trials(
+                functools.partial(run_trial, to_dict(config), data, study),
+                table.proposals(),
+                storage=study / "tune",
+                read=[data, *starts],
+                config=config.trials,
+                ended=table.ended,
+                reported=table.reported,
+                early=early_stopping(config),
+                earlier=table.curves(),
+            )
+    finally:
+        table.save()
     return table.record
 
 
 def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) -> list[dict[str, Any]]:
-    """The trials of the table; raises `RunError` where no start may be used for one of them."""
+    """The trials of the table; raises `RunError` where no start may be used for one of them.
+
+    Where points are chosen on the way, the one trial is what all of them have in common.
+    """
     shared = {start: shared_scans(Seen.load(start), known.of(task.cases)) for start in starts}
-    points = draw(config.study.search, config.study.samples, SEARCH_SEED)
-    for params in points:
-        _check_trial(replace(config, params), params)
+    adaptive = config.study.method != "random"
+    drawn = [{}] if adaptive else points(config)
+    one_arm = adaptive or config.study.stopping != "none"
     trials = []
     for fraction in config.study.fractions:
         for seed in config.study.seeds:
@@ -74,49 +92,33 @@ def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) 
             check_split(task.cases, label_cases, task.held_out, known)  # what looks alike, each trial says
             arms: dict[str, Path | None] = {"scratch": None}
             if starts:
-                arms["pretrained"] = _lawful_start(shared, task, label_cases)
-            for number, params in enumerate(points):
-                suffix = f"-p{number}" if config.study.search else ""
+                lawful = _lawful_start(shared, task, label_cases)
+                arms = {"pretrained": lawful} if one_arm else arms | {"pretrained": lawful}
+            for number, params in enumerate(drawn):
+                suffix = f"-p{number}" if config.study.search and not adaptive else ""
                 for arm, start in arms.items():
                     key = {"id": f"{arm}-{fraction:g}-s{seed}{suffix}", "fraction": fraction, "seed": seed}
                     trials.append(key | {"start": start and str(start), "params": params})
     return trials
 
 
-def _check_trial(config: Config, params: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for what a trial would refuse, or would not read."""
-    for key in params:
-        if not key.startswith(("finetune.", "network.")):
-            raise ConfigError(f"study.search: a trial does not read {key}; search settings of finetune")
-    check_size("finetune.patch_size", config.network, config.finetune.patch_size)
-
-
-def run_trial(config: dict[str, Any], data: Path, study: Path, trial: dict[str, Any]) -> dict[str, Any]:
-    """One trial of the table, in a process of its own; its result is what it leaves in its folder."""
-    start = trial["start"] and Path(trial["start"])
-    run = study / "trials" / trial["id"]
-    if not (run / DiceRecord.FILE).exists():  # Ray starts a trial again whose process ended after it had finished
-        finetune(_settings(from_dict(config), trial), data=data, start=start, run=run)
-    return {}
-
-
-def _settings(config: Config, trial: dict[str, Any]) -> Config:
-    budget = {"budget.fraction": trial["fraction"], "budget.scans": None, "budget.seed": trial["seed"]}
-    return replace(config, budget | trial["params"])
-
-
 class StudyTable:
-    """`study.json`: which trials there are and how each ended."""
+    """Which trials there are and how each has ended: what the ledger says, and what is to be run next."""
 
     def __init__(self, study: Path, config: Config, trials: Sequence[dict[str, Any]], record: StudyRecord) -> None:
-        self.record = record
-        self._study, self._config, self._begin = study, config, time.monotonic()
+        self.record, self._study, self._config, self._begin = record, study, config, time.monotonic()
+        self._search = Tpe(config.study.search, config.study.objectives) if config.study.method == "tpe" else None
         self._trials = {trial["id"]: trial for trial in trials}
+        self._of_all = digest_of(study, (), _without_machine(to_dict(config)), record.data)
         self._ended = 0
-        for row in record.trials:
-            if (study / row.run / DiceRecord.FILE).exists():
-                self._set(self._result(row))
-        self._write()
+        lines = read(study / LEDGER)
+        newest = {line["item"]: line["digest"] for line in lines if "trial" in line}
+        self.rows = fold((_row(trial) for trial in trials if not self._search), lines)
+        self.ledger = Ledger(study / LEDGER)
+        for row in list(self.rows.values()):
+            if self._search:
+                self._trials[row.id] = trials[0] | {"id": row.id, "params": row.params}
+            self._take_up(row, newest.get(row.id))
 
     @classmethod
     def open(
@@ -124,6 +126,7 @@ class StudyTable:
     ) -> StudyTable:
         """Begin a study in the folder, or go on with it; raises `RunError` where it is another one, or a trial in it is
         another trial."""
+        adaptive = config.study.method != "random"
         record = StudyRecord(
             name=study.name,
             started=now(),
@@ -133,64 +136,139 @@ class StudyTable:
             fractions=config.study.fractions,
             seeds=config.study.seeds,
             scored="development" if config.budget.development else "validation",
-            trials=tuple(_row(trial) for trial in trials),
+            trials=tuple(_row(trial) for trial in trials if not adaptive),
             machine=machine(),
         )
         if (earlier := StudyRecord.load_if_there(study)) is not None:
             _refuse_another(study, earlier, record)
             record = dataclasses.replace(record, started=earlier.started)
         (study / "trials").mkdir(parents=True, exist_ok=True)
-        return cls(study, config, trials, record)
+        table = cls(study, config, trials, record)
+        table.save()
+        return table
 
-    def pending(self) -> list[dict[str, Any]]:
-        return [self._trials[row.id] for row in self.record.trials if row.status != "done"]
+    @property
+    def planned(self) -> int:
+        return self._config.study.samples if self._search else len(self.rows)
+
+    @property
+    def unfinished(self) -> int:
+        return self.planned - sum(row.status in FINAL for row in self.rows.values())
+
+    def curves(self) -> list[list[dict[str, float]]]:
+        """What trials had reported that are not run again."""
+        return [_figures(row) for row in self.rows.values() if row.status in FINAL and row.reports]
+
+    def proposals(self) -> Iterator[dict[str, Any]]:
+        """The trials that are to be run, each as late as can be: it is noted as running once it is asked for."""
+        for row in list(self.rows.values()):
+            if row.status not in FINAL:
+                yield self._propose(row)
+        while self._search and len(self.rows) < self.planned:
+            (common, *_), number = self._trials.values(), len(self.rows)
+            name = f"{common['id'].partition('-p')[0]}-p{number}"
+            trial = common | {"id": name, "params": self._search.propose(name, number)}
+            self._trials[name] = trial
+            yield self._propose(_row(trial))
+
+    def reported(self, trial: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        row, step, dice = self.rows[trial["id"]], int(figures["step"]), figures["dice"]
+        self.rows[row.id] = dataclasses.replace(row, reports=(*row.reports, (step, dice)))
+        self.ledger.add(row.id, self._digest(row.id), "partial", step=step, mean=dice)
 
     def ended(self, outcome: Outcome) -> None:
         """Note a trial's end, and tell of it in one line."""
-        row = next(row for row in self.record.trials if row.id == outcome.trial["id"])
-        if outcome.error is None:
-            row = self._result(row)
+        row = self.rows[outcome.trial["id"]]
+        if outcome.error is not None:
+            log = str(outcome.log.relative_to(self._study)) if outcome.log else None
+            row = dataclasses.replace(row, status="failed", error=outcome.error, log=log)
+        elif outcome.result is None:
+            row = dataclasses.replace(row, status="stopped", mean=row.reports[-1][1])
         else:
-            row = dataclasses.replace(row, status="failed", error=outcome.error)
-        self._set(row)
-        self._write()
+            row = dataclasses.replace(row, status="done", error=None, log=None, **outcome.result)
+        self._note(row)
         self._ended += 1
-        rows = self.record.trials
-        left = sum(row.status == "pending" for row in rows)
+        print(f"{row.id}: {_told(row)} ({self._progress()})", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Publish `study.json` as things stand now."""
+        rows = tuple(self.rows.values())
+        finished = len(rows) == self.planned and all(row.status in (*FINAL, "failed") for row in rows)
+        self.record = dataclasses.replace(
+            self.record, trials=rows, finished=(self.record.finished or now()) if finished else None
+        )
+        self.record.save(self._study)
+
+    def _take_up(self, row: TrialRecord, digest: str | None) -> None:
+        """A row as an earlier call left it: what has ended by the same settings has, and so has what its folder says
+        has."""
+        there = (self._study / row.run / DiceRecord.FILE).exists()
+        if row.status in FINAL and digest == self._digest(row.id) and (there or row.status != "done"):
+            self._tell_search(row)
+        elif there:
+            self._refuse_another_trial(row)
+            self._note(dataclasses.replace(row, status="done", error=None, **result_of(self._study / row.run)))
+        else:
+            self.rows[row.id] = dataclasses.replace(row, status="pending", mean=None, error=None, log=None)
+
+    def _propose(self, row: TrialRecord) -> dict[str, Any]:
+        self.rows[row.id] = row = dataclasses.replace(row, status="running")
+        self._write(row, "begun")
+        return self._trials[row.id] | {"reported": _figures(row)}
+
+    def _note(self, row: TrialRecord) -> None:
+        self.rows[row.id] = row
+        self._write(row, row.status)
+        self._tell_search(row)
+
+    def _write(self, row: TrialRecord, status: str) -> None:
+        whole = dataclasses.replace(row, reports=())  # which have lines of their own
+        self.ledger.add(row.id, self._digest(row.id), status, trial=whole)
+
+    def _tell_search(self, row: TrialRecord) -> None:
+        if self._search:
+            figures = {"dice": row.mean, "seconds": row.seconds} if row.status != "failed" else {}
+            self._search.tell(row.id, row.params, figures, row.status == "stopped", row.reports)
+
+    def _progress(self) -> str:
+        left = self.planned - sum(row.status in (*FINAL, "failed") for row in self.rows.values())
         seconds = (time.monotonic() - self._begin) / self._ended
         pace = f"{seconds:.0f} s/trial, {tqdm.format_interval(left * seconds)} left"
-        dice = "–" if row.mean is None else f"{row.mean:.3f}"
-        result = f"Dice {dice}" if row.status == "done" else f"failed: {row.error}"
-        print(f"{row.id}: {result} ({len(rows) - left}/{len(rows)} trials, {pace})", file=sys.stderr, flush=True)
+        return f"{self.planned - left}/{self.planned} trials, {pace}"
 
-    def _result(self, row: TrialRecord) -> TrialRecord:
-        """`row` with what the trial's folder holds; raises `RunError` where that is another trial's."""
-        folder = self._study / row.run
-        dice, facts = DiceRecord.load(folder), FinetuneRecord.load(folder)
-        self._refuse_another_trial(row, folder, facts)
-        return dataclasses.replace(
-            row, status="done", error=None, seconds=facts.seconds, mean=dice.mean, class_mean=dice.class_mean
+    def _digest(self, name: str) -> str:
+        trial = self._trials[name]
+        return digest_of(
+            self._study, (), self._of_all, *(trial[key] for key in ("fraction", "seed", "start", "params"))
         )
 
-    def _refuse_another_trial(self, row: TrialRecord, folder: Path, facts: FinetuneRecord) -> None:
-        trial = self._trials[row.id]
-        changed = differences(read_config(folder), _settings(self._config, trial))
+    def _refuse_another_trial(self, row: TrialRecord) -> None:
+        """Raise `RunError` where the trial's folder holds another trial."""
+        folder, trial = self._study / row.run, self._trials[row.id]
+        changed = differences(read_config(folder), settings_of(self._config, trial))
         changed = [key for key in changed if not key.startswith("trials.")]
-        changed += ["the start"] if facts.start != trial["start"] else []
+        changed += ["the start"] if FinetuneRecord.load(folder).start != trial["start"] else []
         if changed:
             raise RunError(
                 f"{folder}: holds a trial of other {', '.join(changed)} than this study's; move it elsewhere, and the "
                 "same command runs it anew"
             )
 
-    def _set(self, row: TrialRecord) -> None:
-        rows = tuple(row if known.id == row.id else known for known in self.record.trials)
-        self.record = dataclasses.replace(self.record, trials=rows)
 
-    def _write(self) -> None:
-        if all(row.status != "pending" for row in self.record.trials):
-            self.record = dataclasses.replace(self.record, finished=now())
-        self.record.save(self._study)
+def _told(row: TrialRecord) -> str:
+    dice = "–" if row.mean is None else f"{row.mean:.3f}"
+    if row.status == "stopped":
+        return f"stopped at step {row.reports[-1][0]}, Dice {dice}"
+    return f"Dice {dice}" if row.status == "done" else f"failed: {row.error}"
+
+
+def _figures(row: TrialRecord) -> list[dict[str, float]]:
+    return [{"step": step, "dice": dice} for step, dice in row.reports]
+
+
+def _without_machine(config: dict[str, Any]) -> dict[str, Any]:
+    """The machine's share for a trial may differ when a study goes on."""
+    return config | {"trials": None}
 
 
 def _row(trial: dict[str, Any]) -> TrialRecord:
@@ -223,10 +301,29 @@ def _lawful_start(shared: Mapping[Path, Sequence[Shared]], task: Task, label_cas
 
 
 def _refuse_another(study: Path, earlier: StudyRecord, record: StudyRecord) -> None:
-    """The machine's share for a trial may differ when a study goes on, nothing else."""
+    """Raise `RunError` for a study of another question, with the settings that differ."""
     for key in ("config", "data", "starts", "fractions", "seeds", "scored"):
         value, known = getattr(record, key), getattr(earlier, key)
         if key == "config":
-            value, known = value | {"trials": None}, known | {"trials": None}
+            value, known = _without_machine(value), _without_machine(_with_defaults(known))
+            key = f"config ({', '.join(_changed(known, value))})"
         if known != value:
             raise RunError(f"{study}: holds a study with other {key}; give another --study")
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What an older version wrote, with the settings that have come since."""
+    try:
+        return to_dict(from_dict(config))
+    except ConfigError:
+        return config
+
+
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted settings that differ; one that an older version did not have counts as well."""
+    return [
+        f"{section}.{name}"
+        for section in other
+        for name in other[section] or ()
+        if (one.get(section) or {}).get(name) != other[section][name]
+    ]

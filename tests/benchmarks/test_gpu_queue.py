@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mixcl_dist.studies.table.ledger import Ledger
+from mixcl_dist.studies.ledger import Ledger
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 
@@ -178,7 +178,7 @@ def test_a_killed_run_leaves_no_program_behind(queue, tmp_path):
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
         "import run, stages, pathlib, time\n"
-        "from mixcl_dist.studies.table import ledger\n"
+        "from mixcl_dist.studies import ledger\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "queue = run.Queue(ledger.Ledger(here / 'o' / 'l', 'c'), here, here / 'o', False, root=here, folder=here)\n"
         f"queue.run_stage([stages.Job({one.program!r}, ('x/a',), 60, ())], time.monotonic() + 60)\n"

@@ -13,7 +13,7 @@ import pytest
 
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.config import load
-from mixcl_dist.studies.table.ledger import Ledger
+from mixcl_dist.studies.ledger import Ledger
 from mixcl_dist.studies.table.plan import plan
 
 BYTES = 20_000  #: of a network

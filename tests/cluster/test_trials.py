@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mixcl_dist.cluster.ray import ClusterError
-from mixcl_dist.cluster.trials import Outcome, SearchError, TrialsConfig, draw, run_trials
+from mixcl_dist.cluster.trials import EarlyStopping, Outcome, SearchError, TrialsConfig, draw, run_trials
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:ray.*")
 
@@ -22,7 +22,7 @@ def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
     calls = tmp_path / "calls"
     calls.mkdir()
 
-    def function(trial):  # nested, so that it travels by value
+    def function(trial, report):  # nested, so that it travels by value
         (calls / f"{trial['id']}-{os.getpid()}-{time.monotonic_ns()}").touch()
         if trial["x"] < 0:
             raise ValueError("no root of a negative number")
@@ -41,14 +41,21 @@ def test_each_trial_is_told_and_a_failure_does_not_touch_the_others(tmp_path):
     assert outcomes["four"].result["root"] == 2 and outcomes["nine"].result["root"] == 3
     assert outcomes["nine"].result["gpus"] == "", "none was asked for, so none is seen"
     assert outcomes["nine"].result["threads"] == "1" and outcomes["nine"].result["pid"] != os.getpid()
-    assert outcomes["bad"] == Outcome(trials[1], None, "ValueError: no root of a negative number")
+    assert outcomes["bad"].error == "ValueError: no root of a negative number"
+    assert "no root" in (tmp_path / "tune" / "failed" / "bad.txt").read_text() and outcomes["bad"].log.exists()
     called = [path.name.split("-")[0] for path in calls.iterdir()]
     assert sorted(called) == ["bad", "bad", "four", "nine"]  # the failed one was tried once more
 
 
+def none(trial, report):
+    return {}
+
+
 def test_a_trial_that_no_machine_can_run_is_refused(tmp_path):
     with pytest.raises(ClusterError, match=r"trials\.cpus 100000: Ray has \d+"):
-        run_trials(dict, [{"id": "a"}], storage=tmp_path, config=TrialsConfig(cpus=100_000), ended=print)
+        run_trials(
+            lambda trial, report: {}, [{"id": "a"}], storage=tmp_path, config=TrialsConfig(cpus=100_000), ended=print
+        )
 
 
 DRIVER = """
@@ -58,7 +65,7 @@ from mixcl_dist.cluster.trials import TrialsConfig, run_trials
 
 folder = Path(sys.argv[1])
 
-def function(trial):
+def function(trial, report):
     with (folder / (trial["id"] + ".begun")).open("a") as file:
         file.write("begun\\n")
     while trial["id"] == "slow" and not (folder / "go").exists():
@@ -70,6 +77,46 @@ trials = [{"id": name} for name in ("quick", "slow") if not (folder / (name + ".
 ended = lambda outcome: print("ended", outcome.trial["id"], flush=True)
 run_trials(function, trials, storage=folder / "tune", config=TrialsConfig(), ended=ended)
 """
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_stopped_also_by_those_that_ended_before(tmp_path):
+    def function(trial, report):
+        for step in (1, 2, 3):
+            report({"step": step, "dice": trial["dice"]})
+        return {"steps": 3}
+
+    heard, outcomes = [], {}
+    run_trials(
+        function,
+        [{"id": "bad", "dice": 0.1}, {"id": "good", "dice": 0.9}, {"id": "passed", "dice": 0.1, "reported": [PASSED]}],
+        storage=tmp_path / "tune",
+        config=TrialsConfig(concurrent=1),
+        ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome.result}),
+        reported=lambda trial, figures: heard.append((trial["id"], figures["step"])),
+        early=EarlyStopping("asha", "dice", longest=3, grace=1, reduction=3),
+        earlier=[[{"step": 1, "dice": 0.5}]],
+    )
+    assert outcomes["bad"] is None and outcomes["good"] == {"steps": 3}
+    assert heard[:4] == [("bad", 1), ("good", 1), ("good", 2), ("good", 3)]
+    assert heard[4] == ("passed", 2), "what it had reported is neither told nor judged again"
+
+
+PASSED = {"step": 1, "dice": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["asha", "median"])
+def test_where_no_trial_reports_what_they_are_stopped_by_the_search_ends(tmp_path, method):
+    with pytest.raises(SearchError, match=r"trials report no dice, so none can be stopped by it; .*"):
+        run_trials(
+            none,
+            ({"id": str(number)} for number in range(1000)),
+            storage=tmp_path / "tune",
+            config=TrialsConfig(),
+            ended=lambda outcome: None,
+            early=EarlyStopping(method, "dice", longest=3, grace=1),
+        )
 
 
 @pytest.mark.slow

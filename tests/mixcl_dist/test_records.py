@@ -43,9 +43,9 @@ from mixcl_dist.records import (
     write_json,
 )
 from mixcl_dist.report import study_table, write_report
+from mixcl_dist.studies import ledger
 from mixcl_dist.studies import study as study_module
 from mixcl_dist.studies.study import run_study
-from mixcl_dist.studies.table import ledger
 
 from ..conftest import ROOT
 
@@ -75,10 +75,9 @@ def runs(shards, data, small_config, tmp_path_factory) -> Path:
     return folder
 
 
-def _at_once(function, trials, *, ended, **options):
+def _at_once(function, trials, *, ended, reported, **options):
     for trial in trials:
-        function(trial)
-        ended(study_module.Outcome(trial, None, None))
+        ended(study_module.Outcome(trial, function(trial, lambda figures, trial=trial: reported(trial, figures))))
 
 
 def verbs(runs: Path, config: Config, shards: Path, data: Path) -> dict[str, Any]:
@@ -142,6 +141,7 @@ READ_BY = {
     "few/dice.json": ("report few", "export few"),
     "few/metrics.jsonl": ("report few",),
     "study/study.json": ("report study", "tune"),
+    "study/ledger.jsonl": ("report study", "tune"),
     "study/trials/scratch-0.5-s0/run.json": ("report study", "tune"),
     "study/trials/scratch-0.5-s0/dice.json": ("report study", "tune"),
 }

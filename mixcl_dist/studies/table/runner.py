@@ -25,8 +25,8 @@ from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
 from mixcl_dist.run import CONFIG, begin, held, machine, now
 from mixcl_dist.seen import KnownScans, Seen, check_split, shared_scans
+from mixcl_dist.studies.ledger import Ledger, digest_of
 from mixcl_dist.studies.table import programs
-from mixcl_dist.studies.table.ledger import Ledger, digest_of
 from mixcl_dist.studies.table.plan import Item, plan
 from mixcl_dist.studies.table.work import FINISHED
 
@@ -35,7 +35,7 @@ NETWORK = ("networks/*.py", "intensity.py", "constants.py", "precision.py", "wei
 LEARNING = (*NETWORK, "schedule.py", "budget.py")
 SEGMENTING = (
     *LEARNING,
-    *(f"finetuning/{name}.py" for name in ("finetune", "task", "start", "crops", "marginal", "scoring")),
+    *(f"finetuning/{name}.py" for name in ("finetune", "task", "start", "crops", "interrupted", "marginal", "scoring")),
     *("data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),
 )
 READING = (

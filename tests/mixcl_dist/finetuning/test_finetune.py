@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -117,6 +118,38 @@ def test_the_same_trial_again_has_the_same_losses(trial, config, data, tmp_path)
         for folder in (run, tmp_path / "again")
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_trial_that_was_interrupted_goes_on_to_the_very_result(config, data, tmp_path):
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    settings = {"finetune.steps": 4, "finetune.curve_every": 2, "budget.development": training[:1]}
+    long = replace(config, settings | {"budget.fraction": 1.0})
+    whole, told = [], []
+    finetune(long, data=data, start=None, run=tmp_path / "whole", report=lambda *point: whole.append(point))
+
+    class Killed(BaseException):
+        pass
+
+    def report(*point):
+        told.append(point)
+        if len(told) == 1:
+            raise Killed
+
+    parts = {"data": data, "start": None, "run": tmp_path / "parts", "resume": True, "report": report}
+    with pytest.raises(Killed):
+        finetune(long, **parts)
+    shutil.copytree(tmp_path / "parts", tmp_path / "broken")
+    (tmp_path / "broken" / "unfinished.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(RunError, match=r"unfinished.pt: cannot be gone on from \(.*\); remove it to begin") as refused:
+        finetune(long, **(parts | {"run": tmp_path / "broken"}))
+    assert "\n" not in str(refused.value)
+    finetune(long, **parts)
+    assert told == [whole[0], *whole] and [step for step, _ in whole] == [2, 4]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert DiceRecord.load(tmp_path / "whole") == DiceRecord.load(tmp_path / "parts")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4] and not (tmp_path / "parts" / "unfinished.pt").exists()
 
 
 def test_a_start_gives_weights_architecture_and_spacing(config, data, tmp_path):

@@ -18,8 +18,8 @@ from mixcl_dist.report import table_text, write_report
 from mixcl_dist.report.folders import open_table
 from mixcl_dist.report.page import probe_figures
 from mixcl_dist.report.table import _sentence, table_results
+from mixcl_dist.studies.ledger import Ledger
 from mixcl_dist.studies.statistics import mean_difference
-from mixcl_dist.studies.table.ledger import Ledger
 from mixcl_dist.studies.table.plan import plan
 
 FINISHED = {"kind": "finetune", "name": "trial", "finished": "2026-01-01T10:00:00+00:00"}

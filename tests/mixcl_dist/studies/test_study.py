@@ -26,7 +26,9 @@ from mixcl_dist.records import DiceRecord, PretrainRecord, RunError, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.studies import study as study_module
-from mixcl_dist.studies.study import plan, run_study, run_trial
+from mixcl_dist.studies.search import check_search
+from mixcl_dist.studies.study import plan, run_study
+from mixcl_dist.studies.trial import run_trial
 
 SMALL = {
     "network.filters": [4, 8, 8],
@@ -73,13 +75,13 @@ def at_once(monkeypatch):
     """Trials run in this process one after the other; returns the ids that were run. Those named fail."""
     ran, broken = [], set()
 
-    def run_trials(function, trials, *, storage, read, config, ended):
+    def run_trials(function, trials, *, storage, ended, reported, **options):
         for trial in trials:
             ran.append(trial["id"])
             if trial["id"] in broken:
-                ended(Outcome(trial, None, "OSError: disk full"))
+                ended(Outcome(trial, error="OSError: disk full"))
             else:
-                ended(Outcome(trial, function(trial), None))
+                ended(Outcome(trial, function(trial, lambda figures, trial=trial: reported(trial, figures))))
 
     monkeypatch.setattr(study_module, "run_trials", run_trials)
     return ran, broken
@@ -142,7 +144,8 @@ def test_a_trial_that_is_started_again_after_it_has_finished_is_done(config, dat
     """As Ray does where the process ends between the last file and the report of it."""
     content = run_study(config, data=data, starts=[], study=tmp_path / "study")
     trial = {"id": "scratch-1-s0", "fraction": 1.0, "seed": 0, "start": None, "params": {}}
-    run_trial(to_dict(config), data, tmp_path / "study", trial)
+    again = run_trial(to_dict(config), data, tmp_path / "study", trial, pytest.fail)
+    assert again["mean"] == content.trials[1].mean
     assert DiceRecord.load(tmp_path / "study" / "trials" / "scratch-1-s0").mean == content.trials[1].mean
 
 
@@ -185,10 +188,58 @@ def test_called_again_a_study_runs_only_what_is_missing(config, data, at_once, t
     assert [row.status for row in content.trials] == ["done", "done"]
 
 
+def test_what_was_running_when_the_process_was_killed_goes_on_and_what_had_ended_is_not_repeated(
+    config, data, monkeypatch, tmp_path
+):
+    training = [case.name for case in open_source(data).cases if case.split == "training"]
+    settings = {"budget.development": training[:1], "study.fractions": [1.0], "study.seeds": [0, 1]}
+    settings |= {"finetune.steps": 4, "finetune.curve_every": 1}
+    config = replace(config, settings)
+
+    class Killed(BaseException):
+        pass
+
+    def until(trial_id, step):
+        """Trials in this process, of which one is killed right after it has told of a step."""
+        told = []
+
+        def run_trials(function, trials, *, ended, reported, **options):
+            for trial in trials:
+
+                def report(figures, trial=trial):
+                    if figures["step"] > len(trial["reported"]):  # as cluster.trials does
+                        reported(trial, figures)
+                    told.append((trial["id"], figures["step"], len(trial["reported"])))
+                    if (trial["id"], figures["step"]) == (trial_id, step):
+                        raise Killed
+
+                ended(Outcome(trial, function(trial, report)))
+
+        monkeypatch.setattr(study_module, "run_trials", run_trials)
+        return told
+
+    until(None, 0)
+    whole = run_study(config, data=data, starts=[], study=tmp_path / "whole")
+    until("scratch-1-s1", 2)
+    monkeypatch.setattr(study_module.StudyTable, "save", lambda table: None)  # as after SIGKILL
+    with pytest.raises(Killed):
+        run_study(config, data=data, starts=[], study=tmp_path / "study")
+    (tmp_path / "study" / "trials" / "scratch-1-s1" / ".lock").unlink(missing_ok=True)
+    monkeypatch.undo()
+    told = until("", 0)
+    again = run_study(config, data=data, starts=[], study=tmp_path / "study")
+    assert [(name, reported) for name, _, reported in told] == [("scratch-1-s1", 2)] * 4
+    kept = [[getattr(row, key) for key in ("id", "status", "mean", "class_mean", "reports")] for row in again.trials]
+    assert kept == [
+        [getattr(row, key) for key in ("id", "status", "mean", "class_mean", "reports")] for row in whole.trials
+    ]
+    assert again.finished and len(again.trials[1].reports) == 4
+
+
 def test_a_study_is_not_mixed_with_another(config, data, at_once, tmp_path):
     run_study(config, data=data, starts=[], study=tmp_path / "study")
     other = replace(config, {"finetune.steps": 3})
-    with pytest.raises(RunError, match="other config; give another --study"):
+    with pytest.raises(RunError, match=r"other config \(finetune.steps\); give another --study"):
         run_study(other, data=data, starts=[], study=tmp_path / "study")
     run_study(replace(config, {"trials.concurrent": 1}), data=data, starts=[], study=tmp_path / "study")
 
@@ -232,7 +283,7 @@ def test_searched_values_are_the_same_in_both_arms(config, data, start, known):
 def test_a_search_over_an_unknown_key_is_refused_before_any_trial(config, data, known):
     searched = replace(config, {"study.search": {"finetune.learning_speed": {"grid": [1.0]}}})
     with pytest.raises(ConfigError, match="learning_rate"):
-        plan(searched, open_task(data), [], known)
+        check_search(replace(searched, {"budget.development": ["a"]}))
 
 
 @pytest.mark.parametrize(

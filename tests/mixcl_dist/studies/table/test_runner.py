@@ -21,7 +21,8 @@ from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.records import RunError
 from mixcl_dist.report import table_text, write_report
-from mixcl_dist.studies.table import ledger, runner
+from mixcl_dist.studies import ledger
+from mixcl_dist.studies.table import runner
 from mixcl_dist.studies.table.plan import plan
 from mixcl_dist.studies.table.runner import run_table
 from mixcl_dist.studies.table.work import work

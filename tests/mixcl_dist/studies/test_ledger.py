@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mixcl_dist.studies.table.ledger import Ledger, digest_of, read
+from mixcl_dist.studies.ledger import Ledger, digest_of, read
 
 
 def test_an_item_is_missing_then_done_then_stale_or_failed(tmp_path):

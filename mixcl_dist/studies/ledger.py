@@ -13,7 +13,7 @@ from typing import Any, Literal, Required
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from mixcl_dist.records import Count, Dice, Length, finite, read_lines
+from mixcl_dist.records import Count, Dice, Length, TrialRecord, finite, read_lines, told
 
 
 class LedgerRecord(TypedDict, total=False):
@@ -23,7 +23,7 @@ class LedgerRecord(TypedDict, total=False):
 
     item: Required[str]
     digest: Required[str]
-    status: Required[Literal["begun", "partial", "failed", "barred", "done"]]
+    status: Required[Literal["begun", "partial", "failed", "barred", "stopped", "done"]]
     text: str
     seconds: Length
     steps: Count
@@ -32,9 +32,13 @@ class LedgerRecord(TypedDict, total=False):
     knn: Dice
     machine: dict[str, str | int | float | None]
     card: str
+    trial: TrialRecord
+    """Of a study, its row."""
+    step: Count
+    """Of a study's partial record, to which `mean` belongs."""
 
 
-STATES = ("missing", "stale", "begun", "partial", "failed", "barred", "done")
+STATES = ("missing", "stale", "begun", "partial", "failed", "barred", "stopped", "done")
 """How an item stands, in the order in which items are run; those that are "done" are not."""
 
 
@@ -77,7 +81,7 @@ class Ledger:
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(finite(record)) + "\n" for record in records)
+            file.writelines(json.dumps(finite(record), default=told) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
 
