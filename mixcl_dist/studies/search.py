@@ -200,7 +200,8 @@ class Tpe:
         """How a trial ended; `figures` by objective, with None where the trial failed."""
         optuna = self._optuna
         known = [value for key in self._objectives if (value := figures.get(key)) is not None]
-        state, values = optuna.trial.TrialState.COMPLETE, known
+        state = optuna.trial.TrialState.COMPLETE
+        values: list[float] | None = known
         if stopped or len(known) < len(self._objectives):
             state, values = optuna.trial.TrialState.PRUNED if stopped else optuna.trial.TrialState.FAIL, None
         if (asked := self._asked.pop(name, None)) is not None:

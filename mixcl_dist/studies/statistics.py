@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -12,6 +13,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20_220_304
 """Fixed, so that a table has one interval however often it is reported."""
+EFFECT_VARIANCE = 4.0
+"""Of the differences, in their standard deviations, for which a confidence sequence is made narrow."""
 PLATEAU = 0.25
 """Last share of a training whose mean Dice is its plateau."""
 
@@ -54,6 +57,41 @@ def t_interval(values: Sequence[float]) -> Interval:
 def _half_width(error: float, freedom: int) -> float:
     """Of Student's interval about a mean with that standard error and degrees of freedom."""
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+
+
+def t_sequence(values: Sequence[float]) -> Interval:
+    """Mean of independent values with its interval of a two-sided 95 % confidence sequence: one may look after every
+    value and stop when one likes, and all its intervals together miss the truth in at most 5 of 100 sequences of normal
+    values.
+
+    It is where the mixture t-test does not reject: the ratio of Student's t under standardised effects of variance
+    `EFFECT_VARIANCE` (closed form: Gönen et al. 2005, doi:10.1198/000313005X55233) to that under none is a martingale,
+    as it depends on the scale-free part of the values alone (Lai 1976, doi:10.1214/aos/1176343406; Wang and Ramdas
+    2025, arXiv:2310.03722), so it exceeds 20 with probability 1/20 at most (Ville). `low` and `high` are None where
+    there are too few values: below four.
+    """
+    found = t_interval(values)
+    if found.sd is None or found.mean is None:
+        return found
+    half = sequence_half_width(found.n, found.sd)
+    bounded = math.isfinite(half)
+    return Interval(
+        found.n, found.mean, found.sd, found.mean - half if bounded else None, found.mean + half if bounded else None
+    )
+
+
+def sequence_half_width(n: int, sd: float) -> float:
+    """Of `t_sequence` after n values of that standard deviation."""
+    spread = 1 + n * EFFECT_VARIANCE
+    ratio = (math.sqrt(spread) / (1 - CONFIDENCE)) ** (2 / n)
+    return sd * math.sqrt((n - 1) / n * (ratio - 1) / (1 - ratio / spread)) if ratio < spread else math.inf
+
+
+def is_decided(found: Interval, smallest: float) -> bool:
+    """Whether an interval tells which arm is better, or that the difference is smaller than anybody cares about."""
+    if found.low is None or found.high is None:
+        return False
+    return found.excludes_zero or (-smallest < found.low and found.high < smallest)
 
 
 @dataclass(frozen=True)

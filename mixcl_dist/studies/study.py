@@ -23,6 +23,7 @@ from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_
 from mixcl_dist.studies.ledger import Ledger, digest_of, read
 from mixcl_dist.studies.rows import LEDGER, fold
 from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, points
+from mixcl_dist.studies.statistics import Interval, is_decided, t_sequence
 from mixcl_dist.studies.trial import result_of, run_trial, settings_of
 
 FINAL = ("done", "stopped", "barred")
@@ -51,6 +52,8 @@ def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Pat
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
     task = open_task(data, config)
     config = _common_network(config, starts)
+    if config.study.smallest_difference is not None and not starts:
+        raise ConfigError("study.smallest_difference: there is one arm, so nothing to compare; give --from a run")
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     known = KnownScans(study / "trials")
     table = StudyTable.open(study, config, data, starts, plan(config, task, starts, known))
@@ -163,7 +166,10 @@ class StudyTable:
         """The trials that are to be run, each as late as can be: it is noted as running once it is asked for."""
         for row in list(self.rows.values()):
             if row.status not in FINAL:
-                yield self._propose(row)
+                if found := self._decided(row.fraction):
+                    self._bar(row, found)
+                else:
+                    yield self._propose(row)
         while self._search and len(self.rows) < self.planned:
             (common, *_), number = self._trials.values(), len(self.rows)
             name = f"{common['id'].partition('-p')[0]}-p{number}"
@@ -215,6 +221,24 @@ class StudyTable:
         self.rows[row.id] = row = dataclasses.replace(row, status="running")
         self._write(row, "begun")
         return self._trials[row.id] | {"reported": _figures(row)}
+
+    def _decided(self, fraction: float) -> Interval | None:
+        """The paired differences of a fraction's seeds, where they leave nothing open that the user cares about."""
+        smallest = self._config.study.smallest_difference
+        if smallest is None:
+            return None
+        dice: dict[str, dict[int, float]] = {"pretrained": {}, "scratch": {}}
+        for row in self.rows.values():
+            if row.status == "done" and row.fraction == fraction and row.mean is not None:
+                dice[row.start][row.seed] = row.mean
+        pairs = [seed for seed in self._config.study.seeds if all(seed in of_arm for of_arm in dice.values())]
+        found = t_sequence([dice["pretrained"][seed] - dice["scratch"][seed] for seed in pairs])
+        return found if is_decided(found, smallest) else None
+
+    def _bar(self, row: TrialRecord, found: Interval) -> None:
+        text = f"{found.n} seeds tell: {found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f}, at every look 95 %)"
+        self._note(dataclasses.replace(row, status="barred", error=text))
+        print(f"{row.id}: left out; {text}", file=sys.stderr, flush=True)
 
     def _note(self, row: TrialRecord) -> None:
         self.rows[row.id] = row

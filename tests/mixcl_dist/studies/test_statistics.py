@@ -10,13 +10,18 @@ from scipy import stats
 
 from mixcl_dist.studies import statistics
 from mixcl_dist.studies.statistics import (
+    EFFECT_VARIANCE,
     Difference,
+    Interval,
     holm,
+    is_decided,
     mean_difference,
     median_with_unreached,
     plateau,
+    sequence_half_width,
     steps_to,
     t_interval,
+    t_sequence,
 )
 
 NAN = float("nan")
@@ -138,3 +143,45 @@ def test_steps_to_a_dice_are_read_from_the_curve():
 def test_what_was_not_reached_counts_as_longer_than_anything():
     assert median_with_unreached([0.2, None, 0.4]) == 0.4
     assert median_with_unreached([0.2, None]) is None and median_with_unreached([]) is None
+
+
+def looked_at(values, half_width):
+    """Of each row of values, whether an interval about its running mean excludes zero at any look."""
+    counts = np.arange(1, values.shape[1] + 1)
+    means = np.cumsum(values, axis=1) / counts
+    deviations = np.sqrt(np.maximum(np.cumsum(values**2, axis=1) - counts * means**2, 0)[:, 1:] / (counts[1:] - 1))
+    halves = np.array([half_width(int(n), 1.0) for n in counts[1:]]) * deviations
+    return (np.abs(means[:, 1:]) > halves).any(axis=1)
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "uniform"])
+def test_whoever_looks_after_every_seed_is_told_of_a_difference_that_is_none_in_5_of_100_comparisons_at_most(draw):
+    rng = np.random.default_rng(1)
+    sizes = {"normal": (0, 1), "laplace": (0, 1), "uniform": (-1, 1)}
+    null = getattr(rng, draw)(*sizes[draw], size=(4000, 40))
+    assert looked_at(null, sequence_half_width).mean() <= 0.05
+    fixed = looked_at(null, lambda n, sd: sd * stats.t.ppf(0.975, n - 1) / n**0.5)
+    assert fixed.mean() > 0.2, "the interval of one look is no help here"
+
+
+def test_a_difference_that_is_there_is_found_in_few_seeds():
+    rng = np.random.default_rng(2)
+    assert looked_at(rng.normal(2, 1, size=(2000, 10)), sequence_half_width).mean() > 0.9
+
+
+def test_an_interval_of_the_sequence_is_where_the_mixture_does_not_reject():
+    values = [0.03, 0.01, 0.04, 0.02, 0.035]
+    found = t_sequence(values)
+    n, spread = len(values), 1 + len(values) * EFFECT_VARIANCE
+    for edge in (found.low, found.high):
+        t = (np.mean(values) - edge) / (np.std(values, ddof=1) / n**0.5)
+        ratio = stats.t.pdf(t / spread**0.5, n - 1) / spread**0.5 / stats.t.pdf(t, n - 1)
+        assert ratio == pytest.approx(20)
+    assert t_sequence(values[:3]).low is None and t_sequence([0.1]).low is None
+
+
+def test_a_comparison_is_decided_by_its_sign_or_by_being_small():
+    assert is_decided(Interval(9, 0.03, 0.01, 0.01, 0.05), 0.0)
+    assert not is_decided(Interval(9, 0.0, 0.01, -0.01, 0.01), 0.01)
+    assert is_decided(Interval(9, 0.0, 0.01, -0.01, 0.01), 0.02)
+    assert not is_decided(Interval(2, 0.3, 0.01, None, None), 0.02)

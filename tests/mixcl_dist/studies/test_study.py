@@ -236,6 +236,28 @@ def test_what_was_running_when_the_process_was_killed_goes_on_and_what_had_ended
     assert again.finished and len(again.trials[1].reports) == 4
 
 
+def test_seeds_are_left_out_once_the_comparison_is_decided(config, data, start, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run_trials(function, trials, *, ended, **options):
+        for trial in trials:
+            asked.append(trial["id"])
+            gain = 0.2 * bool(trial["start"]) + 0.01 * (trial["seed"] % 3)
+            ended(Outcome(trial, {"mean": 0.5 + gain, "class_mean": {}, "seconds": 1.0}))
+
+    monkeypatch.setattr(study_module, "run_trials", run_trials)
+    many = {"study.seeds": list(range(12)), "study.fractions": [1.0], "study.smallest_difference": 0.01}
+    content = run_study(replace(config, many), data=data, starts=[start("none", 0, 0)], study=tmp_path / "study")
+    assert len(asked) == 8, "four seeds tell"
+    assert [row.status for row in content.trials] == ["done"] * 8 + ["barred"] * 16 and content.finished
+    assert "4 seeds tell: +0.200" in content.trials[-1].error and "left out" in capsys.readouterr().err
+
+
+def test_one_arm_is_not_compared(config, data, tmp_path):
+    with pytest.raises(ConfigError, match="there is one arm, so nothing to compare"):
+        run_study(replace(config, {"study.smallest_difference": 0.01}), data=data, starts=[], study=tmp_path / "study")
+
+
 def test_a_study_is_not_mixed_with_another(config, data, at_once, tmp_path):
     run_study(config, data=data, starts=[], study=tmp_path / "study")
     other = replace(config, {"finetune.steps": 3})
