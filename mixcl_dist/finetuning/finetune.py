@@ -23,8 +23,8 @@ from mixcl_dist.config import Config, FinetuneConfig
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.sources import Case, read_case
 from mixcl_dist.data_shards.volume import Volume, resample
-from mixcl_dist.finetuning import interrupted
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
+from mixcl_dist.finetuning.interrupted import UNFINISHED, Learning
 from mixcl_dist.finetuning.marginal import marginal_loss
 from mixcl_dist.finetuning.scoring import (
     Overlays,
@@ -158,7 +158,7 @@ def _finetune(
     write_atomic(run / "overlays.npz", overlays.encode())
     record.finish()
     dice.save(run)
-    (run / interrupted.FILE).unlink(missing_ok=True)
+    (run / UNFINISHED).unlink(missing_ok=True)
     return dice
 
 
@@ -208,7 +208,7 @@ def _train(
     kept = copy.deepcopy(network).requires_grad_(False)
     weights = list(kept.parameters()), list(network.parameters())
     network.train()
-    learning = interrupted.Learning(network, kept, optimizer, schedule, crops)
+    learning = Learning(network, kept, optimizer, schedule, crops)
     done, seconds = learning.load(record.path) if resume else (0, 0.0)
     _take_up(record, done, report)
     begin = time.monotonic()

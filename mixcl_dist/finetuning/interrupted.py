@@ -15,7 +15,7 @@ from mixcl_dist.finetuning.crops import Crops
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import RunError, write_atomic
 
-FILE = "unfinished.pt"
+UNFINISHED = "unfinished.pt"
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Learning:
         torch.save(
             {name: part.state_dict() for name, part in self._parts()} | {"step": step, "seconds": seconds}, content
         )
-        write_atomic(run / FILE, content.getvalue())
+        write_atomic(run / UNFINISHED, content.getvalue())
 
     def load(self, run: Path) -> tuple[int, float]:
         """Take up what was saved; returns the step and the seconds that were spent on learning, 0 where there is none.
 
         Raises `RunError` for a file that cannot be gone on from. It runs nothing that stands in it.
         """
-        file = run / FILE
+        file = run / UNFINISHED
         if not file.exists():
             return 0, 0.0
         try:

@@ -48,7 +48,7 @@ APART = {
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
     **dict.fromkeys(("cluster/group.py", "cluster/stopping.py"), "says who takes part, and until when"),
-    "cluster/checkpoint.py": "stores what it is given, and knows whether that is whole",
+    **dict.fromkeys(("cluster/checkpoint.py", "pretraining/saving.py"), "stores what it is given, whole or not at all"),
 }
 
 
