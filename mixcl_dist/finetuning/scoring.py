@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from monai.inferers import SlidingWindowInferer
 from monai.metrics.utils import get_mask_edges, get_surface_distance
 from torch import Tensor
 
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.finetuning import sliding
 from mixcl_dist.intensity import normalise
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import autocast
@@ -21,7 +21,7 @@ from mixcl_dist.records import Scores
 
 CASES_SHOWN = 4
 JOINED_BYTES = 2 << 30
-"""Logits of a CT are joined on the device up to this size, beyond it in main memory: a table's trials share a GPU."""
+"""A slab of logits is held on the device up to this size, beyond it in main memory: a table's trials share a GPU."""
 
 
 @torch.inference_mode()
@@ -34,71 +34,59 @@ def segment(
     patch_size: Sequence[int],
     overlap: float,
     device: torch.device,
+    mirror: bool = False,
+    keep: Callable[[int, int, Tensor], None] | None = None,
 ) -> np.ndarray:
     """Class of every voxel of `volume` (X, Y, Z) uint8.
 
     The network sees the volume at `spacing_mm` (None: as it is) through a sliding window; its logits are brought
-    back to the volume's own grid before the largest is taken.
+    back to the volume's own grid before the largest is taken. Logits are at hand a slab at a time, never all together.
+    `mirror` averages them with those of the volume with left and right exchanged. `keep` is called with an axis of the
+    volume, a class, and its probabilities in further planes along that axis, moved to the front, (n, ., .) float32.
     """
     seen = dataclasses.replace(volume, label=None)
     if spacing_mm is not None:
         seen = resample(seen, spacing_mm)
-    image = normalise(torch.from_numpy(seen.hu).to(device), window_hu)[None, None]
-    slide = SlidingWindowInferer(
-        patch_size,
-        sw_batch_size=2,
-        overlap=overlap,
-        mode="gaussian",
-        cval=-1.0,
-        sw_device=device,
-        device=_joined_on(device, network.classifier.out_channels * image.numel()),
-    )
+    image = normalise(torch.from_numpy(seen.hu).to(device), window_hu)
+    axis = int(np.argmax(image.shape))
+    front = [axis, *(other for other in range(3) if other != axis)]
+    back = [front.index(n) for n in range(3)]
+    predict = _predictor(network, back, front, mirror)
+    edge = [patch_size[n] for n in front]
+    held = network.classifier.out_channels * image.numel() * edge[0] // image.shape[axis]
+    to_logits = np.linalg.inv(seen.affine) @ volume.affine
     network.eval()
     with autocast(device):
-        logits = slide(image, network)[0].float()
+        slabs = sliding.slabs(predict, image.permute(front), edge, overlap, _joined_on(device, held))
+        label = sliding.classes_on_grid(
+            slabs,
+            to_logits[[*front, 3]][:, [*front, 3]],
+            [volume.hu.shape[n] for n in front],
+            [image.shape[n] for n in front],
+            device,
+            None if keep is None else lambda number, planes: keep(axis, number, planes),
+        )
     network.train()
-    return _largest(logits, np.linalg.inv(seen.affine) @ volume.affine, volume.hu.shape, device).cpu().numpy()
+    return np.ascontiguousarray(label.permute(back).cpu().numpy())
+
+
+def _predictor(network: torch.nn.Module, back: list[int], front: list[int], mirror: bool) -> sliding.Predictor:
+    """Logits of windows whose axes are in the order `front`, which `back` undoes."""
+    to_ras, from_ras = ([0, 1, *(2 + n for n in order)] for order in (back, front))
+
+    def predict(windows: Tensor) -> Tensor:
+        ras = windows.permute(to_ras)
+        logits = network(ras)
+        if mirror:
+            logits = (logits + network(ras.flip(2)).flip(2)) / 2
+        return logits.permute(from_ras)
+
+    return predict
 
 
 def _joined_on(device: torch.device, logits: int) -> torch.device:
-    """Where the windows of a CT with so many logits are put together."""
+    """Where the windows of a slab with so many logits are put together."""
     return device if 4 * logits <= JOINED_BYTES else torch.device("cpu")
-
-
-def _largest(logits: Tensor, to_logits: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Argmax over classes of `logits` (K+1, x, y, z) interpolated at the voxels of a grid of `shape`, uint8.
-
-    `to_logits` (4, 4) maps an index of that grid to one of the logits' grid, which is parallel to it; beyond the
-    latter, its border voxel is repeated.
-    """
-    if np.allclose(to_logits, np.eye(4)):
-        return logits.argmax(dim=0).to(torch.uint8)
-    axes = [
-        tuple(tensor.to(device) for tensor in _neighbours(*axis))
-        for axis in zip(np.diag(to_logits), to_logits[:3, 3], shape, logits.shape[1:], strict=False)
-    ]
-    best = torch.full(tuple(shape), -torch.inf, device=device)
-    label = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
-    for number, channel in enumerate(logits):  # one class at a time: all at once would not fit for a large CT
-        value = _interpolated(channel.to(device), axes)
-        label.masked_fill_(value > best, number)
-        torch.maximum(best, value, out=best)
-    return label
-
-
-def _neighbours(step: float, offset: float, size: int, old_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear interpolation along an axis: the two old voxels that make each new one, and the share of the second."""
-    position = (offset + step * torch.arange(size, dtype=torch.float64)).clamp(0, old_size - 1)
-    lower = position.long()
-    return lower, (lower + 1).clamp(max=old_size - 1), (position - lower).float()
-
-
-def _interpolated(field: Tensor, axes: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    for dim in (2, 1, 0):  # the last first: the field is largest where whole planes are copied
-        lower, upper, share = axes[dim]
-        ends = field.index_select(dim, lower), field.index_select(dim, upper)
-        field = torch.lerp(*ends, share.view(-1, *[1] * (2 - dim)))
-    return field
 
 
 def dice_per_class(

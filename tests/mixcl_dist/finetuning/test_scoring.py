@@ -16,7 +16,6 @@ from mixcl_dist.finetuning.scoring import (
     JOINED_BYTES,
     Overlays,
     _joined_on,
-    _largest,
     dice_per_class,
     segment,
     summarise,
@@ -82,36 +81,6 @@ def test_nearest_voxels_of_the_coarse_grid_would_be_worse(volume):
     ours = segmented(volume, (5.0, 5.0, 5.0))
     dice = [dice_per_class(each, volume.label, ["box"], ["box"])["box"] for each in (ours, nearest)]
     assert dice[0] > dice[1]
-
-
-def grids(shape, seen_shape):
-    """(4, 4): index of a grid of `shape` → index of one of `seen_shape` with the same outer edges."""
-    matrix = np.eye(4)
-    step = np.array(seen_shape) / shape
-    matrix[:3, :3], matrix[:3, 3] = np.diag(step), (step - 1) / 2
-    return matrix
-
-
-@pytest.mark.parametrize("seen_shape", [(20, 18, 14), (40, 50, 26), (60, 50, 1)])
-def test_logits_are_interpolated_as_scipy_does_it(seen_shape):
-    shape = (40, 36, 28)
-    to_logits = grids(shape, seen_shape)
-    logits = np.random.default_rng(0).standard_normal((4, *seen_shape)).astype(np.float32)
-    step, offset = np.diag(to_logits)[:3], to_logits[:3, 3]
-    expected = np.stack(
-        [ndimage.affine_transform(each, step, offset, output_shape=shape, order=1, mode="nearest") for each in logits]
-    )
-    label = _largest(torch.from_numpy(logits), to_logits, shape, torch.device("cpu")).numpy()
-    second, first = np.sort(expected, axis=0)[-2:]
-    differs = label != expected.argmax(axis=0)
-    assert label.dtype == np.uint8 and differs.mean() < 1e-4 and (first - second)[differs].max(initial=0) < 1e-5
-
-
-@pytest.mark.parametrize("joined_on", ["cuda:0", "cpu"])
-def test_labels_are_found_on_the_gpu_without_waiting(imagined_gpu, joined_on):
-    logits = torch.empty(3, 20, 18, 14, device=joined_on)
-    label = _largest(logits, grids((40, 36, 28), logits.shape[1:]), (40, 36, 28), imagined_gpu)
-    assert label.device == imagined_gpu and label.shape == (40, 36, 28) and label.dtype == torch.uint8
 
 
 def test_logits_of_a_ct_too_large_for_the_gpu_are_joined_in_main_memory():
