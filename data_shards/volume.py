@@ -136,19 +136,61 @@ def untilt(hu: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blurred between slices; the grid grows until it holds them all, with air where none of them lies. A stack within
     `MAX_SHEAR_DEG` of right angles is returned as it is.
     """
+    shifts, grown, right = _upright(hu.shape, affine)
+    if shifts is None:
+        return hu, affine
+    moved = np.full((*(hu.shape[:2] + grown), hu.shape[2]), AIR_HU, np.int16)
+    for k, shift in enumerate(shifts):
+        padded = np.pad(hu[:, :, k].astype(np.float32), [(0, int(n)) for n in grown], constant_values=AIR_HU)
+        moved[:, :, k] = np.rint(ndimage.shift(padded, shift, order=1, mode="constant", cval=AIR_HU))
+    return moved, right
+
+
+def _upright(shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """By how many voxels along X and Y `untilt` moves each slice (Z, 2), None where it leaves them; by how many the
+    grid grows (2,); and its affine."""
     right = untilted(affine)
     step = np.linalg.solve(right, affine[:, 2])[:2]  # in voxels a slice, along X and Y
     if np.linalg.norm(step * spacing_of(affine)[:2]) <= math.tan(math.radians(MAX_SHEAR_DEG)) * spacing_of(right)[2]:
-        return hu, affine
-    shifts = np.arange(hu.shape[2])[:, None] * step
+        return None, np.zeros(2, int), affine
+    shifts = np.arange(shape[2])[:, None] * step
     lower = np.floor(shifts.min(axis=0)).astype(int)
-    grown = np.ceil(shifts.max(axis=0)).astype(int) - lower
-    moved = np.full((*(hu.shape[:2] + grown), hu.shape[2]), AIR_HU, np.int16)
-    for k, shift in enumerate(shifts - lower):
-        padded = np.pad(hu[:, :, k].astype(np.float32), [(0, int(n)) for n in grown], constant_values=AIR_HU)
-        moved[:, :, k] = np.rint(ndimage.shift(padded, shift, order=1, mode="constant", cval=AIR_HU))
     right[:3, 3] += right[:3, :2] @ lower
-    return moved, right
+    return shifts - lower, np.ceil(shifts.max(axis=0)).astype(int) - lower, right
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of a scan's files lie, in their own order."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    """(4, 4) float64, voxel index → RAS+ mm; the third axis may be sheared by a tilted gantry."""
+    untilts: bool
+    """Whether the voxels go through `untilt`."""
+
+    @property
+    def upright(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape and affine after that."""
+        _, grown, affine = self._moved()
+        return (self.shape[0] + int(grown[0]), self.shape[1] + int(grown[1]), self.shape[2]), affine
+
+    def _moved(self) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        return _upright(self.shape, self.affine) if self.untilts else (None, np.zeros(2, int), self.affine)
+
+    def from_ras(self, values: np.ndarray) -> np.ndarray:
+        """What lies at the voxels that `to_ras` led to, (X, Y, Z) of any type, in the order of the files; where slices
+        were moved, the nearest voxel."""
+        shifts, _, affine = self._moved()
+        ras = np.array([[0, 1], [1, 1], [2, 1]])
+        stored = nib.apply_orientation(values, nib.orientations.ornt_transform(ras, nib.io_orientation(affine)))
+        if shifts is None:
+            return np.ascontiguousarray(stored)
+        slices = np.empty(self.shape, values.dtype)
+        for k, shift in enumerate(shifts):
+            x, y = (np.rint(np.arange(n) + s).astype(int) for n, s in zip(self.shape, shift, strict=False))
+            slices[:, :, k] = stored[:, :, k][np.ix_(x, y)]
+        return slices
 
 
 def antialiased(hu: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from mixcl_dist.data_shards.sources.label import read_label
 from mixcl_dist.data_shards.sources.splits import with_splits
 from mixcl_dist.data_shards.sources.tree import accounted, files_below, with_leftovers
 from mixcl_dist.data_shards.sources.voxels import read_voxels
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, resample, to_ras, untilt
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Grid, Volume, resample, to_ras, untilt
 
-__all__ = ["Case", "CaseError", "Source", "open_images", "open_source", "read_case"]
+__all__ = ["Case", "CaseError", "Source", "open_images", "open_source", "read_case", "read_image", "read_label"]
 
 NNUNET_FOLDERS = {"imagesTs": "withheld for tests", "labelsTs": "withheld for tests", "labelsTr": "labels of no case"}
 MASK_FOLDERS = {masks.MASKS: "masks of no class"}
@@ -73,14 +74,19 @@ def read_case(case: Case, catalogue: Catalogue, spacing_mm: Sequence[float] | No
     are broken, are not CT in HU, or whose label does not belong to the image or has values beyond
     `case.label_values`.
     """
+    image, grid = read_image(case)
+    volume = replace(image, label=read_label(case, catalogue, *grid.upright) if case.labels else None)
+    return volume if spacing_mm is None else resample(volume, spacing_mm)
+
+
+def read_image(case: Case) -> tuple[Volume, Grid]:
+    """The voxels of a case as `read_case` has them, without a label, and where its files have them."""
     where = case.files[0]
     voxels, affine = read_series(case.files) if case.format == "dicom" else read_voxels(where)
     check_hu(voxels, where)
-    stored, stored_affine = untilt(_as_hu(voxels), affine) if case.format == "dicom" else (_as_hu(voxels), affine)
-    hu, affine = to_ras(stored, stored_affine)
-    label = read_label(case, catalogue, stored.shape, stored_affine) if case.labels else None
-    volume = Volume(hu, affine, label)
-    return volume if spacing_mm is None else resample(volume, spacing_mm)
+    grid = Grid(voxels.shape, affine, untilts=case.format == "dicom")
+    upright = untilt(_as_hu(voxels), affine) if grid.untilts else (_as_hu(voxels), affine)
+    return Volume(*to_ras(*upright)), grid
 
 
 def _as_hu(voxels: np.ndarray) -> np.ndarray:

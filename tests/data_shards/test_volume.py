@@ -15,7 +15,16 @@ from scipy.spatial.transform import Rotation
 
 from mixcl_dist.data_shards.catalogue import merged
 from mixcl_dist.data_shards.sources import open_source, read_case
-from mixcl_dist.data_shards.volume import CaseError, Volume, check_affine, crop_to_body, resample, to_ras
+from mixcl_dist.data_shards.volume import (
+    CaseError,
+    Grid,
+    Volume,
+    check_affine,
+    crop_to_body,
+    resample,
+    to_ras,
+    untilt,
+)
 
 AXES = st.permutations([0, 1, 2])
 SIGNS = st.tuples(*[st.sampled_from([-1, 1])] * 3)
@@ -196,3 +205,23 @@ def as_sitk(array: np.ndarray, affine: np.ndarray) -> sitk.Image:
 
 def centre_of(volume: Volume, label: int) -> np.ndarray:
     return np.argwhere(volume.label == label).mean(axis=0) @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])
+def test_a_label_in_ras_goes_back_to_the_order_of_the_files(axes, flips):
+    stored = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([2.0, 3.0, 4.0] * np.array(flips))[:, axes]
+    turned, _ = to_ras(stored, affine)
+    np.testing.assert_array_equal(Grid(stored.shape, affine, untilts=False).from_ras(turned), stored)
+
+
+def test_slices_of_a_tilted_gantry_go_back_to_where_they_were():
+    """A slice that was moved by whole voxels comes back as it was."""
+    stored = np.random.default_rng(0).integers(0, 500, (9, 11, 6)).astype(np.int16)
+    affine = np.array([[-1.0, 0, 0, 5], [0, -1, 2, 3], [0, 0, 4, 7], [0, 0, 0, 1]])
+    turned, right = to_ras(*untilt(stored, affine))
+    grid = Grid(stored.shape, affine, untilts=True)
+    np.testing.assert_array_equal(grid.from_ras(turned), stored)
+    assert grid.upright[0] == turned.shape and np.allclose(abs(grid.upright[1][:3, :3]), abs(right[:3, :3]))
