@@ -202,6 +202,8 @@ class NetworkRecord(Record):
     """At which it was trained; None: each case at its own."""
     classes: tuple[str, ...]
     patch_size: Size | None = None
+    sliding_overlap: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of the windows that it was scored with, the share of an edge."""
     digests: dict[str, str] = field(default_factory=dict)
     """File of weights → SHA-256."""
 
@@ -255,6 +257,75 @@ class DiceRecord(Record):
     def __post_init__(self) -> None:
         if unknown := sorted({name for of in (self.class_mean, *self.cases.values()) for name in of} - {*self.classes}):
             raise ValueError(f"{unknown[0]} is scored, but is not among classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CasePrediction(Record):
+    """`cases/NAME.json` of a prediction, written after all else of its case, so that one that has it is done."""
+
+    CURE = "remove it and predict again"
+
+    case: str
+    file: str
+    """The scan, or its first file."""
+    stamp: str
+    """Of the scan's files as they were read."""
+    seconds: Length
+    outputs: dict[Inside, Count]
+    """File that was written → its size in bytes."""
+    volume_ml: dict[str, Length]
+    """Class → what was found of it."""
+    dice: Labels = field(default_factory=dict)
+    hd95_mm: dict[str, Length | None] = field(default_factory=dict)
+    surface_dice: Labels = field(default_factory=dict)
+    unscored: str = ""
+    """Why it has labels and was not scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A case that could not be segmented, or a file that could be a scan and was not used."""
+
+    where: str
+    problem: str
+    """One line with the cure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionRecord(Record):
+    """`prediction.json`: a network applied to the scans of a source."""
+
+    FILE = "prediction.json"
+    CURE = "give another --out"
+
+    kind: Literal["prediction"] = "prediction"
+    model: str
+    """Name of the run or export."""
+    model_digest: str
+    """SHA-256 of its weights."""
+    classes: tuple[str, ...]
+    """Value k > 0 of a label is `classes[k - 1]`."""
+    window_hu: tuple[float, float]
+    spacing_mm: Spacing | None
+    patch_size: Size
+    sliding_overlap: Dice
+    mirror: bool = False
+    probabilities: bool = False
+    data: str
+    surface_tolerance_mm: Length
+    mixcl_version: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: Machine = field(default_factory=Machine)
+    arithmetic: str = ""
+    started: str | None = None
+    finished: str | None = None
+    seconds: Length = 0.0
+    cases: tuple[str, ...] = ()
+    """All that were asked for."""
+    refused: tuple[Refused, ...] = ()
+    dice: Scores | None = None
+    hd95_mm: Scores | None = None
+    surface_dice: Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ def write(trained: Trained, folder: Path) -> None:
     (folder / "scripts" / "__init__.py").touch()
     (folder / "scripts" / "inference.py").write_text(_script())
     torch.save(trained.state_dict(), folder / "models" / "model.pt")
+    trained.description.save(folder / "models")
     for name, content in (("metadata", _metadata(trained)), ("inference", _inference(trained))):
         (folder / "configs" / f"{name}.json").write_text(json.dumps(content, indent=4) + "\n")
     (folder / "docs" / "README.md").write_text(card(trained, trained.facts["name"], _USE))

@@ -48,8 +48,6 @@ def describe(trained: Trained) -> dict:
         "class": dynunet.CLASS,
         "arguments": trained.network_arguments,
         "orientation": "RAS",
-        "spacing_mm": trained.spacing_mm,
-        "window_hu": trained.network.window_hu,
         "input_range": [-1.0, 1.0],
-        "classes": trained.classes,
+        **trained.description.content(),
     }

@@ -17,12 +17,7 @@ from mixcl_dist.errors import MixclError
 from mixcl_dist.networks import dynunet
 from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord, told
 from mixcl_dist.run import RunError
-
-_CLASSIFIER = {
-    "classifier.weight": "output_block.conv.conv.weight",
-    "classifier.bias": "output_block.conv.conv.bias",
-}
-
+from mixcl_dist.weights import CLASSIFIER
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 
@@ -54,6 +49,14 @@ class Trained:
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """Spacing that the network was trained at; None: every case at its own."""
         return self.config.finetune.spacing_mm
+
+    @property
+    def description(self) -> NetworkRecord:
+        """What `mixcl predict` reads of an export."""
+        known: dict[str, Any] = {"spacing_mm": self.spacing_mm, "classes": self.classes}
+        if self.is_segmentation:
+            known |= {"patch_size": tuple(self.patch_size), "sliding_overlap": self.config.finetune.sliding_overlap}
+        return NetworkRecord.of(self.network, {}, **known)
 
     @property
     def is_segmentation(self) -> bool:
@@ -103,7 +106,7 @@ def open_trained(run: Path, licence: str | None = None) -> Trained:
         config=_described(config, described, run),
         classes=described.classes,
         dice=dice.content() if dice else None,
-        weights={_CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
+        weights={CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
         licence=licence,
     )
     _check(trained, file)
@@ -140,7 +143,7 @@ def _check(trained: Trained, file: Path) -> None:
     with torch.device("meta"):  # no memory for what a forged description claims
         expected = DynUNet(**({"out_channels": 1} | trained.network_arguments)).state_dict()
     names = {name for name in expected if not name.startswith("skip_layers.")}
-    names -= set() if trained.is_segmentation else set(_CLASSIFIER.values())
+    names -= set() if trained.is_segmentation else set(CLASSIFIER.values())
     wrong = sorted(names ^ trained.weights.keys()) or sorted(
         name for name in names if expected[name].shape != trained.weights[name].shape
     )

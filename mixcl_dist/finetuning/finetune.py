@@ -318,6 +318,7 @@ def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -
         spacing_mm=config.finetune.spacing_mm,
         classes=task.classes,
         patch_size=config.finetune.patch_size,
+        sliding_overlap=config.finetune.sliding_overlap,
     ).save(run)
 
 

@@ -23,6 +23,9 @@ CASES_SHOWN = 4
 JOINED_BYTES = 2 << 30
 """A slab of logits is held on the device up to this size, beyond it in main memory: a table's trials share a GPU."""
 
+Keeper = Callable[[int, int, Tensor], None]
+"""See `segment`."""
+
 
 @torch.inference_mode()
 def segment(
@@ -35,7 +38,7 @@ def segment(
     overlap: float,
     device: torch.device,
     mirror: bool = False,
-    keep: Callable[[int, int, Tensor], None] | None = None,
+    keep: Keeper | None = None,
 ) -> np.ndarray:
     """Class of every voxel of `volume` (X, Y, Z) uint8.
 
@@ -206,7 +209,8 @@ class Overlays:
         if len(self._cases) == CASES_SHOWN:
             return
         truth = np.where(truth == IGNORED, 0, truth)
-        z = int((truth > 0).sum(axis=(0, 1)).argmax())
+        shown = truth if truth.any() else prediction
+        z = int((shown > 0).sum(axis=(0, 1)).argmax())
         image = normalise(torch.from_numpy(volume.hu[:, :, z]), window_hu).numpy()
         self._slices.append({"image": image, "truth": truth[:, :, z], "prediction": prediction[:, :, z]})
         self._cases.append(case)

@@ -58,11 +58,11 @@ def _joined(
     windows = dense_patch_slices(image.shape, patch_size, steps)
     weight = compute_importance_map(tuple(patch_size), mode="gaussian", device=device)
     rows = [(start, list(row)) for start, row in groupby(windows, key=lambda window: window[0].start)]
-    sums = total = None
+    sums = total = torch.empty(0)
     for (start, row), (end, _) in zip(rows, [*rows[1:], (image.shape[0], [])], strict=True):
         for some in (row[n : n + WINDOWS_AT_ONCE] for n in range(0, len(row), WINDOWS_AT_ONCE)):
             logits = predict(torch.stack([image[window] for window in some])[:, None])
-            if sums is None:
+            if not sums.numel():
                 depth = (patch_size[0], *image.shape[1:])
                 sums = torch.zeros((logits.shape[1], *depth), device=device)
                 total = torch.zeros(depth, device=device)

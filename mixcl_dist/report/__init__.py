@@ -11,13 +11,15 @@ from typing import Any
 
 from mixcl_dist.records import RunError, write_atomic
 from mixcl_dist.report import page
-from mixcl_dist.report.folders import RunFolder, TableFolder, open_folder, open_study, open_table, own
+from mixcl_dist.report.folders import PredictionFolder, RunFolder, TableFolder, open_folder, open_study, open_table, own
+from mixcl_dist.report.prediction import flat_rows
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
 from mixcl_dist.report.table import not_final, table_results, text_rows, trial_rows
 
 
 def write_report(path: Path) -> Path:
-    """Write `path`/report/{index.html,report.csv,report.json} for a RUN or STUDY folder; returns index.html.
+    """Write `path`/report/{index.html,report.csv,report.json} for the folder of a run, study or prediction; returns
+    index.html.
 
     Of a TABLE folder the numbers go to `path`/table.json and, a row for each planned trial, `path`/table.csv.
 
@@ -30,6 +32,8 @@ def write_report(path: Path) -> Path:
     index = own(path, "report") / "index.html"
     if isinstance(folder, RunFolder):
         html, summary, rows = page.run_page(folder), _run_summary(folder), _run_rows(folder)
+    elif isinstance(folder, PredictionFolder):
+        html, summary, rows = page.prediction_page(folder), folder.facts, flat_rows(folder)
     else:
         results = study_results(folder)
         html, rows = page.study_page(folder, results), study_rows(folder)

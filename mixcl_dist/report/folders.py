@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 
 from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.data_shards.catalogue import sanitised
 from mixcl_dist.records import (
     CURVE,
     METRICS,
+    CasePrediction,
     DiceRecord,
     FinetuneRecord,
     NetworkRecord,
     PlannedItem,
     PlanRecord,
+    PredictionRecord,
     RunError,
     RunRecord,
     StudyRecord,
@@ -37,6 +40,7 @@ RUN_FILES = (
     RunRecord.FILE, CONFIG, NetworkRecord.FILE, METRICS, CURVE, DiceRecord.FILE, "samples.npz", "overlays.npz",
 )  # fmt: skip
 """What is read of a run."""
+OVERLAY_ARRAYS = ("image", "truth", "prediction", "cases")
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,21 @@ class TableFolder:
     trials: list[TableTrial]
 
 
-def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder:
-    """Read a RUN, STUDY or TABLE folder; raises `RunError` in one line where it is none or a file of it is broken."""
+@dataclass(frozen=True)
+class PredictionFolder:
+    """Scans that a network was applied to; `cases` are those that are done, `slices` by their names."""
+
+    path: Path
+    facts: dict[str, Any]
+    cases: list[CasePrediction]
+    slices: dict[str, Arrays]
+
+
+def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder | PredictionFolder:
+    """Read the folder of a run, study, table or prediction; raises `RunError` in one line where it is none or a file of
+    it is broken."""
+    if (path / PredictionRecord.FILE).is_file():
+        return open_prediction(path)
     if (path / PlanRecord.FILE).is_file():
         return open_table(path)
     if (path / StudyRecord.FILE).is_file():
@@ -125,8 +142,8 @@ def open_folder(path: Path) -> RunFolder | StudyFolder | TableFolder:
     if (path / RunRecord.FILE).is_file():
         return open_run(path)
     raise RunError(
-        f"{path}: neither a run (run.json) nor a study (study.json) nor a table (plan.json); "
-        "give the folder of --run, --study, or mixcl table's --out"
+        f"{path}: neither a run (run.json) nor a study (study.json) nor a table (plan.json) nor a prediction "
+        "(prediction.json); give the folder of --run, --study, or the --out of mixcl table or predict"
     )
 
 
@@ -150,9 +167,24 @@ def open_run(path: Path) -> RunFolder:
         metrics=read_metrics(path / METRICS),
         dice=dice.content() if dice else None,
         samples=_read_arrays(path / "samples.npz", ("clean",)),
-        overlays=_read_arrays(path / "overlays.npz", ("image", "truth", "prediction", "cases")),
+        overlays=_read_arrays(path / "overlays.npz", OVERLAY_ARRAYS),
         network=network.content() if network else None,
     )
+
+
+def open_prediction(path: Path) -> PredictionFolder:
+    record = PredictionRecord.read(own(path, PredictionRecord.FILE))
+    files = {name: own(path, f"cases/{_plain(name)}.json") for name in record.cases}
+    cases = [CasePrediction.read(file) for file in files.values() if file.is_file()]
+    read = {case.case: _read_arrays(own(path, f"slices/{_plain(case.case)}.npz"), OVERLAY_ARRAYS) for case in cases}
+    return PredictionFolder(path, record.content(), cases, {name: found for name, found in read.items() if found})
+
+
+def _plain(name: str) -> str:
+    """A case's name in a file's; raises `RunError` where it is none."""
+    if sanitised(name) != name:
+        raise RunError(f"{name!a}: is no name of a case; predict again")
+    return name
 
 
 def _config(path: Path) -> str:

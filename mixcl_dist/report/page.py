@@ -14,11 +14,14 @@ from markupsafe import Markup
 
 from mixcl_dist.pretraining import summary
 from mixcl_dist.report import figures, slices
-from mixcl_dist.report.folders import RunFolder, StudyFolder, TableFolder, Trial
+from mixcl_dist.report.folders import Arrays, PredictionFolder, RunFolder, StudyFolder, TableFolder, Trial
+from mixcl_dist.report.prediction import class_rows, scan_rows
 from mixcl_dist.report.results import MEAN, SCRATCH, StudyResults, headline, number_range, percent, points
 from mixcl_dist.report.table import AT_ZERO, TableResults
 
 MAX_OVERLAY_CASES = 3
+MAX_ROWS = 100
+"""Of a prediction's scans, and of those that were refused."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,27 @@ def table_page(table: TableFolder, results: TableResults) -> str:
         seconds=sum(record.get("seconds", 0) for record in table.records.values()),
         at_zero=AT_ZERO,
         tolerance_mm=yaml.safe_load(table.config or "{}").get("finetune", {}).get("surface_tolerance_mm", 0),
+    )
+
+
+def prediction_page(folder: PredictionFolder) -> str:
+    low, high = folder.facts["window_hu"]
+    rows, labels = [], []
+    for name, arrays in folder.slices.items():
+        named = {"Truth": arrays["truth"][0]} if arrays["truth"].any() else {}
+        named["Prediction"] = arrays["prediction"][0]
+        rows.append(PictureRow(name, _pictures(arrays, 0, named, (low, high))))
+        labels += list(named.values())
+    return _render(
+        "prediction.html",
+        title=folder.path.resolve().name,
+        facts=folder.facts,
+        cases=folder.cases,
+        classes=class_rows(folder),
+        scans=scan_rows(folder),
+        overlays=rows,
+        colours=_legend(slices.labels_in(*labels), folder.facts["classes"]),
+        most=MAX_ROWS,
     )
 
 
@@ -252,12 +276,16 @@ def _overlay_pictures(run: RunFolder, i: int, predictions: list[tuple[str, RunFo
     assert arrays is not None
     labels = {"Truth": arrays["truth"][i]}
     labels |= {name: other.overlays["prediction"][i] for name, other in predictions}  # type: ignore[index]
+    return _pictures(arrays, i, labels, run.window_hu)
+
+
+def _pictures(arrays: Arrays, i: int, labels: dict[str, np.ndarray], window_hu: tuple[float, float]) -> list[Picture]:
     image = arrays["image"][i]
     box = slices.content_box(image, *labels.values())
     x_mm, y_mm = arrays["spacing"][i].tolist() if "spacing" in arrays else (1.0, 1.0)
-    pictures = [Picture(slices.ct_png(image[box], run.window_hu, (x_mm, y_mm)), "CT")]
+    pictures = [Picture(slices.ct_png(image[box], window_hu, (x_mm, y_mm)), "CT")]
     for name, label in labels.items():
-        pictures.append(Picture(slices.label_png(image[box], label[box], run.window_hu, (x_mm, y_mm)), name))
+        pictures.append(Picture(slices.label_png(image[box], label[box], window_hu, (x_mm, y_mm)), name))
     return pictures
 
 

@@ -71,6 +71,21 @@ def test_a_prediction_on_another_grid_comes_back_in_place(volume, spacing_mm):
     np.testing.assert_allclose(*centres, atol=0.35)  # voxels; half a voxel of the coarse grid would be 0.5 or more
 
 
+def test_mirroring_averages_with_left_and_right_exchanged(volume):
+    class RightIsOne(BrightIsOne):
+        """Says class 1 in the right half of a window, or where it is bright, by half as much."""
+
+        def forward(self, image):
+            right = torch.linspace(-1, 1, image.shape[2]).sign().view(1, 1, -1, 1, 1).expand_as(image)
+            return torch.cat([torch.zeros_like(image), right + image], dim=1)
+
+    settings = {"spacing_mm": None, "window_hu": (-1000.0, 1000.0), "patch_size": (40, 36, 28), "overlap": 0.25}
+    settings |= {"device": torch.device("cpu")}
+    alone = segment(RightIsOne(), volume, **settings)
+    assert alone[20:].all() and not alone[:20].any()
+    np.testing.assert_array_equal(segment(RightIsOne(), volume, **settings, mirror=True), volume.label)
+
+
 def test_nearest_voxels_of_the_coarse_grid_would_be_worse(volume):
     """That logits are interpolated before the decision is what makes borders finer than the network's grid."""
     coarse = resample(volume, (5.0, 5.0, 5.0))
