@@ -233,7 +233,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _class_means(trial: TableTrial, name: str) -> dict[str, float | None]:
     """Of each class that the trial could learn the mean over cases of Dice, or of another score by its name."""
-    means = (trial.dice if name == "dice" else trial.dice.get(name, {})).get("class_mean", {})
+    scores = trial.dice if name == "dice" else trial.dice.get(name)  # which trials of earlier versions do not have
+    means = scores["class_mean"] if scores else {}
     return {key: value for key, value in means.items() if key not in trial.unshown}
 
 
@@ -248,7 +249,7 @@ def _differences(pairs: Sequence[tuple[TableTrial, TableTrial]]) -> np.ndarray:
 
     def scores(trial: TableTrial) -> np.ndarray:
         found = [[trial.dice["cases"].get(case, {}).get(name) for name in classes] for case in cases]
-        values = np.array(found, dtype=float)  # None becomes NaN
+        values = np.array(found, dtype=float).reshape(len(cases), len(classes))  # None becomes NaN
         values[:, [name in trial.unshown for name in classes]] = np.nan
         return values
 

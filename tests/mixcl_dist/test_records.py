@@ -8,6 +8,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ from mixcl_dist.records import (
     write_atomic,
     write_json,
 )
-from mixcl_dist.report import study_table, write_report
+from mixcl_dist.report import study_table, table_text, write_report
 from mixcl_dist.studies import ledger
 from mixcl_dist.studies import study as study_module
 from mixcl_dist.studies.study import run_study
+from mixcl_dist.studies.table.runner import run_table
 
 from ..conftest import ROOT
+from .studies.table.small_table import ARMS, FINISH, STAGES, WORKER
 
 FORM = {"network.filters": [4, 6, 8], "network.voxel_dim": 8, "network.crop_dim": 8}
 STEPS = {"finetune.steps": 2, "finetune.patch_size": [16, 16, 16], "finetune.batch_size": 1, "finetune.curve_every": 1}
@@ -55,6 +58,7 @@ FEW, MANY = 6, 120
 """Faults of each file."""
 KEPT_BACK = {"budget.development": ["abdomen_000", "abdomen_001"]}
 STUDY = {"study.fractions": [0.5], "study.seeds": [0]}
+TABLE = {"scans": [1], "seeds": [0], "stages": STAGES, "arms": {name: ARMS[name] for name in ("scratch", "mixcl")}}
 WRONG: tuple[Any, ...] = (
     *(None, True, -1, 17, 0, 1e308, 10**400, math.nan, math.inf, "", "x", "1", "../..", "a\x00b", "$\\frac$"),
     *([], {}, [[]], [None], {"": None}, "2026-01-01", "\ud800", "$__import__('os')"),
@@ -63,7 +67,8 @@ WRONG: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def runs(shards, data, small_config, tmp_path_factory) -> Path:
-    """The folders of a pre-training, a fine-tuning and a study, made by the real verbs."""
+    """The folders of a pre-training, a fine-tuning, a study and a table, made by the real verbs; another program stands
+    for the table's items."""
     folder = tmp_path_factory.mktemp("runs")
     config = replace(small_config, FORM | STEPS | STUDY | {"budget.fraction": 0.5, "pretrain.steps": 1})
     kept_back = replace(config, KEPT_BACK)
@@ -72,7 +77,14 @@ def runs(shards, data, small_config, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_module, "run_trials", _at_once)
         run_study(config, data=data, starts=[], study=folder / "study")
+    (folder / "worker.py").write_text(WORKER + FINISH)
+    of_table = replace(config, {"table": TABLE, "budget.fraction": 0.0})
+    run_table(of_table, data=data, shards=shards, out=folder / "table", workers=4, command=_stand_in(folder))
     return folder
+
+
+def _stand_in(folder: Path):
+    return lambda out, name: [sys.executable, "-S", str(folder / "worker.py"), str(out), name]
 
 
 def _at_once(function, trials, *, ended, reported, **options):
@@ -94,6 +106,15 @@ def verbs(runs: Path, config: Config, shards: Path, data: Path) -> dict[str, Any
         "finetune": lambda: finetune(study, data=data, start=None, run=runs / "few"),
         "tune": lambda: run_study(study, data=data, starts=[], study=runs / "study"),
         "probe": lambda: probe_run(runs / "pre", kept_back, shards=shards),
+        "report table": lambda: (write_report(runs / "table"), table_text(runs / "table")),
+        "table": lambda: run_table(
+            replace(study, {"table": TABLE, "budget.fraction": 0.0}),
+            data=data,
+            shards=shards,
+            out=runs / "table",
+            seconds=0,
+            command=_stand_in(runs),
+        ),
         "pretrain --resume": lambda: pretrain(kept_back, shards=shards, run=runs / "pre", resume=True),
         "pretrain --start": lambda: pretrain(kept_back, shards=shards, run=runs / "next", start=runs / "pre"),
     }
@@ -144,6 +165,9 @@ READ_BY = {
     "study/ledger.jsonl": ("report study", "tune"),
     "study/trials/scratch-0.5-s0/run.json": ("report study", "tune"),
     "study/trials/scratch-0.5-s0/dice.json": ("report study", "tune"),
+    "table/plan.json": ("report table", "table"),
+    "table/ledger.jsonl": ("report table", "table"),
+    "table/trial/mixcl-n1-s0/dice.json": ("report table", "table"),
 }
 
 

@@ -27,7 +27,7 @@ from mixcl_dist.studies.table.plan import plan
 from mixcl_dist.studies.table.runner import run_table
 from mixcl_dist.studies.table.work import work
 
-from .small_table import ARMS, STAGES
+from .small_table import ARMS, FINISH, STAGES, WORKER
 
 TELL = "tells of a run"
 
@@ -82,27 +82,6 @@ def test_the_digest_is_of_every_module_that_a_figure_depends_on(kind):
     listed = {str(path.relative_to(runner.ROOT)) for glob in runner.SOURCES[kind] for path in runner.ROOT.glob(glob)}
     assert {name for name in reached if (runner.ROOT / name).read_text()} - {"__init__.py"} <= listed
     assert all((runner.ROOT / name).exists() for name in apart)
-
-
-WORKER = """
-import json, os, pathlib, sys, time
-out, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-item = next(i for i in json.loads((out / "plan.json").read_text())["items"] if i["name"] == name)
-kind, stage = item["kind"], name.partition("/")[2].partition("-")[0]
-run = out / ((kind == "probe" and item["start"]) or name)
-run.mkdir(parents=True, exist_ok=True)
-with (out / "order").open("a") as file:
-    file.write(name + "\\n")
-probe = {"linear": {"mean": 0.5 if stage == "mixcl" else 0.3, "dice": {}}, "knn": {"mean": 0.2, "dice": {}}}
-probe["scans"] = {"fitted": 1, "judged": 1}
-"""
-
-
-FINISH = """
-result = {"probe": ("probe.json", probe), "pretrain": ("network.safetensors", {})}
-file, content = result.get(kind, ("dice.json", {"mean": 0.6, "classes": [], "cases": {}, "class_mean": {}}))
-(run / file).write_text(json.dumps(content))
-"""
 
 
 @pytest.fixture
