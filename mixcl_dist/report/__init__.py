@@ -11,7 +11,16 @@ from typing import Any
 
 from mixcl_dist.records import RunError, write_atomic
 from mixcl_dist.report import page
-from mixcl_dist.report.folders import PredictionFolder, RunFolder, TableFolder, open_folder, open_study, open_table, own
+from mixcl_dist.report.folders import (
+    PredictionFolder,
+    RunFolder,
+    TableFolder,
+    bare,
+    open_folder,
+    open_study,
+    open_table,
+    own,
+)
 from mixcl_dist.report.prediction import flat_rows
 from mixcl_dist.report.results import as_json, finetune_rows, headline, study_results, study_rows, text_table
 from mixcl_dist.report.table import not_final, table_results, text_rows, trial_rows
@@ -82,7 +91,8 @@ def _run_rows(run: RunFolder) -> list[dict[str, Any]]:
 
 def _run_summary(run: RunFolder) -> dict[str, Any]:
     last = run.metrics[-1] if run.metrics else None
-    return run.facts | {"last_logged_step": last} | ({"dice": run.dice} if run.dice else {})
+    start = {"start": bare(run.facts["start"])} if run.facts.get("start") else {}
+    return run.facts | start | {"last_logged_step": last} | ({"dice": run.dice} if run.dice else {})
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from mixcl_dist.records import (
     PredictionRecord,
     RunError,
     RunRecord,
+    StartRecord,
     StudyRecord,
     TrialRecord,
     read_curve,
@@ -156,6 +157,19 @@ def own(folder: Path, name: str) -> Path:
     return path
 
 
+def bare(path: str) -> str:
+    """What a page calls a data set, a run or shards: the folders around them may be called after patients."""
+    *around, last = [part for part in path.split("/") if part] or [path]
+    return around[-1] if around and last in ("dataset.json", "cases.json") else last
+
+
+def _without(text: str, *places: str | Path) -> str:
+    """A message without the folders around these places."""
+    for place in places:
+        text = text.replace(f"{Path(place).parent}/", "")
+    return text
+
+
 def open_run(path: Path) -> RunFolder:
     for name in RUN_FILES:
         own(path, name)
@@ -199,13 +213,21 @@ def open_study(path: Path) -> StudyFolder:
     record = StudyRecord.read(own(path, StudyRecord.FILE))
     own(path, LEDGER)
     rows = current_rows(path, record)
-    trials = [Trial(told(row) | {"status": row.status}, _run_of_trial(path, row)) for row in rows]
+    places = [str(path.resolve()), record.data]
+    places += [start.path for start in record.starts if isinstance(start, StartRecord)]
+    trials = [
+        Trial(
+            told(row) | {"status": row.status, "error": row.error and _without(row.error, *places)},
+            _run_of_trial(path, row),
+        )
+        for row in rows
+    ]
     starts = [
         Start(start.name, start.path, _start_if_there(path, start.path, trials))
         for start in record.starts
         if start != "scratch"
     ]
-    return StudyFolder(path, told(record), trials, starts)
+    return StudyFolder(path, told(record) | {"data": bare(record.data)}, trials, starts)
 
 
 def _run_of_trial(study: Path, row: TrialRecord) -> RunFolder | None:
@@ -228,9 +250,12 @@ def open_table(path: Path) -> TableFolder:
     config = _config(path)
     _check_settings(path, plan)
     records = _current_records(path, plan.items)
+    for record in records.values():
+        record["text"] = _without(record.get("text", ""), path.resolve(), plan.data, plan.shards)
     trials = [_table_trial(path, item, records.get(item.name)) for item in plan.items if item.kind == "trial"]
     found = {name: {"linear": None, "knn": None, **record} for name, record in records.items()}
-    return TableFolder(path, plan.content(), config, found, trials)
+    facts = plan.content() | {"data": bare(plan.data), "shards": bare(plan.shards)}
+    return TableFolder(path, facts, config, found, trials)
 
 
 def _check_settings(path: Path, plan: PlanRecord) -> None:

@@ -255,7 +255,6 @@ def _protocol(start: Start, trials: Iterable[Trial]) -> dict[str, Any]:
             beyond |= read - set(own.get("label_cases", []))
     return {
         "start": start.name,
-        "path": start.path,
         "found": start.run is not None,
         "images": len(facts.get("training_cases", [])),
         "label_cases": len(facts.get("label_cases", [])),
