@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from monai.networks.nets import DynUNet
 from torch import nn
 
-from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.config import ConfigError, NetworkConfig
+from mixcl_dist.networks.dynunet import Backbone, check_size
 from mixcl_dist.networks.heads import PretrainNetwork
 
 from .small_networks import FILTERS, config, voxels
@@ -53,3 +58,13 @@ def test_the_memory_format_changes_no_result():
 def test_an_image_that_cannot_be_halved_often_enough_is_refused():
     with pytest.raises(ValueError, match=r"image of \(8, 8, 10\) voxels: every edge must be a multiple of 4"):
         Backbone(config())(torch.randn(1, 1, 8, 8, 10))
+
+
+@given(st.lists(st.integers(1, 200), min_size=3, max_size=3), st.integers(3, 6))
+def test_the_size_that_a_refusal_advises_is_taken(size, levels):
+    network = NetworkConfig(filters=(4,) * levels)
+    try:
+        check_size("views.size", network, size)
+    except ConfigError as refused:
+        advised = re.search(r"try ([\d,]+),? ", str(refused)).group(1)
+        check_size("views.size", network, [int(edge) for edge in advised.strip(",").split(",")])
