@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
-from mixcl_dist.cluster.group import Group, described, told_by_first
+from mixcl_dist.cluster.group import Group, ToldError, described, told_by_first
+from mixcl_dist.cluster.watchdog import CURE, Watchdog
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 STATE = "engine.safetensors"
 """In a checkpoint: every tensor whole and under its parameter's name, so that any number of ranks can take it up."""
 
+LATER_S = 30.0
+"""By which collectives wait longer than the watchdog, which knows more."""
 MODULE = "module."
 """Before the name of every weight in it."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,11 +53,18 @@ class EngineConfig:
     """Backward passes for each optimizer step."""
     gradient_clipping: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Largest norm of the global gradient; 0 leaves it as it is."""
+    activation_checkpointing: bool = False
+    """Keep no block's activations for the backward pass, which computes them again: less memory, and a third more
+    arithmetic."""
+    communication_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are added up in between ranks; bfloat16 halves what crosses the network, and rounds."""
+    bucket_size: Annotated[int, Field(ge=1024, le=10**10, strict=True)] = 500_000_000
+    """Weights whose gradients ranks exchange at once, at ZeRO stage 1 and above: fewer need less memory."""
     compile: bool = False
     """Let `torch.compile` make the network's kernels, which takes minutes once."""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600.0
-    """Seconds that a rank waits for the others before it ends: longer than the longest time that one works alone, for
-    a checkpoint, a probe or a shard that is slow to come."""
+    """Seconds that the longest step may take, its probe and a shard that is slow to come included: then the rank that
+    hangs is named, and all ranks end."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class Engine(Protocol):
     """All ranks, None where there is one alone."""
 
     def __call__(self, *args: Any) -> Any: ...
+    def doing(self, what: str) -> None: ...
     def backward(self, loss: torch.Tensor) -> None: ...
     def step(self) -> None: ...
     def learning_rate(self) -> float: ...
@@ -121,11 +133,13 @@ def launch(
     micro_batch_size: int,
     config: EngineConfig,
     common: Mapping[str, Any] | None = None,
+    stacks: Path | None = None,
 ) -> Engine:
     """Wrap `module` in a DeepSpeed engine; without a launcher it is a group of one process, no MPI needed.
 
     `micro_batch_size` is the number of samples of one rank in one backward pass. Under a launcher (`described`) the
-    process joins that group; `common` are the settings, as JSON has them, that all its ranks must have alike.
+    process joins that group; `common` are the settings, as JSON has them, that all its ranks must have alike. Where a
+    rank hangs, each one leaves the stacks of its threads in the folder `stacks`.
     `optimizer` makes an Adam or AdamW, `scheduler` a schedule whose rate is a function of its `last_epoch` alone.
     DeepSpeed switches off an autocast around the engine on a GPU, so a module that wants one has it within its forward.
     At ZeRO stage 0 nothing in a step waits for the device. A step whose gradient is not finite changes nothing but the
@@ -155,17 +169,22 @@ def launch(
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": config.accumulation_steps,
             "gradient_clipping": config.gradient_clipping if stage else 0.0,  # see `_DeepSpeed.step`
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": config.bucket_size,
+                "allgather_bucket_size": config.bucket_size,
+            },
+            "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.communication_dtype],
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**62,
             # It would wait for the device twice in every step.
             "timers": {"throughput": {"enabled": False}},
         },
     )
-    _limit_waits(config.timeout_s)
+    _limit_waits(config.timeout_s + LATER_S)
     if not stage and alone:
         engine.enable_backward_allreduce = False  # there is nobody to reduce with: it would only copy all gradients
-    return _DeepSpeed(engine, config)
+    return _DeepSpeed(engine, config, None if alone else _watchdog(group, config.timeout_s, stacks))
 
 
 def _zero_stage(config: EngineConfig) -> int:
@@ -175,10 +194,10 @@ def _zero_stage(config: EngineConfig) -> int:
 class _DeepSpeed:
     """`Engine` over a `deepspeed.DeepSpeedEngine`."""
 
-    def __init__(self, engine: Any, config: EngineConfig):
+    def __init__(self, engine: Any, config: EngineConfig, watchdog: Watchdog | None):
         import torch
 
-        self._engine = engine
+        self._engine, self._watchdog = engine, watchdog
         self._largest_norm = config.gradient_clipping or math.inf
         self._timeout_s = config.timeout_s
         self._norms: list[torch.Tensor | float] = []
@@ -189,10 +208,15 @@ class _DeepSpeed:
         self.world_size = engine.world_size
         self.module = engine.module
         self.process_group = torch.distributed.group.WORLD if engine.world_size > 1 else None
-        self._hosts = _group_of_hosts(config.timeout_s) if self.world_size > 1 else None
+        self._hosts = _group_of_hosts(config.timeout_s + LATER_S) if self.world_size > 1 else None
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
+
+    def doing(self, what: str) -> None:
+        """Tell the other ranks that this one goes on, and with what."""
+        if self._watchdog:
+            self._watchdog.doing(what)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
@@ -254,9 +278,20 @@ class _DeepSpeed:
         distributed.all_reduce(raised, distributed.ReduceOp.MAX, group=self._hosts)
         return bool(raised)
 
-    def together(self) -> AbstractContextManager:
-        """Block in which the loss of another rank is an `EngineError`, after `timeout_s` at the latest."""
-        return _lost_ranks(self._timeout_s)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Block in which the loss of another rank is an `EngineError` that names it, or ends this process.
+
+        What ends this rank in the block is told to the others.
+        """
+        try:
+            with _lost_ranks(self._timeout_s, self._watchdog):
+                yield
+        except BaseException as error:
+            if self._watchdog:
+                alone = not isinstance(error, ToldError) and self._watchdog.claim()
+                self._watchdog.leave(" ".join(str(error).split()) or type(error).__name__ if alone else "")
+            raise
 
     def snapshot(self) -> Snapshot:
         """Copy the whole state to rank 0, which must be able to hold it in memory; every rank has to call.
@@ -401,6 +436,8 @@ class _DeepSpeed:
     def close(self) -> None:
         from deepspeed import comm
 
+        if self._watchdog:
+            self._watchdog.leave("")
         self._engine.destroy()
         comm.destroy_process_group()
 
@@ -474,8 +511,8 @@ def _gather(value: Any, world_size: int) -> list[Any]:
 
 
 @contextmanager
-def _lost_ranks(timeout_s: float) -> Iterator[None]:
-    """Turn what torch raises where another rank has died or does not answer into one line."""
+def _lost_ranks(timeout_s: float, watchdog: Watchdog | None = None) -> Iterator[None]:
+    """Turn what torch raises where another rank has died or does not answer into one line, told by one rank."""
     from torch import distributed
 
     try:
@@ -484,7 +521,10 @@ def _lost_ranks(timeout_s: float) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, distributed.DistError) and not any(word in text for word in ("gloo", "NCCL")):
             raise
-        raise EngineError(_reason(text, timeout_s)) from None
+        if watchdog is None:
+            raise EngineError(f"{_reason(text, timeout_s)}; {CURE}") from None
+        line = watchdog.blame(_reason(text, timeout_s))
+        raise (EngineError(line) if watchdog.claim() else ToldError(line)) from None
 
 
 def _reason(text: str, timeout_s: float) -> str:
@@ -492,8 +532,20 @@ def _reason(text: str, timeout_s: float) -> str:
         return f"MASTER_PORT {os.environ['MASTER_PORT']} is taken on this machine; set it to another"
     ended = "onnection" in text and "imed out" not in text
     what = "has ended" if ended else f"did not answer within engine.timeout_s, {timeout_s:g} s"
-    cure = "see what it says, then start all ranks again, with --resume latest where there is a checkpoint"
-    return f"another rank {what}; {cure}"
+    return f"another rank {what}; see what it says"
+
+
+def _watchdog(group: Group, timeout_s: float, stacks: Path | None) -> Watchdog:
+    from torch.distributed import PrefixStore, distributed_c10d
+
+    store: Any = distributed_c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    # torchrun keeps its store for the next start, too.
+    start = _gather(secrets.token_hex(8), group.world_size)[0]
+    own = PrefixStore(f"watchdog {start}", store.clone())  # with a connection of its own
+    host = socket.gethostname()
+    return Watchdog(own, group.rank, group.world_size, host=host, hung_s=timeout_s, stacks=stacks)
 
 
 def _group_of_hosts(timeout_s: float) -> Any:

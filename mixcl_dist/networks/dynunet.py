@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from monai.networks.nets import DynUNet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mixcl_dist.config import ConfigError, NetworkConfig
 
@@ -88,6 +89,8 @@ class Backbone(nn.Module):
         self.voxel_channels = config.filters[0]
         self.bottleneck_channels = config.filters[-1]
         self.level_divisor = divisor(config)
+        self.recomputes = False
+        """Whether the backward pass computes the activations of each block again, of which then none are kept."""
 
     def levels(self) -> list[list[nn.Parameter]]:
         """All parameters from the last layers to the first: the decoder's levels, the bottleneck, the encoder's."""
@@ -103,10 +106,15 @@ class Backbone(nn.Module):
         if any(edge % self.level_divisor for edge in image.shape[2:]):
             size = tuple(image.shape[2:])
             raise ValueError(f"image of {size} voxels: every edge must be a multiple of {self.level_divisor}")
-        skips = [self.input_block(image)]
+        skips = [self._run(self.input_block, image)]
         for downsample in self.downsamples:
-            skips.append(downsample(skips[-1]))
-        pyramid = [self.bottleneck(skips[-1])]
+            skips.append(self._run(downsample, skips[-1]))
+        pyramid = [self._run(self.bottleneck, skips[-1])]
         for upsample, skip in zip(self.upsamples, reversed(skips), strict=True):
-            pyramid.append(upsample(pyramid[-1], skip))
+            pyramid.append(self._run(upsample, pyramid[-1], skip))
         return pyramid
+
+    def _run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)

@@ -15,6 +15,9 @@ spread evenly have nearly −4."""
 LEAST_RANK_SHARE = 0.05
 """Effective rank as a share of the embedding's width: of 64 directions, three."""
 
+LARGEST_EXCESS = 0.2
+"""Share of a step that all other ranks wait for the slowest one, beyond what the median rank takes."""
+
 
 def alarms(step: int, figures: Mapping[str, float], config: Config, *, labels: bool) -> dict[str, str]:
     """What is wrong with the figures of one log, by a short name: a line with the cure. `labels`: the budget has some.
@@ -37,6 +40,13 @@ def alarms(step: int, figures: Mapping[str, float], config: Config, *, labels: b
             f"voxel embeddings have collapsed at step {step}: effective rank {figures['effective_rank']:.1f} of "
             f"{config.network.voxel_dim}, uniformity {figures['uniformity']:.2f}; lower optimizer.learning_rate, or "
             "raise objective.voxel_identity"
+        )
+    if figures.get("slowest_rank_excess", 0.0) > LARGEST_EXCESS:
+        data, forward = (figures[f"slowest_rank_{stage}_s"] for stage in ("data_wait", "forward"))
+        where = "wait for data" if data > forward else "forward pass"
+        found["straggler"] = (
+            f"rank {figures['slowest_rank']:.0f} takes {100 * figures['slowest_rank_excess']:.0f} % of a step longer "
+            f"than the median rank at step {step}, mostly in its {where}, and all wait for it; see its machine"
         )
     return found
 

@@ -48,8 +48,8 @@ from mixcl_dist.weights import load_weights
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
     "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "engine.accumulation_steps",
-    "engine.zero_stage", "engine.compile", "engine.timeout_s", "data.workers", "data.max_bad_fraction", "data.cache",
-    "optimizer.learning_rate",
+    "engine.activation_checkpointing", "engine.bucket_size", "engine.zero_stage", "engine.compile", "engine.timeout_s",
+    "data.workers", "data.max_bad_fraction", "data.cache", "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""
@@ -100,9 +100,10 @@ def _pretrain(
     torch.manual_seed(config.pretrain.seed)
     torch.backends.cudnn.benchmark = True  # shapes are the same in every step
     network = PretrainNetwork(config.network)
+    network.backbone.recomputes = config.engine.activation_checkpointing
     if start is not None and not (resume and checkpoint.newest(run / "checkpoints")):
         _load_start(network, config, start)
-    engine = _launch(network, config, _common(config, manifest, seen, resume))
+    engine = _launch(network, config, _common(config, manifest, seen, resume), run / "stacks")
     with engine.together():
         _check_shared(run, engine)
         stream = _stream(config, shards, run, manifest, label_cases, engine)
@@ -136,6 +137,7 @@ def _train(
     for step in _steps(first, config, engine):
         is_due = functools.partial(_is_due, step, last=step == config.pretrain.steps)
         inspected = is_due(config.pretrain.gradient_norms_every)
+        engine.doing(f"step {step}")
         for _ in range(config.engine.accumulation_steps):
             with recorder.waiting():
                 batch = next(batches)
@@ -145,7 +147,8 @@ def _train(
             rows = sample_rows(where, size, batch.label, batch.candidate_bits, config.rows, draws, group)
             if inspected and config.engine.zero_stage != 3:
                 recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
-            output = engine(views.image, rows.voxel_index)
+            with recorder.computing():
+                output = engine(views.image, rows.voxel_index)
             if inspected:
                 recorder.inspect(spread(output.voxel, rows.present))
             loss, terms = mixcl_loss(output, views, rows, config.objective, group)
@@ -381,7 +384,7 @@ def _diverged(run: Path, step: int, skipped: int, saver: Saver) -> str:
     return f"{what}; lower --optimizer.learning_rate, with --resume latest, which goes on from {newest}"
 
 
-def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any]) -> Engine:
+def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any], stacks: Path) -> Engine:
     optimizer = functools.partial(
         torch.optim.AdamW,
         lr=config.optimizer.learning_rate,
@@ -397,6 +400,7 @@ def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any]) ->
         micro_batch_size=_micro_batch_size(config, described().world_size),
         config=config.engine,
         common=common,
+        stacks=stacks,
     )
 
 

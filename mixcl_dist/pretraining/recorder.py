@@ -87,6 +87,20 @@ class Recorder:
         yield
         self._waited += time.monotonic() - start
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Count the time of the block as this rank's own work, in which it waits for no other."""
+        if self._engine.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            start = time.monotonic()
+            yield
+            self._computed += time.monotonic() - start
+
     def forget_after(self, step: int) -> None:
         if self._run:
             self._run.forget_metrics_after(step)
@@ -109,7 +123,7 @@ class Recorder:
         batch_size = self._config.pretrain.batch_size
         samples = len(self._passes) / self._config.engine.accumulation_steps * batch_size
         scalars = {name: round(mean, 6) for name, mean in means.items() if math.isfinite(mean)}
-        scalars |= self._inspection() | self._global_gradient()
+        scalars |= self._inspection() | self._global_gradient() | self._slowest_rank(seconds)
         scalars |= {
             "samples": step * batch_size,
             "learning_rate": self._engine.learning_rate(),
@@ -170,11 +184,26 @@ class Recorder:
         mean = skipped | {"gradient_norm": round(float(finite.mean()), 6)}
         return mean | ({"clipped_share": round(float((finite > largest).mean()), 4)} if largest else {})
 
+    def _slowest_rank(self, seconds: float) -> dict[str, float]:
+        """Which rank took longest for data and forward pass, where none waits for another, how long a step, and by what
+        share of a step longer than the median rank."""
+        if self._engine.world_size == 1:
+            return {}
+        computed = self._computed + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        steps = len(self._passes) / self._config.engine.accumulation_steps
+        took = self._engine.gather([self._waited / steps, computed / steps])
+        rank = max(range(len(took)), key=lambda rank: sum(took[rank]))
+        usual = float(np.median([sum(own) for own in took]))
+        excess = (sum(took[rank]) - usual) * steps / seconds
+        figures = {"data_wait_s": took[rank][0], "forward_s": took[rank][1], "excess": excess}
+        return {"slowest_rank": rank} | {f"slowest_rank_{name}": round(value, 4) for name, value in figures.items()}
+
     def _begin_interval(self) -> None:
         self._passes: list[torch.Tensor] = []
         self._norms: list[float] = []
         self._inspected: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
-        self._waited, self._interval_start = 0.0, time.monotonic()
+        self._waited, self._computed, self._interval_start = 0.0, 0.0, time.monotonic()
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def pictures(self, step: int, batch: Batch, views: Views) -> None:
         """Keep the middle slice of a few first views: clean, degraded, restored, embedding in colours, label."""

@@ -66,6 +66,7 @@ RATES = {
     "gradient_norm": "Gradient norm",
     "samples_per_s": "Samples per second",
     "data_wait_share": "Time waiting for data (%)",
+    "slowest_rank_excess": "Slowest rank beyond the median (% of a step)",
 }
 
 LONGEST_NAME = 40
@@ -73,7 +74,7 @@ LONGEST_NAME = 40
 PANEL_SIZE = (3.53, 2.35)
 SMOOTHED_FROM = 20
 """Logged steps from which on a curve is drawn thin, with its running mean."""
-PER_CENT = ("data_wait_share", "clipped_share")
+PER_CENT = ("data_wait_share", "slowest_rank_excess", "clipped_share")
 """Shares from 0 to 1 that are drawn as per cent."""
 
 

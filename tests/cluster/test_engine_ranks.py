@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import time
 
 import pytest
 import torch
@@ -109,15 +112,74 @@ def test_any_ranks_at_any_stage_go_on_with_what_any_others_saved(tmp_path):
         check_resumed(tmp_path, source, f"{ranks}-{stage}")
 
 
+EXCHANGED = """
+import functools, json, os
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from mixcl_dist.cluster.engine import EngineConfig, launch
+
+rank = int(os.environ["RANK"])
+optimizer = functools.partial(torch.optim.AdamW, lr=0.02, fused=True)
+schedule = functools.partial(LambdaLR, lr_lambda=lambda step: 1.0)
+
+
+def weights(steps=4, **settings):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 400), torch.nn.GELU(), torch.nn.Linear(400, 11))
+    engine = launch(module, optimizer, schedule, micro_batch_size=2, config=EngineConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        engine.backward(engine(torch.randn(4, 6, generator=generator)[2 * rank : 2 * rank + 2]).square().mean())
+        engine.step()
+    found = engine.snapshot().weights
+    return torch.cat([tensor.flatten().clone() for tensor in found.values()]) if rank == 0 else torch.zeros(1)
+
+
+for stage in (0, 1, 2, 3):
+    plain, first = weights(zero_stage=stage), weights(0, zero_stage=stage)
+    others = [{"bucket_size": 1024}, {"communication_dtype": "bfloat16"}]
+    apart = [float((weights(zero_stage=stage, **other) - plain).norm()) for other in others]
+    print(json.dumps(apart + [float((plain - first).norm())]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_exchanged_at_once_changes_nothing_and_its_dtype_little(tmp_path):
+    """By rounding sums to bfloat16, which keeps three digits, weights come to be 3 % of all they change apart."""
+    program = tmp_path / "program.py"
+    program.write_text(EXCHANGED)
+    (code, output, errors), (other, *_) = finish(start([program], 2))
+    assert (code, other) == (0, 0), errors
+    found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    assert len(found) == 4
+    for bucket, dtype, change in found:
+        assert bucket == 0 and 0 < dtype < 0.03 * change, found
+
+
 APART = """
-import functools, os, sys, time
+import functools, os, signal, sys, time
+from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from mixcl_dist.cluster.engine import EngineConfig, EngineError, launch
+from mixcl_dist.cluster.group import ToldError
 
-rank, what = int(os.environ["RANK"]), sys.argv[1]
+rank, what, stacks = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
 if what == "missing" and rank == 1:
     sys.exit(3)
+
+
+def fail():
+    time.sleep(2)  # so that the others have heard of this step
+    if what == "dead":
+        os._exit(3)
+    if what == "raises":
+        raise EngineError("of its own")
+    if what == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
 common = {"rate": 1 + (rank if what == "settings" else 0), "code": "a"}
 try:
     engine = launch(
@@ -125,44 +187,79 @@ try:
         functools.partial(torch.optim.AdamW, lr=0.02),
         functools.partial(LambdaLR, lr_lambda=lambda step: 1.0),
         micro_batch_size=2,
-        config=EngineConfig(zero_stage=1, timeout_s=5),
+        config=EngineConfig(zero_stage=1, timeout_s=60 if what == "frozen" else 5),
         common=common,
+        stacks=stacks,
     )
     print("flags", engine.any(rank == 1), engine.any(False), engine.gather({"rank": rank}), flush=True)
     with engine.together():
         for step in range(1000):
-            if step == 3 and rank == 1 and what != "settings":
-                print("last", flush=True)
-                os._exit(3) if what == "dead" else time.sleep(600)
+            engine.doing(f"step {step}")
+            if step == 3 and rank == 1:
+                fail()
             engine.backward(engine(torch.ones(2, 6)).square().mean())
             engine.step()
 except EngineError as error:
-    print(error, file=sys.stderr)
+    print(f"mixcl: {error}", file=sys.stderr)
+    os._exit(2)
+except ToldError:
     os._exit(2)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("settings", "ranks 0 and 1 differ in rate (1 and 2); start all ranks with the same command"),
-        ("missing", "another rank did not answer within engine.timeout_s, 5 s"),
-        ("dead", "another rank has ended; see what it says, then start all ranks again"),
-        ("hung", "another rank did not answer within engine.timeout_s, 5 s"),
-    ],
-)
-def test_a_rank_that_is_missing_or_different_ends_the_others_with_one_line(tmp_path, what, said):
+def told(tmp_path, what, ranks):
+    """Exit codes, the lines that were said for people, and the output of rank 0."""
     program = tmp_path / "program.py"
     program.write_text(APART)
-    processes = start([program, what], 2)
+    processes = start([program, what, tmp_path / "stacks"], ranks)
     try:
-        output, errors = processes[0].communicate(timeout=120)
+        others = [process.communicate(timeout=120) for rank, process in enumerate(processes) if rank != 1]
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert processes[0].returncode == 2, errors
-    assert said in errors.strip().splitlines()[-1], errors
+        if what == "frozen":
+            processes[1].kill()
+        failed = processes[1].communicate(timeout=60)
+    said = [error for _, error in [*others, failed]]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("mixcl:")]
+    return [process.returncode for process in processes], lines, others[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "ranks", "codes", "said"),
+    [
+        ("settings", 2, [2, 2], r"ranks 0 and 1 differ in rate \(1 and 2\); start all ranks with the same command"),
+        (
+            "missing",
+            2,
+            [2, 3],
+            r"another rank did not answer within engine.timeout_s, 5 s; see what it says; start all",
+        ),
+        (
+            "dead",
+            3,
+            [2, 3, 2],
+            r"rank 1 on \S+ has ended or cannot be reached, in step 3; see .* start all ranks again",
+        ),
+        (
+            "hung",
+            3,
+            [2, 2, 2],
+            r"rank 1 on \S+ has hung for \d+ s .* in step 3, at program.py:\d+ in fail; the stacks ",
+        ),
+        ("frozen", 2, [2, -9], r"rank 1 on \S+ has ended or cannot be reached, in step 3; see what it or its machine"),
+        ("raises", 2, [2, 2], r"of its own"),
+    ],
+)
+def test_a_rank_that_is_missing_or_different_ends_all_with_one_line(tmp_path, what, ranks, codes, said):
+    """Dead, hung in its main thread alone, frozen whole as a machine that is cut off, or ended by what it met alone."""
+    began = time.monotonic()
+    ended, lines, output = told(tmp_path, what, ranks)
+    assert ended == codes, lines
+    assert len(lines) == 1 and re.match(f"mixcl: {said}", lines[0]), lines
+    assert time.monotonic() - began < 60, "30 s from the fault on, and the start"
     if what in ("dead", "hung"):
-        assert "flags True False [{'rank': 0}, {'rank': 1}]" in output
+        flags = [{"rank": rank} for rank in range(ranks)]
+        assert f"flags True False {flags}" in output
+    if what == "hung":
+        stacks = [(tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in range(ranks)]
+        assert "in fail" in stacks[1] and all("distributed" in stacks[rank] for rank in (0, 2))

@@ -43,3 +43,10 @@ def test_collapse_is_told_once_the_warm_up_is_over(collapsed):
 def test_rows_that_nothing_trains_are_not_called_collapsed():
     settings = {"objective.voxel_identity": 0, "objective.voxel_label": 0}
     assert warned(uniformity=0.0, settings=settings) == []
+
+
+def test_a_rank_that_all_others_wait_for_is_named_with_its_stage():
+    slow = {"slowest_rank": 3, "slowest_rank_data_wait_s": 0.9, "slowest_rank_forward_s": 0.2}
+    assert warned(**slow, slowest_rank_excess=0.1) == []
+    (text,) = alarms(LATE, GOOD | slow | {"slowest_rank_excess": 0.41}, Config(), labels=True).values()
+    assert text.startswith("rank 3 takes 41 % of a step longer") and "mostly in its wait for data" in text

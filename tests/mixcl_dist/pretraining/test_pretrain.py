@@ -92,6 +92,16 @@ def test_measuring_gradients_changes_no_bit_of_the_weights(shards, small_config,
         torch.testing.assert_close(runs[1][name], weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activations_that_are_computed_again_change_no_bit_of_the_weights(shards, small_config, tmp_path, stage):
+    runs = []
+    for again in (False, True):
+        settings = {"pretrain.steps": 3, "engine.zero_stage": stage, "engine.activation_checkpointing": again}
+        pretrain(replace(small_config, settings), shards=shards, run=tmp_path / str(again))
+        runs.append(load_file(tmp_path / str(again) / "network.safetensors"))
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
 def test_scattered_parameters_have_no_gradient_of_single_terms_which_is_said_once(
     shards, small_config, tmp_path, capsys
 ):

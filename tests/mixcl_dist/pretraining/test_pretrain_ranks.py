@@ -154,7 +154,7 @@ def test_a_killed_rank_ends_the_other_within_its_time_out(shards, tmp_path):
     killed = time.monotonic()
     codes, said = finish(processes)
     assert codes == [2, -signal.SIGKILL] and time.monotonic() - killed < 60, said
-    assert "another rank has ended" in last_lines(said[:1])[0]
+    assert "mixcl: rank 1 on " in last_lines(said[:1])[0] and "has ended" in last_lines(said[:1])[0]
 
 
 def test_bad_samples_are_counted_over_all_ranks(shards, tmp_path):

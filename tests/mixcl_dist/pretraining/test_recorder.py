@@ -153,3 +153,15 @@ def test_pictures_are_kept_from_any_device(dtype, kept):
     array = _compact(torch.tensor([0, 1, 1]).to(dtype).as_subclass(OnGpu))
     assert array.dtype == kept
     np.testing.assert_array_equal(array, [0, 1, 1])
+
+
+def test_the_slowest_rank_is_logged_with_what_it_took(recorder, tmp_path):
+    """Of three, the second waits for its data; the others are alike."""
+    recorder._engine.world_size = 3
+    recorder._engine.gather = lambda own: [[0.0, 1.0], [0.5, 1.0], own]
+    with recorder.waiting(), recorder.computing():
+        add(recorder, 1.0, 1.0, 1)
+    recorder.log(1)
+    (entry,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (entry["slowest_rank"], entry["slowest_rank_data_wait_s"], entry["slowest_rank_forward_s"]) == (1, 0.5, 1.0)
+    assert entry["slowest_rank_excess"] > 0
