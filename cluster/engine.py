@@ -59,7 +59,8 @@ class EngineConfig:
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """What gradients are added up in between ranks; bfloat16 halves what crosses the network, and rounds."""
     bucket_size: Annotated[int, Field(ge=1024, le=10**10, strict=True)] = 500_000_000
-    """Weights whose gradients ranks exchange at once, at ZeRO stage 1 and above: fewer need less memory."""
+    """Largest number of weights whose gradients ranks exchange at once, at ZeRO stage 1 and above; fewer need less
+    memory."""
     compile: bool = False
     """Let `torch.compile` make the network's kernels, which takes minutes once."""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600.0

@@ -145,7 +145,7 @@ for stage in (0, 1, 2, 3):
 
 @pytest.mark.slow
 def test_what_is_exchanged_at_once_changes_nothing_and_its_dtype_little(tmp_path):
-    """By rounding sums to bfloat16, which keeps three digits, weights come to be 3 % of all they change apart."""
+    """Sums rounded to bfloat16, which keeps three digits, move weights by less than 3 % of what they change."""
     program = tmp_path / "program.py"
     program.write_text(EXCHANGED)
     (code, output, errors), (other, *_) = finish(start([program], 2))
