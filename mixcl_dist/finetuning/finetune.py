@@ -21,8 +21,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mixcl_dist.config import Config, FinetuneConfig
 from mixcl_dist.data_shards.catalogue import IGNORED
-from mixcl_dist.data_shards.sources import Case, read_case
-from mixcl_dist.data_shards.volume import Volume, resample
+from mixcl_dist.data_shards.sources import Case
+from mixcl_dist.data_shards.volume import Volume
+from mixcl_dist.finetuning.cases import Cases
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.finetuning.interrupted import UNFINISHED, Learning
 from mixcl_dist.finetuning.marginal import marginal_loss
@@ -74,6 +75,7 @@ def finetune(
     final: bool = False,
     resume: bool = False,
     report: Report = lambda step, dice: None,
+    cache: Path | None = None,
 ) -> DiceRecord:
     """Train a segmentation network on the budgeted cases of `data`, and score it.
 
@@ -87,15 +89,25 @@ def finetune(
     others there was nothing to learn. All arms of a table's cell share the budget, and so the classes.
     Everything is left in the folder `run`; returns its `dice.json`, which is written last and so marks a finished
     trial. With `resume` it can be gone on with from each point of the curve: called again, it does so, and comes to the
-    same result on a CPU. `report` hears of every point, of those before an interruption again.
+    same result on a CPU. `report` hears of every point, of those before an interruption again. `cache` is a folder in
+    which trials keep what they have read for each other.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure.
     """
     with held(run, "--run"):
-        return _finetune(config, data=data, start=start, run=run, final=final, resume=resume, report=report)
+        how: dict[str, Any] = {"final": final, "resume": resume, "report": report, "cache": cache}
+        return _finetune(config, data=data, start=start, run=run, **how)
 
 
 def _finetune(
-    config: Config, *, data: Path, start: Path | None, run: Path, final: bool, resume: bool, report: Report
+    config: Config,
+    *,
+    data: Path,
+    start: Path | None,
+    run: Path,
+    final: bool,
+    resume: bool,
+    report: Report,
+    cache: Path | None,
 ) -> DiceRecord:
     if (run / DiceRecord.FILE).exists():
         raise RunError(f"{run}: holds a finished trial; give another --run")
@@ -112,7 +124,8 @@ def _finetune(
         start_saw = check_start(start, task, label_cases, known)
         seen = seen.merged(Seen.load(start))
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
-    volumes, unshown = _training_volumes(config, task, label_cases)
+    reading = Cases(task, cache)
+    volumes, unshown = _training_volumes(config, task, reading, label_cases)
     if unshown:
         print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)
     torch.manual_seed(config.budget.seed)
@@ -143,10 +156,10 @@ def _finetune(
     if alike:
         record.warn("split", alike)
     network.to(device)
-    watch = _watch(config, task, unshown, run, device)
+    watch = _watch(config, task, reading, unshown, run, device)
     network = _train(network, config, volumes, record, watch, device, resume=resume, report=report)
     _save(network, config, task, run)
-    scores, surfaces, overlays = _score(network, config, task, cases, device)
+    scores, surfaces, overlays = _score(network, config, task, reading, cases, device)
     dice = DiceRecord(
         classes=scores.classes,
         cases=scores.cases,
@@ -169,18 +182,16 @@ def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:
     return Seen(tuple(scans), tuple(labels[scan.name] for scan in scans))
 
 
-def _training_volumes(config: Config, task: Task, label_cases: Sequence[str]) -> tuple[list[LabelledVolume], list[str]]:
+def _training_volumes(
+    config: Config, task: Task, reading: Cases, label_cases: Sequence[str]
+) -> tuple[list[LabelledVolume], list[str]]:
     """The labelled cases as they are trained on, and the classes that none of them shows before it is resampled."""
     chosen = {case.name: case for case in task.cases}
     volumes, shown = [], np.zeros(IGNORED + 1, dtype=bool)
     for name in progress(label_cases, total=len(label_cases), desc="read", unit="case"):
-        case = chosen[name]
-        volume = read_case(case, task.catalogue)
-        assert volume.label is not None, "a budget is made of labelled cases"
-        shown[np.unique(task.target(case, volume.label))] = True
-        seen = volume if config.finetune.spacing_mm is None else resample(volume, config.finetune.spacing_mm)
-        assert seen.label is not None, "resampling keeps the label"
-        volumes.append(LabelledVolume(seen.hu, task.target(case, seen.label), task.known(case)))
+        volume, shows = reading.training(chosen[name], config.finetune.spacing_mm)
+        volumes.append(volume)
+        shown |= shows
     return volumes, [name for k, name in enumerate(task.classes, start=1) if not shown[k]]
 
 
@@ -244,11 +255,13 @@ def _take_up(record: Run, step: int, report: Report) -> None:
         report(point.step, point.mean)
 
 
-def _watch(config: Config, task: Task, unshown: Collection[str], run: Path, device: torch.device) -> Watch:
+def _watch(
+    config: Config, task: Task, reading: Cases, unshown: Collection[str], run: Path, device: torch.device
+) -> Watch:
     """A function that appends a point to the curve of Dice over steps, `curve.jsonl`, by the first development scans;
     without any it does nothing."""
     shown = task.development[: config.finetune.curve_scans]
-    scans = [(case, read_case(case, task.catalogue)) for case in shown]
+    scans = [(case, reading.volume(case)) for case in shown]
 
     def watch(step: int, seconds: float, network: SegmentationNetwork) -> float | None:
         scores = {}
@@ -323,12 +336,17 @@ def _save(network: SegmentationNetwork, config: Config, task: Task, run: Path) -
 
 
 def _score(
-    network: SegmentationNetwork, config: Config, task: Task, cases: Sequence[Case], device: torch.device
+    network: SegmentationNetwork,
+    config: Config,
+    task: Task,
+    reading: Cases,
+    cases: Sequence[Case],
+    device: torch.device,
 ) -> tuple[Scores, dict[str, Any], Overlays]:
     """Dice and surface scores of every one of `cases`, each in its own voxels, and slices for the report."""
     scores, surfaces, overlays = {}, {}, Overlays()
     for case in progress(cases, total=len(cases), desc="score", unit="case"):
-        volume = read_case(case, task.catalogue)
+        volume = reading.volume(case)
         prediction, truth, scores[case.name] = _segmented(network, config, task, case, volume, device)
         surfaces[case.name] = surfaces_per_class(
             prediction,

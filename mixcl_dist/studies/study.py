@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from mixcl_dist.studies.ledger import Ledger, digest_of, read
 from mixcl_dist.studies.rows import LEDGER, fold
 from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, points
 from mixcl_dist.studies.statistics import Interval, is_decided, t_sequence
-from mixcl_dist.studies.trial import result_of, run_trial, settings_of
+from mixcl_dist.studies.trial import CACHE, result_of, run_trial, settings_of
 
 FINAL = ("done", "stopped", "barred")
 """Of trials that are not run again."""
@@ -75,6 +76,8 @@ def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Pat
             )
     finally:
         table.save()
+    if table.record.finished:
+        shutil.rmtree(study / CACHE, ignore_errors=True)
     return table.record
 
 

@@ -35,7 +35,10 @@ NETWORK = ("networks/*.py", "intensity.py", "constants.py", "precision.py", "wei
 LEARNING = (*NETWORK, "schedule.py", "budget.py")
 SEGMENTING = (
     *LEARNING,
-    *(f"finetuning/{name}.py" for name in ("finetune", "task", "start", "crops", "interrupted", "marginal", "scoring")),
+    *(
+        f"finetuning/{name}.py"
+        for name in ("finetune", "task", "start", "cases", "crops", "interrupted", "marginal", "scoring")
+    ),
     *("data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),
 )
 READING = (
