@@ -51,7 +51,7 @@ def add_training(verbs: Any) -> None:
 
     example = "mixcl tune --data ct/dataset.json --from runs/pretrained --study runs/study"
     add = add_verb(verbs, "tune", _tune, "run the table of few-label trials under Ray Tune", example)
-    add("--data", type=Path, required=True, metavar="SOURCE", help=data)
+    add("--data", type=Path, metavar="SOURCE", help=data)
     starts = "pre-training runs; a trial uses the one that read most labels within the trial's budget"
     add(
         "--from",
@@ -59,11 +59,11 @@ def add_training(verbs: Any) -> None:
         type=start_of,
         nargs="+",
         action="extend",
-        required=True,
         metavar="RUN|none",
         help=starts,
     )
-    add("--study", type=Path, required=True, metavar="STUDY", help="folder of this study; going on where it stopped")
+    add("--study", type=Path, metavar="STUDY", help="folder of this study; going on where it stopped")
+    add("--watch", type=Path, metavar="STUDY", help="show how that study stands while it runs; nothing else is needed")
 
     example = "mixcl table --data openkbp/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
     add = add_verb(verbs, "table", _table, "pre-train and fine-tune for the few-label table, resumably", example)
@@ -142,7 +142,14 @@ def _tune(options: argparse.Namespace) -> int:
     from mixcl_dist.finetuning.start import like
     from mixcl_dist.report import study_table
     from mixcl_dist.studies.study import run_study
+    from mixcl_dist.studies.watching import watch
 
+    if options.watch:
+        watch(options.watch)
+        return 0
+    for name, value in (("--data", options.data), ("--from", options.start), ("--study", options.study)):
+        if value is None:
+            options.parser.error(f"{name} is missing; give --data, --from and --study, or --watch alone")
     config = config_of(options)
     starts = [start for start in options.start if start is not None]
     if starts:

@@ -19,6 +19,7 @@ from mixcl_dist.pretraining.alarms import LARGEST_UNIFORMITY, LEAST_ANCHORS, LEA
 from mixcl_dist.pretraining.summary import above_floor
 from mixcl_dist.report.folders import TableTrial
 from mixcl_dist.report.results import MEAN, SCRATCH, Cell, Comparison, StudyResults, percent
+from mixcl_dist.report.searched import SearchResults, position
 from mixcl_dist.report.table import Pair
 from mixcl_dist.studies.statistics import Difference
 
@@ -184,6 +185,56 @@ def class_dumbbells(results: StudyResults, fraction: float, start: str) -> Marku
 
     size = (5.2, 0.9 + 0.3 * max(len(rows), 2))
     return _figure(f"class-{fraction}-{start}", size, draw, f"Dice by class at {percent(fraction)} of the labels")
+
+
+def parallel_coordinates(search: SearchResults) -> Markup | None:
+    """A line for each trial through its settings to its Dice, the better the darker; trials without a setting (its
+    condition did not hold) have no line there."""
+    judged = sorted(search.judged, key=lambda one: one.dice)
+    if len(judged) < 2:
+        return None
+    low, high = judged[0].dice, judged[-1].dice
+
+    def draw(axes: Axes) -> None:
+        lines = np.full((len(judged), len(search.keys) + 1), np.nan)
+        for column, key in enumerate(search.keys):
+            there = [number for number, one in enumerate(judged) if key in one.params]
+            if there:
+                at, marks = position([judged[number].params[key] for number in there])
+                lines[there, column] = at
+                for height, text in marks:
+                    axes.annotate(_shown(text), (column, height), (4, 4), textcoords="offset points", fontsize=7)
+        lines[:, -1] = [(one.dice - low) / (high - low or 1) for one in judged]
+        for height, dice in ((0, low), (1, high)):
+            axes.annotate(
+                f"{100 * dice:.1f}", (len(search.keys), height), (4, 4), textcoords="offset points", fontsize=8
+            )
+        for line in lines:
+            axes.plot(line, color=ARM_COLOURS[1], linewidth=1.2, alpha=0.12 + 0.78 * line[-1])
+        names = [_shown(key.partition(".")[2].replace("_", " ")) for key in search.keys]
+        axes.set_xticks(range(len(names) + 1), [*names, "Dice (%)"], rotation=15, ha="right")
+        axes.set_yticks([])
+        axes.set_ylim(-0.06, 1.12)
+        axes.set_xlim(-0.15, len(names) + 0.35)
+        axes.grid(axis="y", visible=False)
+
+    return _figure("searched", (6.2, 3.7), draw, "Settings and Dice of every trial")
+
+
+def setting_shares(search: SearchResults) -> Markup | None:
+    """How much of the variance of Dice goes with each setting alone."""
+    if not search.shares:
+        return None
+    shares = sorted(search.shares.items(), key=lambda item: item[1])
+
+    def draw(axes: Axes) -> None:
+        axes.barh(range(len(shares)), [100 * share for _, share in shares], color=ARM_COLOURS[1], height=0.6)
+        axes.set_yticks(range(len(shares)), [_shown(key.partition(".")[2].replace("_", " ")) for key, _ in shares])
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("Share of the variance of Dice (%)")
+        axes.grid(axis="y", visible=False)
+
+    return _figure("shares", (4.2, 1.1 + 0.35 * len(shares)), draw, "Share of the variance of Dice by setting")
 
 
 def table_differences(pairs: Sequence[Pair], colours: dict[str, str], name: str) -> Markup | None:

@@ -33,8 +33,9 @@ from mixcl_dist.records import (
 )
 from mixcl_dist.run import CONFIG, read_config
 from mixcl_dist.studies import ledger
-from mixcl_dist.studies.rows import LEDGER, current_rows
+from mixcl_dist.studies.rows import LEDGER
 from mixcl_dist.studies.table.plan import check
+from mixcl_dist.studies.watching import Standing, standing
 
 Arrays = Mapping[str, np.ndarray]
 RUN_FILES = (
@@ -87,6 +88,7 @@ class StudyFolder:
     facts: dict[str, Any]
     trials: list[Trial]
     starts: list[Start]
+    standing: Standing
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _config(path: Path) -> str:
 def open_study(path: Path) -> StudyFolder:
     record = StudyRecord.read(own(path, StudyRecord.FILE))
     own(path, LEDGER)
-    rows = current_rows(path, record)
+    now = standing(path)
     places = [str(path.resolve()), record.data]
     places += [start.path for start in record.starts if isinstance(start, StartRecord)]
     trials = [
@@ -220,14 +222,14 @@ def open_study(path: Path) -> StudyFolder:
             told(row) | {"status": row.status, "error": row.error and _without(row.error, *places)},
             _run_of_trial(path, row),
         )
-        for row in rows
+        for row in now.rows
     ]
     starts = [
         Start(start.name, start.path, _start_if_there(path, start.path, trials))
         for start in record.starts
         if start != "scratch"
     ]
-    return StudyFolder(path, told(record) | {"data": bare(record.data)}, trials, starts)
+    return StudyFolder(path, told(record) | {"data": bare(record.data)}, trials, starts, now)
 
 
 def _run_of_trial(study: Path, row: TrialRecord) -> RunFolder | None:

@@ -17,6 +17,7 @@ from mixcl_dist.report import figures, slices
 from mixcl_dist.report.folders import Arrays, PredictionFolder, RunFolder, StudyFolder, TableFolder, Trial
 from mixcl_dist.report.prediction import class_rows, scan_rows
 from mixcl_dist.report.results import MEAN, SCRATCH, StudyResults, headline, number_range, percent, points
+from mixcl_dist.report.searched import search_results
 from mixcl_dist.report.table import AT_ZERO, TableResults
 
 MAX_OVERLAY_CASES = 3
@@ -46,6 +47,7 @@ class Legend:
 
 def study_page(study: StudyFolder, results: StudyResults) -> str:
     sections = [pretraining_section(start.run, start.name) for start in study.starts if start.run]
+    search = search_results(study)
     overlays, legend, setting = compared_overlays(study, results)
     shown, shown_legend, shown_setting = compared_overlays(study, results, most_labels=True)
     return _render(
@@ -56,7 +58,7 @@ def study_page(study: StudyFolder, results: StudyResults) -> str:
         title=study.facts.get("name", study.path.name),
         facts=study.facts,
         results=results,
-        headline=headline(results),
+        headline=headline(results) if len(results.starts) > 1 or not search else [_best_of(study)],
         colours=figures.arm_colours(results.starts),
         dice_figure=figures.dice_by_fraction(results) if any(cell.values for cell in results.cells) else None,
         paired_figure=_paired_figure(results),
@@ -66,7 +68,10 @@ def study_page(study: StudyFolder, results: StudyResults) -> str:
         overlay_setting=setting,
         pretraining=sections,
         trials=study.trials,
-        counts=_trial_counts(study.trials),
+        counts=study.standing.counts,
+        standing=study.standing,
+        search=search,
+        search_figures=[figures.parallel_coordinates(search), figures.setting_shares(search)] if search else [],
         provenance=_study_provenance(study),
     )
 
@@ -319,12 +324,13 @@ def _summarise_losses(metrics: list[dict[str, float]], chance: dict[str, float])
     return sentences
 
 
-def _trial_counts(trials: list[Trial]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for trial in trials:
-        status = trial.row.get("status", "pending")
-        counts[status] = counts.get(status, 0) + 1
-    return counts
+def _best_of(study: StudyFolder) -> str:
+    """What a search of one arm has come to so far."""
+    best = study.standing.best
+    if not best:
+        return "No trial has finished yet."
+    where = f"{len(best)} finished {'trial' if len(best) == 1 else 'trials'} of {study.standing.planned}"
+    return f"The best of {where} has a Dice of {_dice(best[0].mean)} % on development scans: {best[0].id}."
 
 
 def _study_provenance(study: StudyFolder) -> list[tuple[str, RunFolder]]:
@@ -365,6 +371,7 @@ def _render(template: str, **context: Any) -> str:
         "duration": _duration,
         "time": _time,
         "dice": _dice,
+        "setting": lambda value: f"{value:.4g}" if isinstance(value, float) else str(value),
         "p": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "billions": lambda number: f"{number / 1e9:.2f}" if number else "0",
         "plain": lambda name: "mean of classes" if name == MEAN else str(name).replace("_", " "),

@@ -7,13 +7,19 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Required
+from typing import Annotated, Any, Literal, Required
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 from typing_extensions import TypedDict
 
 from mixcl_dist.records import Count, Dice, Length, TrialRecord, finite, read_lines, told
+
+
+def _as_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
 
 
 class LedgerRecord(TypedDict, total=False):
@@ -32,6 +38,8 @@ class LedgerRecord(TypedDict, total=False):
     knn: Dice
     machine: dict[str, str | int | float | None]
     card: str
+    date: Annotated[str, AfterValidator(_as_time)]
+    """UTC, ISO 8601."""
     trial: TrialRecord
     """Of a study, its row."""
     step: Count

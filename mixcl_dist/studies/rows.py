@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 
-from mixcl_dist.records import StudyRecord, TrialRecord
+from mixcl_dist.records import TrialRecord
 from mixcl_dist.studies import ledger
 
 LEDGER = "ledger.jsonl"
-
-
-def current_rows(study: Path, record: StudyRecord) -> tuple[TrialRecord, ...]:
-    """Those of `study.json`, then those that were proposed on the way; raises `RunError`."""
-    return tuple(fold(record.trials, ledger.read(study / LEDGER)).values())
 
 
 def fold(rows: Iterable[TrialRecord], lines: Iterable[ledger.LedgerRecord]) -> dict[str, TrialRecord]:

@@ -250,7 +250,7 @@ class StudyTable:
 
     def _write(self, row: TrialRecord, status: str) -> None:
         whole = dataclasses.replace(row, reports=())  # which have lines of their own
-        self.ledger.add(row.id, self._digest(row.id), status, trial=whole)
+        self.ledger.add(row.id, self._digest(row.id), status, trial=whole, date=now())
 
     def _tell_search(self, row: TrialRecord) -> None:
         if self._search:
