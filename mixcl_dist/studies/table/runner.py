@@ -37,7 +37,10 @@ SEGMENTING = (
     *LEARNING,
     *(
         f"finetuning/{name}.py"
-        for name in ("finetune", "task", "start", "cases", "crops", "interrupted", "marginal", "scoring")
+        for name in (
+            *("__init__", "finetune", "task", "start", "cases"),
+            *("crops", "interrupted", "marginal", "scoring", "sliding"),
+        )
     ),
     *("data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),
 )
