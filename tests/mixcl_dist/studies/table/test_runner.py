@@ -324,6 +324,7 @@ def test_shards_that_hold_a_held_out_scan_under_another_name_are_refused_before(
     assert not (tmp_path / "table" / "plan.json").exists() and not (tmp_path / "order").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_table_leaves_no_process_and_goes_on(go, small_table, stub, cohort, shards, tmp_path):
     """SIGKILL in the middle of the second item: the first is not run again, the second is."""
     body = """
