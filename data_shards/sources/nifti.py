@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,8 @@ UNREADABLE = (
     OSError,
     EOFError,
     ValueError,
+    ArithmeticError,  # of sizes and places that no file has
+    MemoryError,
     zlib.error,
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -47,7 +50,11 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     files = nifti_files(path)
     try:
-        image = _parse(*(_unpacked(file.read_bytes()) for file in files))
+        contents = [_unpacked(file.read_bytes()) for file in files]
+        image = _parse(*contents)
+        stated = math.prod(map(int, image.shape)) * image.get_data_dtype().itemsize
+        if stated > len(contents[-1]):  # before memory is taken for it
+            raise ValueError(f"{stated} bytes of voxels are stated, of which at most {len(contents[-1])} are there")
         voxels, affine, header = np.asanyarray(image.dataobj), image.affine, image.header
     except UNREADABLE as error:
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
