@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes with a thread each; the tests of a file stay together, as they share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow check wheel install clean gpu-pack gpu-emulate
+.PHONY: demo test test-slow test-study check wheel install clean gpu-pack gpu-emulate
 
 demo: install
 	$(BIN)/mixcl demo --out runs/demo
@@ -15,6 +15,10 @@ test: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# 200 trials on two machines, of which drivers, raylets and one machine are killed: minutes, as root.
+test-study: install
+	MIXCL_STUDY_TRIALS=200 $(BIN)/pytest -s tests/mixcl_dist/studies/test_study_cluster.py
 
 check: install
 	$(BIN)/ruff check .

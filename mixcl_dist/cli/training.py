@@ -63,6 +63,8 @@ def add_training(verbs: Any) -> None:
         help=starts,
     )
     add("--study", type=Path, metavar="STUDY", help="folder of this study; going on where it stopped")
+    shards = "with --from none: pre-train on these shards in the study, so that settings of it may be searched"
+    add("--shards", type=Path, metavar="SHARDS", help=shards)
     add("--watch", type=Path, metavar="STUDY", help="show how that study stands while it runs; nothing else is needed")
 
     example = "mixcl table --data openkbp/dataset.json --shards shards --out runs/table --recipe few_label --workers 2"
@@ -157,7 +159,7 @@ def _tune(options: argparse.Namespace) -> int:
     refuse_lost(
         options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
     )
-    study = run_study(config, data=options.data, starts=starts, study=options.study)
+    study = run_study(config, data=options.data, starts=starts, study=options.study, shards=options.shards)
     failed = [trial.id for trial in study.trials if trial.status != "done"]
     if failed:
         print(f"mixcl: trials not done: {', '.join(failed)}; the same command tries them again", file=sys.stderr)

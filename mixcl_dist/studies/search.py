@@ -12,11 +12,18 @@ from mixcl_dist.networks.dynunet import check_size
 SEED = 0
 RANGES, SETS = ("uniform", "loguniform", "randint"), ("grid", "choice")
 WHEN = "when"
+READ = ("finetune.", "network.")
+"""Settings that a trial reads."""
+SEARCHED = ("pretrain.", "objective.", "optimizer.", "views.", "rows.")
+"""Settings that pre-training alone reads."""
 Space = Mapping[str, Mapping[str, Any]]
 
 
-def check_search(config: Config) -> None:
-    """Raise `ConfigError` for a search that cannot be run as it is asked for, by the settings alone."""
+def check_search(config: Config, pretrained_too: bool = False) -> None:
+    """Raise `ConfigError` for a search that cannot be run as it is asked for, by the settings alone.
+
+    With `pretrained_too`, settings of pre-training may be searched.
+    """
     study = config.study
     cells = len(study.fractions) * len(study.seeds)
     if study.search and not config.budget.development:
@@ -37,7 +44,12 @@ def check_search(config: Config) -> None:
     if study.smallest_difference is not None and study.search:
         raise ConfigError("study.smallest_difference: compares arms, not draws; leave it or study.search out")
     for key, description in study.search.items():
-        _check_values(config, key, description)
+        _check_values(config, key, description, READ if not pretrained_too else (*READ, *SEARCHED))
+    if study.method == "tpe" and any(key.startswith(SEARCHED) for key in study.search):
+        raise ConfigError(
+            "study.method tpe: pre-trainings are run before the first trial, so their points are known then; search "
+            "them at random or on a grid"
+        )
 
 
 def _adaptive(config: Config) -> dict[str, str]:
@@ -63,7 +75,7 @@ def _check_stopping(config: Config) -> None:
             raise ConfigError(f"study.search: trials of other {key} cannot be compared on their way; leave it out")
 
 
-def _check_values(config: Config, key: str, description: Mapping[str, Any]) -> None:
+def _check_values(config: Config, key: str, description: Mapping[str, Any], read: tuple[str, ...]) -> None:
     """Raise `ConfigError` for a range or set with a value that the setting may not have."""
     where = f"study.search.{key}"
     kinds = [kind for kind in description if kind != WHEN]
@@ -78,7 +90,7 @@ def _check_values(config: Config, key: str, description: Mapping[str, Any]) -> N
     if WHEN in description:
         _check_condition(where, key, description[WHEN], config.study.search)
     for value in values:
-        _check_setting(config, key, value)
+        _check_setting(config, key, value, read)
 
 
 def _checked_range(where: str, kind: str, values: Any) -> tuple[Any, ...]:
@@ -109,13 +121,15 @@ def _check_condition(where: str, key: str, condition: Any, search: Space) -> Non
         raise ConfigError(f"{where}: {other} never is {value!r}; its values: {values or 'a range'}")
 
 
-def _check_setting(config: Config, key: str, value: Any) -> None:
+def _check_setting(config: Config, key: str, value: Any, read: tuple[str, ...]) -> None:
     """Raise `ConfigError` for what a trial would refuse, or would not read."""
     try:
         settings = replace(config, {key: value})
     except ConfigError as error:
         raise ConfigError(f"study.search: {error}") from None
-    if not key.startswith(("finetune.", "network.")):
+    if key.startswith(SEARCHED) and read == READ:
+        raise ConfigError(f"study.search: a trial does not read {key}; it is pre-training's, for which give --shards")
+    if not key.startswith(read):
         raise ConfigError(f"study.search: a trial does not read {key}; search settings of finetune")
     check_size("finetune.patch_size", settings.network, settings.finetune.patch_size)
 

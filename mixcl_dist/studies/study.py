@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mixcl_dist.cluster.trials import Outcome, run_trials
-from mixcl_dist.config import Config, ConfigError, differences, from_dict, to_dict
+from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
+from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.dynunet import check_size
@@ -22,21 +23,27 @@ from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, RunRecord, 
 from mixcl_dist.run import held, machine, now, read_config
 from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of, read
+from mixcl_dist.studies.pipeline import Pretrainings, finetuning_part, run_pretraining
 from mixcl_dist.studies.rows import LEDGER, fold
 from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, points
 from mixcl_dist.studies.statistics import Interval, is_decided, t_sequence
+from mixcl_dist.studies.table.runner import refuse_held_out
 from mixcl_dist.studies.trial import CACHE, result_of, run_trial, settings_of
 
 FINAL = ("done", "stopped", "barred")
 """Of trials that are not run again."""
 
 
-def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path) -> StudyRecord:
+def run_study(
+    config: Config, *, data: Path, starts: Sequence[Path], study: Path, shards: Path | None = None
+) -> StudyRecord:
     """Run all trials of the table that are not done yet, and return what `study.json` holds.
 
     `starts` are pre-training runs that together make the arm "pretrained": each trial begins with the one
     that knows most of its own labelled cases and no others. Arm "scratch" has the same recipe and network.
     Trials are scored on development cases where the budget keeps some back, as the best of a search is a choice.
+    With `shards` and no starts, the study pre-trains on those itself, once for all trials that share settings and
+    labels, before the first trial; then settings of pre-training may be searched, too.
     A search that learns from its trials, or stops some early, is of one arm: "pretrained" where there are starts.
 
     Every proposal, report and end of a trial is a line of `ledger.jsonl` in the folder `study`, on disk before the next
@@ -44,24 +51,35 @@ def run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path
     goes on from its own checkpoint. `study.json` is written at the begin and the end of a call.
     Raises `RunError`, `ConfigError` or `CaseError`, each one line with the cure, before any trial is run.
     """
-    check_search(config)
+    check_search(config, pretrained_too=shards is not None)
+    if shards is not None and starts:
+        raise ConfigError("--shards: trials start from what is pre-trained on them; give --from none, or no --shards")
     with held(study, "--study"):
-        return _run_study(config, data=data, starts=starts, study=study)
+        return _run_study(config, data=data, starts=starts, study=study, shards=shards)
 
 
-def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path) -> StudyRecord:
+def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Path, shards: Path | None) -> StudyRecord:
     data, study, starts = data.resolve(), study.resolve(), [start.resolve() for start in starts]
     task = open_task(data, config)
     config = _common_network(config, starts)
-    if config.study.smallest_difference is not None and not starts:
+    known = KnownScans(study / "trials")
+    pretrainings = None
+    if shards is not None:
+        manifest = Manifest.load(shards.resolve())
+        if config.finetune.spacing_mm is None:  # without it, scratch would see other voxels than the other arm
+            config = replace(config, {"finetune.spacing_mm": manifest.spacing_mm})
+        refuse_held_out(config, task, data, shards.resolve(), manifest, known)
+        pretrainings = Pretrainings(config, shards.resolve(), study, manifest)
+    if config.study.smallest_difference is not None and not starts and shards is None:
         raise ConfigError("study.smallest_difference: there is one arm, so nothing to compare; give --from a run")
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
-    known = KnownScans(study / "trials")
-    table = StudyTable.open(study, config, data, starts, plan(config, task, starts, known))
+    table = StudyTable.open(study, config, data, starts, plan(config, task, starts, known, pretrainings))
     known.save()  # where the trials look for it
     if config.study.search:
         print(described(config), file=sys.stderr)
     try:
+        if pretrainings and table.unfinished:
+            _pretrain(pretrainings, table, config)
         if table.unfinished:
             run_trials(
                 functools.partial(run_trial, to_dict(config), data, study),
@@ -81,7 +99,32 @@ def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Pat
     return table.record
 
 
-def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) -> list[dict[str, Any]]:
+def _pretrain(pretrainings: Pretrainings, table: StudyTable, config: Config) -> None:
+    """Run the pre-trainings that are missing, as trials of their own: those that wait for them hold nothing."""
+
+    def ended(outcome: Outcome) -> None:
+        told = "pre-trained" if outcome.error is None else f"pre-training failed: {outcome.error}"
+        table.ledger.add(outcome.trial["id"], outcome.trial["id"], "failed" if outcome.error else "done", text=told)
+        print(f"{outcome.trial['id']}: {told}", file=sys.stderr, flush=True)
+
+    if missing := pretrainings.unfinished():
+        run_trials(
+            functools.partial(run_pretraining, pretrainings.study, pretrainings.shards),
+            missing,
+            storage=pretrainings.study / "tune",
+            read=[pretrainings.shards],
+            config=config.trials,
+            ended=ended,
+        )
+
+
+def plan(
+    config: Config,
+    task: Task,
+    starts: Sequence[Path],
+    known: KnownScans,
+    pretrainings: Pretrainings | None = None,
+) -> list[dict[str, Any]]:
     """The trials of the table; raises `RunError` where no start may be used for one of them.
 
     Where points are chosen on the way, the one trial is what all of them have in common.
@@ -96,15 +139,19 @@ def plan(config: Config, task: Task, starts: Sequence[Path], known: KnownScans) 
             budget = dataclasses.replace(config.budget, fraction=fraction, scans=None, seed=seed)
             label_cases = budgeted(task, budget)
             check_split(task.cases, label_cases, task.held_out, known)  # what looks alike, each trial says
-            arms: dict[str, Path | None] = {"scratch": None}
-            if starts:
-                lawful = _lawful_start(shared, task, label_cases)
-                arms = {"pretrained": lawful} if one_arm else arms | {"pretrained": lawful}
+            lawful = _lawful_start(shared, task, label_cases) if starts else None
+            of_scratch: list[dict[str, Any]] = []
             for number, params in enumerate(drawn):
+                start = pretrainings.start(params, fraction, seed) if pretrainings else lawful
+                arms: dict[str, Path | None] = {"pretrained": start} if start else {}
+                if not (start and one_arm) and (part := finetuning_part(params)) not in of_scratch:
+                    arms = {"scratch": None, **arms}
+                    of_scratch.append(part)
                 suffix = f"-p{number}" if config.study.search and not adaptive else ""
-                for arm, start in arms.items():
+                for arm, path in arms.items():
                     key = {"id": f"{arm}-{fraction:g}-s{seed}{suffix}", "fraction": fraction, "seed": seed}
-                    trials.append(key | {"start": start and str(start), "params": params})
+                    own = params if arm == "pretrained" else finetuning_part(params)
+                    trials.append(key | {"start": path and str(path), "params": own})
     return trials
 
 

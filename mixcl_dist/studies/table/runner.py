@@ -124,7 +124,7 @@ def run_table(
         labelled = budgeted(task, dataclasses.replace(config.budget, fraction=1.0, scans=None))
         check_split(task.cases, labelled, task.held_out, known)
         if any(item.kind == "pretrain" for item in items.values()):
-            _refuse_held_out(config, task, data, shards, manifest, known)
+            refuse_held_out(config, task, data, shards, manifest, known)
         digests = _digests(config, items, question["digest"])
         _begin(out, config, question, items, digests)
         (out / "trial").mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> 
             raise ConfigError(f"{item.name}: {refused}") from None
 
 
-def _refuse_held_out(
+def refuse_held_out(
     config: Config, task: Task, data: Path, shards: Path, manifest: Manifest, known: KnownScans
 ) -> None:
     """Raise `RunError` where pre-training would see a validation or development scan, under whatever name: every trial

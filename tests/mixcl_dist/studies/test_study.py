@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from mixcl_dist.budget import budget_cases
 from mixcl_dist.cluster.trials import Outcome
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace, to_dict
+from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
@@ -26,6 +27,7 @@ from mixcl_dist.records import DiceRecord, PretrainRecord, RunError, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.studies import study as study_module
+from mixcl_dist.studies.pipeline import Pretrainings
 from mixcl_dist.studies.search import check_search
 from mixcl_dist.studies.study import plan, run_study
 from mixcl_dist.studies.trial import run_trial
@@ -251,6 +253,54 @@ def test_seeds_are_left_out_once_the_comparison_is_decided(config, data, start, 
     assert len(asked) == 8, "four seeds tell"
     assert [row.status for row in content.trials] == ["done"] * 8 + ["barred"] * 16 and content.finished
     assert "4 seeds tell: +0.200" in content.trials[-1].error and "left out" in capsys.readouterr().err
+
+
+PRETRAINED = {
+    "views.size": [16, 16, 16],
+    "pretrain.batch_size": 2,
+    "budget.development": ["abdomen_000"],
+    "study.fractions": [0.5],
+    "study.search": {"optimizer.learning_rate": {"grid": [1e-3, 1e-2]}, "finetune.batch_size": {"grid": [1, 2]}},
+}
+
+
+def test_trials_that_share_a_pre_training_share_its_run(small_config, cohort, shards, known, tmp_path):
+    settings = PRETRAINED | {"study.seeds": [0, 1], "finetune.patch_size": [24, 24, 24]}
+    config = replace(small_config, settings)
+    runs = Pretrainings(config, shards, tmp_path, Manifest.load(shards))
+    trials = plan(config, open_task(cohort[0], config), [], known, runs)
+    by_arm = {arm: [trial for trial in trials if trial["id"].startswith(arm)] for arm in ("scratch", "pretrained")}
+    assert len(by_arm["pretrained"]) == 8 and len(by_arm["scratch"]) == 4, (
+        "from scratch, pre-training's rate is no draw"
+    )
+    assert all("optimizer.learning_rate" not in trial["params"] for trial in by_arm["scratch"])
+    assert len({trial["start"] for trial in by_arm["pretrained"]}) == 4 == len(runs.unfinished())
+    without_labels = replace(config, {"objective.voxel_label": 0.0})
+    unlabelled = Pretrainings(without_labels, shards, tmp_path, Manifest.load(shards))
+    plan(without_labels, open_task(cohort[0], config), [], known, unlabelled)
+    assert len(unlabelled.runs) == 2, "without labels, one for both seeds"
+
+
+@pytest.mark.slow
+def test_a_study_pre_trains_once_and_goes_on_from_what_it_has(small_config, cohort, shards, monkeypatch, tmp_path):
+    settings = PRETRAINED | {"study.seeds": [0], "finetune.patch_size": [24, 24, 24], "finetune.steps": 2}
+    config = replace(small_config, settings | {"pretrain.steps": 2, "finetune.batch_size": 1})
+    ran = []
+
+    def run_trials(function, trials, *, ended, **options):
+        for trial in trials:
+            ran.append(trial["id"])
+            ended(Outcome(trial, function(trial, lambda figures: None)))
+
+    monkeypatch.setattr(study_module, "run_trials", run_trials)
+    content = run_study(config, data=cohort[0], starts=[], study=tmp_path / "study", shards=shards)
+    assert [row.status for row in content.trials] == ["done"] * 6 and len(ran) == 8
+    starts = {json.loads((tmp_path / "study" / row.run / "run.json").read_text())["start"] for row in content.trials}
+    assert len(starts) == 3 and None in starts
+    shutil.rmtree(tmp_path / "study" / "trials" / "pretrained-0.5-s0-p3")
+    ran.clear()
+    run_study(config, data=cohort[0], starts=[], study=tmp_path / "study", shards=shards)
+    assert ran == ["pretrained-0.5-s0-p3"]
 
 
 def test_one_arm_is_not_compared(config, data, tmp_path):

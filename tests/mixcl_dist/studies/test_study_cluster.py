@@ -1,4 +1,7 @@
-"""Whatever is killed on a cluster, and however often, the same command ends with the table of an undisturbed study."""
+"""Whatever is killed on a cluster, and however often, the same command ends with the table of an undisturbed study.
+
+60 trials; `make test-study` runs 200.
+"""
 
 from __future__ import annotations
 
@@ -42,20 +45,20 @@ def test_a_study_outlives_its_driver_its_raylets_and_its_machines(data, tmp_path
     hosts, study = two_hosts.TwoHosts(Path(f"/tmp/ray-{os.getpid()}"), f"mixcl{os.getpid()}"), tmp_path / "study"
     hosts.environment["PYTHONPATH"] = str(ROOT)
     command = hosts.command("a", [sys.executable, tiny_study.__file__, str(data), str(study), hosts.address])
-    disturbances = [
-        (25, lambda driver: driver.send_signal(signal.SIGKILL)),
-        (50, lambda driver: hosts.kill("b")),  # the whole machine
-        (80, lambda driver: driver.send_signal(signal.SIGKILL)),
-        (110, lambda driver: hosts.kill("b", "raylet")),
-        (140, lambda driver: driver.send_signal(signal.SIGKILL)),
+    disturbances = [  # share of the trials that have ended
+        (0.1, lambda driver: driver.send_signal(signal.SIGKILL)),
+        (0.25, lambda driver: hosts.kill("b")),  # the whole machine
+        (0.4, lambda driver: driver.send_signal(signal.SIGKILL)),
+        (0.55, lambda driver: hosts.kill("b", "raylet")),
+        (0.7, lambda driver: driver.send_signal(signal.SIGKILL)),
     ]
     log = (tmp_path / "driver.log").open("w")
     try:
         for host in ("a", "b"):
             hosts.start(host)
         driver = subprocess.Popen(command, env=hosts.environment, stderr=log)
-        for count, disturb in disturbances:
-            while len(ended(study)) < count:
+        for share, disturb in disturbances:
+            while len(ended(study)) < share * tiny_study.SEEDS:
                 assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-3000:]
                 time.sleep(0.1)
             disturb(driver)

@@ -1,4 +1,4 @@
-"""A study of 200 tiny trials on a cluster, as the process that drives it: `python tiny_study.py DATA STUDY ADDRESS`."""
+"""A study of tiny trials on a cluster, as the process that drives it: `python tiny_study.py DATA STUDY ADDRESS`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-SEEDS, STEPS = 200, 2
+SEEDS, STEPS = int(os.environ.get("MIXCL_STUDY_TRIALS", "60")), 2
 
 
 def tiny(config, data, study, trial, report):

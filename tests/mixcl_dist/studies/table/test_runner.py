@@ -47,7 +47,9 @@ APART = {
     **dict.fromkeys((f"pretraining/{name}.py" for name in ("recorder", "alarms", "diagnostics")), TELL),
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
-    **dict.fromkeys(("cluster/group.py", "cluster/stopping.py"), "says who takes part, and until when"),
+    **dict.fromkeys(
+        ("cluster/group.py", "cluster/stopping.py", "cluster/watchdog.py"), "says who takes part, and until when"
+    ),
     **dict.fromkeys(("cluster/checkpoint.py", "pretraining/saving.py"), "stores what it is given, whole or not at all"),
 }
 
