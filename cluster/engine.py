@@ -115,6 +115,7 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor) -> None: ...
     def step(self) -> None: ...
     def learning_rate(self) -> float: ...
+    def scale_rate(self, factor: float) -> None: ...
     def gradient_norms(self) -> list[float]: ...
     def barrier(self) -> None: ...
     def gather(self, value: Any) -> list[Any]: ...
@@ -166,26 +167,29 @@ def launch(
         model=module,
         optimizer=optimizer(parameters),
         lr_scheduler=scheduler,
-        config={
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": config.accumulation_steps,
-            "gradient_clipping": config.gradient_clipping if stage else 0.0,  # see `_DeepSpeed.step`
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": config.bucket_size,
-                "allgather_bucket_size": config.bucket_size,
-            },
-            "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.communication_dtype],
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**62,
-            # It would wait for the device twice in every step.
-            "timers": {"throughput": {"enabled": False}},
-        },
+        config=_settings(config, micro_batch_size),
     )
     _limit_waits(config.timeout_s + LATER_S)
     if not stage and alone:
         engine.enable_backward_allreduce = False  # there is nobody to reduce with: it would only copy all gradients
     return _DeepSpeed(engine, config, None if alone else _watchdog(group, config.timeout_s, stacks))
+
+
+def _settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    stage = _zero_stage(config)
+    buckets = {"reduce_bucket_size": config.bucket_size, "allgather_bucket_size": config.bucket_size}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps,
+        "gradient_clipping": config.gradient_clipping if stage else 0.0,  # see `_DeepSpeed.step`
+        "zero_optimization": {"stage": stage} | buckets,
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.communication_dtype],
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        # It would wait for the device twice in every step.
+        "timers": {"throughput": {"enabled": False}},
+    }
 
 
 def _zero_stage(config: EngineConfig) -> int:
@@ -242,6 +246,11 @@ class _DeepSpeed:
 
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
+
+    def scale_rate(self, factor: float) -> None:
+        """Let the schedule give `factor` times its rates, from the next `load` or step on."""
+        schedule = self._engine.lr_scheduler
+        schedule.base_lrs = [factor * rate for rate in schedule.base_lrs]
 
     def gradient_norms(self) -> list[float]:
         """Norm of the global gradient before clipping, of each step since the last call; waits for the device.

@@ -241,6 +241,9 @@ class PretrainConfig:
     than the scheduler's limit by what a step and a checkpoint take. None sets no limit."""
     max_skipped: Count = 10
     """Steps in a row that may be left out, as their gradient is not finite, before the run stops."""
+    rewind_factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Factor of the learning rate at which a run then goes on by itself from the checkpoint before those steps, up to
+    three times, instead of stopping; None: it stops."""
     sample_every: Steps = 200
     """Steps between the pictures kept for the report."""
     probe_every: StepsOrNever = 0

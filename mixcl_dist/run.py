@@ -90,6 +90,10 @@ class Run:
         self.record = dataclasses.replace(self.record, **facts, seconds=seconds, peak_memory_mb=round(peak_mb))
         self.record.save(self.path)
 
+    def change(self, config: Config) -> None:
+        """Go on with other settings."""
+        write_atomic(self.path / CONFIG, to_yaml(config).encode())
+
     def warn(self, kind: str, text: str) -> None:
         """Say one line on standard error and keep it in `run.json`, the first time that `kind` is to be warned of."""
         if kind not in self.record.warnings:

@@ -23,7 +23,7 @@ from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described, told_by_first
 from mixcl_dist.cluster.stopping import stop_requests
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, to_dict
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
@@ -47,9 +47,10 @@ from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
-    "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "engine.accumulation_steps",
-    "engine.activation_checkpointing", "engine.bucket_size", "engine.zero_stage", "engine.compile", "engine.timeout_s",
-    "data.workers", "data.max_bad_fraction", "data.cache", "optimizer.learning_rate",
+    "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "pretrain.rewind_factor",
+    "engine.accumulation_steps", "engine.activation_checkpointing", "engine.bucket_size", "engine.compile",
+    "engine.timeout_s", "engine.zero_stage", "data.workers", "data.max_bad_fraction", "data.cache",
+    "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""
@@ -59,8 +60,18 @@ SECTIONS = (
 """What a pre-training reads of the configuration."""
 OF_A_MACHINE = ("data.workers", "data.cache")
 """Settings in which the ranks of a run may differ."""
+MAX_REWINDS = 3
+"""In one start: what diverges again and again is not mended by the rate alone."""
 SHARED_TRIES = 6
 """Looks at a run's folder, over eight seconds, before it is said not to be shared."""
+
+
+class Diverged(RunError):
+    """No gradient has been finite for `pretrain.max_skipped` steps, on all ranks alike."""
+
+    def __init__(self, line: str, *, can_go_on: bool = False) -> None:
+        super().__init__(line)
+        self.can_go_on = can_go_on
 
 
 def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | None = None, resume: bool = False) -> None:
@@ -115,7 +126,14 @@ def _pretrain(
             if engine.rank == 0:
                 seen.save(run)
                 _say(f"{_lesson(config, label_cases)}; {arithmetic(engine.device)} on {engine.device.type}")
-            _train(config, engine, stream, recorder, saver, first, shards, stop_requested)
+            for rewinds_left in reversed(range(1 + (MAX_REWINDS if config.pretrain.rewind_factor else 0))):
+                try:
+                    _train(config, engine, stream, recorder, saver, first, shards, stop_requested)
+                    break
+                except Diverged as diverged:
+                    if not (rewinds_left and diverged.can_go_on):
+                        raise told_by_first(diverged, engine.rank) from None
+                    config, first = _rewind(config, engine, recorder, saver)
         recorder.finish()
     engine.close()
 
@@ -164,7 +182,7 @@ def _train(
         if (ends or is_due(config.checkpoint.every)) and not recorder.count_skipped():
             saver.save(step)  # but for weights that may have diverged
         if recorder.skipped >= config.pretrain.max_skipped:
-            raise told_by_first(RunError(_diverged(saver.run, step, recorder.skipped, saver)), engine.rank)
+            raise _diverged(step, recorder.skipped, saver)
         if is_due(config.pretrain.sample_every):
             recorder.pictures(step, batch, views)
         if ends and step < config.pretrain.steps:
@@ -375,13 +393,29 @@ def _share_bad_samples(stream: PatchStream, engine: Engine) -> None:
         stream.also_bad(sample for samples in engine.gather(stream.bad_samples) for sample in samples)
 
 
-def _diverged(run: Path, step: int, skipped: int, saver: Saver) -> str:
-    """Why the run stops, and how it may go on: without checkpoints of the weights that gave no finite gradient."""
+def _diverged(step: int, skipped: int, saver: Saver) -> Diverged:
+    """How the run may go on: without checkpoints of the weights that gave no finite gradient."""
     newest = saver.set_aside(step - skipped)
-    what = f"{run}: no gradient has been finite from step {step - skipped + 1} to {step}"
+    what = f"{saver.run}: no gradient has been finite from step {step - skipped + 1} to {step}"
     if newest is None:
-        return f"{what}, and there is no earlier checkpoint; start anew with a lower --optimizer.learning_rate"
-    return f"{what}; lower --optimizer.learning_rate, with --resume latest, which goes on from {newest}"
+        return Diverged(
+            f"{what}, and there is no earlier checkpoint; start anew with a lower --optimizer.learning_rate"
+        )
+    how = f"lower --optimizer.learning_rate, with --resume latest, which goes on from {newest}"
+    return Diverged(f"{what}; {how}", can_go_on=True)
+
+
+def _rewind(config: Config, engine: Engine, recorder: Recorder, saver: Saver) -> tuple[Config, int]:
+    """Go back to the newest checkpoint with a lower rate, which `config.yaml` keeps; returns settings and step."""
+    assert config.pretrain.rewind_factor
+    rate = config.optimizer.learning_rate * config.pretrain.rewind_factor
+    engine.scale_rate(config.pretrain.rewind_factor)
+    first = saver.resume()
+    config = replace(config, {"optimizer.learning_rate": rate})
+    recorder.begin_again(config, first)
+    if engine.rank == 0:
+        _say(f"no gradient was finite; goes on from step {first} with optimizer.learning_rate {rate:g}")
+    return config, first
 
 
 def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any], stacks: Path) -> Engine:

@@ -101,6 +101,14 @@ class Recorder:
             yield
             self._computed += time.monotonic() - start
 
+    def begin_again(self, config: Config, step: int) -> None:
+        """Go on after `step` with other settings."""
+        self._config, self.skipped = config, 0
+        self._begin_interval()
+        if self._run:
+            self._run.change(config)
+        self.forget_after(step)
+
     def forget_after(self, step: int) -> None:
         if self._run:
             self._run.forget_metrics_after(step)

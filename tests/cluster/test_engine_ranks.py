@@ -171,6 +171,7 @@ if what == "missing" and rank == 1:
 
 def fail():
     time.sleep(2)  # so that the others have heard of this step
+    stacks.with_name("fault").touch()
     if what == "dead":
         os._exit(3)
     if what == "raises":
@@ -252,11 +253,12 @@ def told(tmp_path, what, ranks):
 )
 def test_a_rank_that_is_missing_or_different_ends_all_with_one_line(tmp_path, what, ranks, codes, said):
     """Dead, hung in its main thread alone, frozen whole as a machine that is cut off, or ended by what it met alone."""
-    began = time.monotonic()
     ended, lines, output = told(tmp_path, what, ranks)
+    seconds = time.time() - (tmp_path / "fault").stat().st_mtime if (tmp_path / "fault").exists() else 0
+    print(f"{what}: all others had ended after {seconds:.1f} s")
     assert ended == codes, lines
     assert len(lines) == 1 and re.match(f"mixcl: {said}", lines[0]), lines
-    assert time.monotonic() - began < 60, "30 s from the fault on, and the start"
+    assert seconds < 30
     if what in ("dead", "hung"):
         flags = [{"rank": rank} for rank in range(ranks)]
         assert f"flags True False {flags}" in output

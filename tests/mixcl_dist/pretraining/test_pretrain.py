@@ -302,6 +302,34 @@ def test_a_run_that_diverges_stops_before_its_checkpoints_are_spoilt_and_goes_on
     assert last["step"] == 9 and last["learning_rate"] <= 1e-5 and "skipped_steps" not in last
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_diverges_goes_back_with_a_lower_rate_where_it_may(
+    shards, small_config, tmp_path, monkeypatch, capsys, stage
+):
+    """Steps 4 to 6 at first, then steps 5 to 7 have no finite gradient."""
+    settings = {
+        "pretrain.steps": 9, "checkpoint.every": 1, "pretrain.max_skipped": 3, "pretrain.rewind_factor": 0.1,
+        "engine.zero_stage": stage,
+    }  # fmt: skip
+    calls = itertools.count(1)
+
+    def loss(*arguments):
+        value, terms = mixcl_loss(*arguments)
+        return value * (math.nan if next(calls) in (4, 5, 6, 9, 10, 11) else 1.0), terms
+
+    monkeypatch.setattr(loop, "mixcl_loss", loss)
+    run = tmp_path / "run"
+    pretrain(replace(small_config, settings), shards=shards, run=run)
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert [entry["step"] for entry in metrics] == list(range(1, 10))
+    rates = [entry["learning_rate"] for entry in metrics]
+    assert rates[1] > 1e-4 >= rates[2] > 1e-5 >= rates[3] and "skipped_steps" not in metrics[-1]
+    assert load_config(run / "config.yaml").optimizer.learning_rate == pytest.approx(1e-5)
+    said = capsys.readouterr().err
+    assert said.count("no gradient was finite; goes on from step ") == 2
+    assert "goes on from step 3 with optimizer.learning_rate 1e-05" in said
+
+
 def test_a_run_that_diverges_from_the_first_step_says_to_start_anew(shards, small_config, tmp_path, monkeypatch):
     hopeless = {"pretrain.max_skipped": 2, "checkpoint.every": 1}
     diverging(monkeypatch, 0.0, from_call=1)
