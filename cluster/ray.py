@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -66,24 +67,26 @@ def connection(
         ray.shutdown()
 
 
-def check_resources(wanted: Mapping[str, tuple[str, float]]) -> None:
-    """Raise `ClusterError` where a piece of work would wait for ever, as no machine has what it needs: `wanted` is the
-    option → Ray's name of a resource and its amount, of memory in GB."""
+def check_resources(wanted: Mapping[str, tuple[str, float]], *, on_one_machine: bool = False) -> None:
+    """Raise `ClusterError` where what is wanted would be waited for for ever: `wanted` is the option → Ray's name of a
+    resource and its amount, of memory in GB; in the whole cluster, or all of it on one machine."""
     import ray
 
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = [{**one, "memory": one.get("memory", 0) / 1e9} for one in machines]
     for option, (name, amount) in wanted.items():
-        most = max((one.get(name, 0) for one in have), default=0)
+        amounts = [one.get(name, 0) for one in have]
+        most = max(amounts, default=0) if on_one_machine else sum(amounts)
         if amount > most:
-            largest = "Ray has" if len(have) == 1 else f"the largest of {len(have)} machines has"
-            raise ClusterError(f"{option} {amount:g}: {largest} {most:g}; lower it or join a larger cluster")
-    if not any(all(one.get(name, 0) >= amount for name, amount in wanted.values()) for one in have):
+            who = f"the largest of {len(have)} machines" if on_one_machine and len(have) > 1 else "Ray"
+            raise ClusterError(f"{option} {amount:g}: {who} has {most:g}; lower it or join a larger cluster")
+    if on_one_machine and not any(all(one.get(name, 0) >= n for name, n in wanted.values()) for one in have):
         raise ClusterError(f"{', '.join(wanted)}: no one machine has them together; lower one of them")
 
 
 def check_shared(written: Path, read: Sequence[Path]) -> None:
-    """Raise `ClusterError` unless every machine sees what this one writes to `written`, a folder, and all of `read`."""
+    """Raise `ClusterError` unless every machine has this one's code of this package, and sees what this one writes to
+    `written`, a folder, and all of `read`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -95,17 +98,28 @@ def check_shared(written: Path, read: Sequence[Path]) -> None:
         paths = [str(Path(path).resolve()) for path in read]
         for node in (node for node in ray.nodes() if node["Alive"]):
             there: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            unseen = ray.get(look.options(scheduling_strategy=there).remote(str(probe.resolve()), token, paths))
+            unseen, code = ray.get(look.options(scheduling_strategy=there).remote(str(probe.resolve()), token, paths))
+            where = node["NodeManagerHostname"]
+            if code != code_digest():
+                raise ClusterError(f"machine {where}: has other code of this package; install the same version on all")
             if unseen:
-                where = node["NodeManagerHostname"]
                 cure = "give paths on a file system that all machines share"
                 raise ClusterError(f"{unseen}: is not the same on machine {where}; {cure}")
     finally:
         probe.unlink(missing_ok=True)
 
 
-def _unseen(probe: str, token: str, read: Sequence[str]) -> str | None:
-    """The first path that cannot be used on this machine."""
+def _unseen(probe: str, token: str, read: Sequence[str]) -> tuple[str | None, str]:
+    """The first path that cannot be used on this machine, and its code."""
     if not os.path.exists(probe) or Path(probe).read_text() != token or not os.access(os.path.dirname(probe), os.W_OK):
-        return os.path.dirname(probe)
-    return next((path for path in read if not os.path.exists(path)), None)
+        return os.path.dirname(probe), code_digest()
+    return next((path for path in read if not os.path.exists(path)), None), code_digest()
+
+
+def code_digest() -> str:
+    """Of all modules of this package, as they lie on this machine."""
+    root, total = Path(__file__).parents[1], hashlib.sha256()
+    folders = os.walk(root, followlinks=True)  # the foundations may be links
+    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
+        total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return total.hexdigest()

@@ -126,7 +126,8 @@ def run_trials(
                 "trials.cpus": ("CPU", config.cpus),
                 "trials.gpus": ("GPU", config.gpus),
                 "trials.memory_gb": ("memory", config.memory_gb),
-            }
+            },
+            on_one_machine=True,
         )
         if config.address:
             check_shared(storage, read)

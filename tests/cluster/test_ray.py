@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import ray
 
 from mixcl_dist.cluster import ray as door
-from mixcl_dist.cluster.ray import ClusterError, check_resources, connection
+from mixcl_dist.cluster.ray import ClusterError, check_resources, check_shared, connection
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "no-such-host.invalid:6379"])
@@ -33,6 +34,34 @@ def test_a_silent_address_is_given_up(monkeypatch):
             pass
         assert time.monotonic() - begin < 10
         waiting[0].close()
+
+
+def test_what_no_one_machine_has_is_refused_though_the_cluster_has_it(monkeypatch):
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8e9}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1}},
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    check_resources({"CPUs": ("CPU", 6)})
+    check_resources({"trials.cpus": ("CPU", 4), "trials.memory_gb": ("memory", 8)}, on_one_machine=True)
+    for wanted, said in [
+        ({"trials.cpus": ("CPU", 6)}, "trials.cpus 6: the largest of 2 machines has 4"),
+        ({"trials.memory_gb": ("memory", 9)}, "trials.memory_gb 9: the largest of 2 machines has 8"),
+        ({"trials.gpus": ("GPU", 1), "trials.cpus": ("CPU", 4)}, "trials.gpus, trials.cpus: no one machine has them"),
+    ]:
+        with pytest.raises(ClusterError, match=said):
+            check_resources(wanted, on_one_machine=True)
+
+
+@pytest.mark.slow
+def test_a_machine_with_other_code_is_refused_and_so_is_one_that_sees_other_files(tmp_path, monkeypatch):
+    with connection("local", option="--ray", cpus=1):
+        check_shared(tmp_path, [tmp_path])
+        with pytest.raises(ClusterError, match=r"/nowhere: is not the same on machine .*; give paths on a file system"):
+            check_shared(tmp_path, [Path("/nowhere")])
+        monkeypatch.setattr(door, "code_digest", lambda: "of this machine")
+        with pytest.raises(ClusterError, match=r"machine .*: has other code of this package; install the same version"):
+            check_shared(tmp_path, [])
 
 
 def test_a_connection_is_ended_and_reports_no_usage():

@@ -138,6 +138,30 @@ def test_a_killed_table_goes_on_and_keeps_what_it_had(tmp_path):
     assert all(path.exists() for path in before)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_a_driver_ends_it_leaves_no_process_and_no_shared_memory(tmp_path, how):
+    command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "slow.begun")
+    started = psutil.Process(driver.pid).children(recursive=True)
+    shared = {file for process in started for file in shared_memory_of(process)}
+    driver.send_signal(how)
+    driver.wait(timeout=120)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    left = [process.cmdline()[:4] for process in alive]
+    end(alive)
+    assert len(started) > 4 and not left
+    assert not [file for file in shared if os.path.exists(file)]
+
+
+def shared_memory_of(process):
+    try:
+        return [mapping.path for mapping in process.memory_maps() if mapping.path.startswith("/dev/shm/")]
+    except psutil.Error:
+        return []
+
+
 def wait_for(path, seconds=120):
     deadline = time.monotonic() + seconds
     while not path.exists():
