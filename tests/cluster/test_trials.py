@@ -80,6 +80,22 @@ run_trials(function, trials, storage=folder / "tune", config=TrialsConfig(), end
 
 
 @pytest.mark.slow
+def test_a_trial_that_asks_for_more_memory_than_its_share_fails_alone(tmp_path):
+    def function(trial, report):
+        return {"bytes": len(bytearray(trial["bytes"]))}
+
+    outcomes = {}
+    run_trials(
+        function,
+        [{"id": "large", "bytes": 4 * 10**9}, {"id": "small", "bytes": 10**7}],
+        storage=tmp_path / "tune",
+        config=TrialsConfig(memory_gb=3, max_failures=0, concurrent=1),
+        ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome}),
+    )
+    assert outcomes["small"].result == {"bytes": 10**7} and "MemoryError" in outcomes["large"].error
+
+
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_stopped_also_by_those_that_ended_before(tmp_path):
     def function(trial, report):
         for step in (1, 2, 3):
