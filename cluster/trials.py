@@ -80,9 +80,8 @@ class EarlyStopping:
         known: dict[str, Any] = {"time_attr": STEP, "metric": self.metric, "mode": "max", "grace_period": self.grace}
         if self.method == "median":  # it would pause what cannot be judged yet, to no end here
             return schedulers.MedianStoppingRule(**known, min_time_slice=math.inf)  # type: ignore[arg-type]
-        return schedulers.ASHAScheduler(
-            **known, max_t=self.longest, reduction_factor=self.reduction, stop_last_trials=False
-        )
+        last = self.longest - 1  # one that has come to its end is not stopped there
+        return schedulers.ASHAScheduler(**known, max_t=last, reduction_factor=self.reduction, stop_last_trials=False)
 
 
 def run_trials(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -93,6 +94,14 @@ def test_a_trial_that_asks_for_more_memory_than_its_share_fails_alone(tmp_path):
         ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome}),
     )
     assert outcomes["small"].result == {"bytes": 10**7} and "MemoryError" in outcomes["large"].error
+
+
+def test_a_trial_that_has_come_to_its_end_is_not_stopped_there():
+    rule = EarlyStopping("asha", "dice", longest=9, grace=1, reduction=3).scheduler()
+    for number in range(5):
+        rule.on_trial_add(None, trial := SimpleNamespace(trial_id=str(number)))
+        told = [rule.on_trial_result(None, trial, {"step": step, "dice": -number}) for step in (1, 3, 9)]
+        assert told == (["CONTINUE"] * 3 if number == 0 else ["STOP", "STOP", "CONTINUE"])
 
 
 @pytest.mark.slow
