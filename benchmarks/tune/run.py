@@ -62,6 +62,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run one contestant in this process."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else other work on the machine is measured, too
     curve: list[tuple[int, float, float]] = []
     begin, every = time.monotonic(), max(1, options.trials // POINTS)
     ended = 0
