@@ -1,7 +1,8 @@
 """Benchmark the driver of a study: what does a trial cost beside its own time, and does that grow with their number?
 
     python benchmarks/tune/run.py --out OUT                       10,000 trials of 0.1 s: hours on two cores
-    python benchmarks/tune/run.py --out OUT --trials 400          minutes
+    python benchmarks/tune/run.py --out OUT --trials 40           minutes
+    python benchmarks/tune/run.py --out OUT --trials 3000 --only study reusing
 
 Three contestants run the same trials, which sleep, on the same Ray with as many cores, each in a process of its own and
 one after the other: `run_trials` with the ledger that a study keeps, Ray Tune's own `Tuner` with an empty grid and the
@@ -40,15 +41,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="of a trial")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="of the contestants")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
         print(json.dumps(measure(options)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only}
     for _ in range(options.repeats):
-        for name in CONTESTANTS:
+        for name in options.only:
             command = [sys.executable, __file__, *sys.argv[1:], "--contestant", name]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -165,11 +167,16 @@ def summary(found: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str
         "| driver | overhead a trial (s) | growth of its memory (MB) |",
         "|---|---|---|",
     ]
-    for name, title in CONTESTANTS.items():
+    for name in runs:
+        title = CONTESTANTS[name]
         overhead, memory = ([one[key] for one in runs[name]] for key in ("overhead_s", "memory_growth_mb"))
         lines.append(f"| {title} | {spread(overhead, 3)} | {spread(memory, 0)} |")
-    ratio = min(one["overhead_s"] for one in runs["study"]) / min(one["overhead_s"] for one in runs["tuner"])
-    lines += ["", f"Overhead of `run_trials` beside `Tuner`, best runs: {ratio:.2f} (bar 1.3)."]
+    best = {name: min(one["overhead_s"] for one in found) for name, found in runs.items()}
+    for name in sorted(best.keys() - {"study"}) if "study" in best else ():
+        lines += [
+            "",
+            f"Overhead of `run_trials` beside `{CONTESTANTS[name]}`, best runs: {best['study'] / best[name]:.2f}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -183,9 +190,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("seconds", "driver, resident MB"), strict=True):
-        for name, title in CONTESTANTS.items():
-            curve = runs[name][0]["curve"]
-            axes.plot([point[0] for point in curve], [point[column] for point in curve], label=title)
+        for name, (first, *_) in runs.items():
+            points = [(point[0], point[column]) for point in first["curve"]]
+            axes.plot(*zip(*points, strict=True), label=CONTESTANTS[name])
         axes.set_xlabel("trials that have ended")
         axes.set_ylabel(label)
         axes.legend(frameon=False, fontsize=8)
