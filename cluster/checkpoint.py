@@ -54,11 +54,6 @@ class Writer:
         self._writing = self._executor.submit(self._write, step, state, write, size)
 
     @property
-    def done(self) -> bool:
-        """Whether `wait` would not wait."""
-        return self._writing is None or self._writing.done()
-
-    @property
     def failed(self) -> bool:
         """Whether `wait` would raise at once."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
