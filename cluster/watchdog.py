@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 BEAT_S = 1.0
-LOST_S = 20.0
+LOST_S = 18.0
 """Silence after which a rank is lost: its process may hold the interpreter for some seconds, a network may stumble."""
 ASKED_S = 3.0
 """The same once something else has failed; and how long the main thread may take to end by itself."""
