@@ -49,6 +49,7 @@ def _window(values: tuple[float, float]) -> tuple[float, float]:
     return _ordered(values)
 
 
+Architecture = Literal["dynunet", "residual_dynunet", "resenc_unet", "segresnet", "swin_unetr"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SomeFraction = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -98,16 +99,31 @@ class DataConfig:
 class NetworkConfig:
     """The encoder-decoder that is pre-trained and fine-tuned."""
 
-    architecture: Literal["dynunet", "residual_dynunet"] = "dynunet"
-    """MONAI's DynUNet, plain or with residual blocks."""
+    architecture: Architecture = "dynunet"
+    """MONAI's DynUNet, plain or with residual blocks, SegResNet or SwinUNETR, or nnU-Net's U-Net with a residual
+    encoder (needs the extra `nnunet`)."""
     filters: Annotated[tuple[Width, ...], Field(min_length=3, max_length=8)] = (16, 32, 64, 128)
-    """Channels of each resolution level; each level halves the resolution of the one before."""
+    """Channels of each resolution level; each level halves the resolution of the one before. 32,64,128,256,320,320 of
+    resenc_unet are nnU-Net's plan L."""
     voxel_dim: Width = 64
     """Width D of a voxel row's embedding."""
     crop_dim: Width = 64
     """Width of a crop row's embedding."""
     window_hu: Annotated[tuple[HU, HU], AfterValidator(_window)] = (-1000.0, 1000.0)
     """HU that the network's input range [-1, 1] stands for; values outside are clipped."""
+
+    def __post_init__(self) -> None:
+        first, shown = self.filters[0], ",".join(map(str, self.filters))
+        if self.architecture == "segresnet" and (
+            first % 8 or list(self.filters) != [first * 2**level for level in range(len(self.filters))]
+        ):
+            raise ValueError(f"filters {shown}: segresnet doubles a multiple of 8, as in 16,32,64,128")
+        if self.architecture == "swin_unetr" and (
+            first % 12 or list(self.filters) != [first, *(first * 2**level for level in range(5))]
+        ):
+            raise ValueError(
+                f"filters {shown}: swin_unetr has f,f,2f,4f,8f,16f, f a multiple of 12: 24,24,48,96,192,384"
+            )
 
 
 @dataclass(frozen=True)

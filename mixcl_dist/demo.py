@@ -13,7 +13,7 @@ from subprocess import Popen
 
 from mixcl_dist.config import Config, to_yaml
 from mixcl_dist.data_shards.building.build import build
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import check_sizes
 from mixcl_dist.progress import ProgressReport, progress

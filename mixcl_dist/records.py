@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mixcl_dist.config import NetworkConfig, TableConfig
+from mixcl_dist.config import Architecture, NetworkConfig, TableConfig
 from mixcl_dist.data_shards.storage.publishing import publish
 from mixcl_dist.errors import MixclError
 
@@ -195,7 +195,7 @@ class NetworkRecord(Record):
     FILE = "network.json"
     CURE = "make the run again"
 
-    architecture: Literal["dynunet", "residual_dynunet"]
+    architecture: Architecture
     filters: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=3, max_length=16)]
     window_hu: tuple[float, float]
     spacing_mm: Spacing | None

@@ -13,12 +13,6 @@ from torch import Tensor, nn
 
 from mixcl_dist.records import RunError
 
-CLASSIFIER = {
-    "classifier.weight": "output_block.conv.conv.weight",
-    "classifier.bias": "output_block.conv.conv.bias",
-}
-"""The output layer's names here and in MONAI's DynUNet."""
-
 
 def load_weights(module: nn.Module, file: Path, *, problem: str, cure: str, prefix: str = "") -> None:
     """Load all of `module` from a safetensors file, whose names begin with `prefix` where one is given.
@@ -54,13 +48,6 @@ def load(module: nn.Module, weights: Mapping[str, Tensor], file: Path, problem: 
             raise RuntimeError(f"{spoilt[0]} is not finite")
     except RuntimeError as error:
         raise RunError(f"{file}: {problem} ({_last_line(error)}); {cure}") from None
-
-
-def from_monai(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DynUNet's weights under the names of a `SegmentationNetwork`."""
-    here = {there: name for name, there in CLASSIFIER.items()}
-    own = {name: w for name, w in weights.items() if not name.startswith("skip_layers.")}  # the others, again
-    return {here.get(name, f"backbone.{name}"): w for name, w in own.items()}
 
 
 def _last_line(error: Exception) -> str:

@@ -16,7 +16,6 @@ from mixcl_dist.data_shards import volume
 from mixcl_dist.export import inference
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import ExportError, Trained
-from mixcl_dist.networks import dynunet
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 _LICENSE = """\
@@ -95,7 +94,8 @@ def _inert(name: object) -> str:
 def _metadata(trained: Trained) -> dict[str, Any]:
     """Everything of the run's folder in it is a number, or a name made `_inert`."""
     classes = [_inert(name) for name in trained.classes]
-    channels = dict(enumerate(("background", *classes)))
+    channels, public = dict(enumerate(("background", *classes))), trained.architecture
+    name = public.CLASS.rpartition(".")[2]
     image = {"type": "image", "modality": "CT", "spatial_shape": trained.patch_size, "dtype": "float32"}
     return {
         "schema": SCHEMA,
@@ -107,10 +107,11 @@ def _metadata(trained: Trained) -> dict[str, Any]:
         "required_packages_version": {
             "nibabel": metadata.version("nibabel"),
             "scipy": metadata.version("scipy"),
+            **{name: metadata.version(name) for name in public.REQUIRES},
         },
         "name": _inert(trained.facts["name"]),
         "task": "Segmentation of CT",
-        "description": f"DynUNet that segments {', '.join(classes)} in CT, fine-tuned with mixcl-dist",
+        "description": f"{name} that segments {', '.join(classes)} in CT, fine-tuned with mixcl-dist",
         "authors": "see the training run",
         "copyright": "see LICENSE",
         "data_type": "nifti",
@@ -160,7 +161,7 @@ def _inference(trained: Trained) -> dict[str, Any]:
         "image_files": "$sorted(glob.glob(os.path.join(@dataset_dir, '*.nii*')))",
         "data": "$[{'image': file} for file in @image_files]",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
-        "network_def": {"_target_": dynunet.CLASS.rsplit(".", 1)[1]} | trained.network_arguments,
+        "network_def": _network(trained),
         "network": "$@network_def.to(@device)",
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "preprocessing": {"_target_": "Compose", "transforms": _preprocessing(trained)},
@@ -178,6 +179,13 @@ def _inference(trained: Trained) -> dict[str, Any]:
         "initialize": ["$@load"],
         "run": ["$segment(@dataset, @network, @inferer, @postprocessing, @device)"],
     }
+
+
+def _network(trained: Trained) -> dict[str, Any]:
+    public = trained.architecture
+    name = public.CLASS.rpartition(".")[2] if public.CLASS.startswith("monai.") else public.CLASS
+    arguments = trained.network_arguments
+    return {"_target_": name} | arguments | {key: f"${arguments[key]}" for key in public.IMPORTED}
 
 
 def _preprocessing(trained: Trained) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from mixcl_dist.export.trained import Trained
-from mixcl_dist.networks import dynunet
+from mixcl_dist.networks import architectures
 from mixcl_dist.pretraining import summary
 from mixcl_dist.records import read_metrics
 
@@ -51,12 +51,14 @@ def _what(trained: Trained) -> str:
         if trained.is_segmentation
         else "An encoder-decoder for CT, pre-trained with mixed contrastive learning (MixCL), to be fine-tuned"
     )
-    return f"{task}: MONAI DynUNet, channels {', '.join(map(str, trained.network.filters))}; made by mixcl-dist."
+    public = trained.architecture.CLASS
+    name = f"{'MONAI ' if public.startswith('monai.') else ''}{public.rpartition('.')[2]}"
+    return f"{task}: {name}, channels {', '.join(map(str, trained.network.filters))}; made by mixcl-dist."
 
 
 def _interface(trained: Trained) -> str:
     low, high = trained.network.window_hu
-    divisor, views = dynunet.divisor(trained.network), trained.config.views.size
+    divisor, views = architectures.divisor(trained.network), trained.config.views.size
     grid = (
         "at the case's own spacing" if trained.spacing_mm is None
         else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm (an axis "

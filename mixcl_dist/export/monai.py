@@ -1,4 +1,4 @@
-"""MONAI: the weights of a DynUNet and the arguments that build it."""
+"""MONAI: the weights of the public network and the arguments that build it."""
 
 from __future__ import annotations
 
@@ -9,43 +9,52 @@ import torch
 
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import Trained
-from mixcl_dist.networks import dynunet
+from mixcl_dist.networks.architectures import weights_file
 
 _PRETRAINED = """\
 ```python
-import json, torch
-from monai.networks.nets import DynUNet
+import json, pydoc, torch
+from {module} import {name}
 description = json.load(open("network.json"))
-network = DynUNet(**description["arguments"], out_channels=4)  # background and your classes
-weights = torch.load("dynunet.pt", weights_only=True)
+arguments = description["arguments"]
+arguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})
+network = {name}(**arguments, {outputs}=4)  # background and your classes
+weights = torch.load("{file}", weights_only=True)
 missing, unexpected = network.load_state_dict(weights, strict=False)
-assert not unexpected and all(name.startswith("output_block.") for name in missing)
+assert not unexpected and all(name.startswith("{head}") for name in missing)
 ```
 
 Only the output layer starts from random weights: it belongs to your classes."""
 
 _SEGMENTATION = """\
 ```python
-import json, torch
-from monai.networks.nets import DynUNet
+import json, pydoc, torch
+from {module} import {name}
 description = json.load(open("network.json"))
-network = DynUNet(**description["arguments"]).eval()
-network.load_state_dict(torch.load("dynunet.pt", weights_only=True))
+arguments = description["arguments"]
+arguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})
+network = {name}(**arguments).eval()
+network.load_state_dict(torch.load("{file}", weights_only=True))
 ```"""
 
 
 def write(trained: Trained, folder: Path) -> None:
-    """Write dynunet.pt, network.json and README.md."""
-    torch.save(trained.state_dict(), folder / "dynunet.pt")
+    """Write the weights, network.json and README.md."""
+    file = weights_file(trained.network)
+    torch.save(trained.state_dict(), folder / file)
     (folder / "network.json").write_text(json.dumps(describe(trained), indent=1) + "\n")
-    use = _SEGMENTATION if trained.is_segmentation else _PRETRAINED
+    public = trained.architecture
+    module, _, name = public.CLASS.rpartition(".")
+    use = (_SEGMENTATION if trained.is_segmentation else _PRETRAINED).format(
+        module=module, name=name, file=file, imported=public.IMPORTED, outputs=public.OUTPUTS, head=public.HEAD
+    )
     (folder / "README.md").write_text(card(trained, trained.facts["name"], f"In this folder:\n\n{use}"))
 
 
 def describe(trained: Trained) -> dict:
     """Class, arguments and input of the network, as plain JSON values."""
     return {
-        "class": dynunet.CLASS,
+        "class": trained.architecture.CLASS,
         "arguments": trained.network_arguments,
         "orientation": "RAS",
         "input_range": [-1.0, 1.0],

@@ -46,7 +46,7 @@ def write(trained: Trained, folder: Path) -> None:
     """Write checkpoint_final.pth, adaptation_plan.json and README.md; raises `ExportError` for a residual network."""
     if trained.network.architecture != "dynunet":
         raise ExportError(
-            f"{trained.run}: {trained.network.architecture} has residual blocks that nnU-Net's networks do not have; "
+            f"{trained.run}: {trained.network.architecture} is built of other blocks than nnU-Net's plain networks; "
             "pre-train with --network.architecture dynunet, or export to monai"
         )
     plan = adaptation_plan(trained)

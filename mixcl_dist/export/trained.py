@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
-from monai.networks.nets import DynUNet
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
 from mixcl_dist.errors import MixclError
-from mixcl_dist.networks import dynunet
+from mixcl_dist.networks import architectures
 from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord, told
 from mixcl_dist.run import RunError
-from mixcl_dist.weights import CLASSIFIER
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 
@@ -28,7 +27,7 @@ class ExportError(MixclError):
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights under DynUNet's names, and what a user of them must know."""
+    """Weights under the public network's names, each once, and what a user of them must know."""
 
     run: Path
     facts: dict[str, Any]
@@ -64,10 +63,15 @@ class Trained:
         return self.facts["kind"] == "finetune"
 
     @property
+    def architecture(self) -> ModuleType:
+        """The module of `networks` that tells of the public network."""
+        return architectures.architecture(self.network)
+
+    @property
     def network_arguments(self) -> dict[str, Any]:
-        """Arguments of DynUNet; `out_channels` (background and classes) only where the output layer was trained."""
-        arguments = dynunet.arguments(self.network)
-        return arguments | ({"out_channels": len(self.classes) + 1} if self.is_segmentation else {})
+        """Its arguments; the number of outputs (background and classes) only where the output layer was trained."""
+        arguments = self.architecture.arguments(self.network)
+        return arguments | ({self.architecture.OUTPUTS: len(self.classes) + 1} if self.is_segmentation else {})
 
     @property
     def patch_size(self) -> list[int]:
@@ -75,13 +79,13 @@ class Trained:
         return list(self.config.finetune.patch_size)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights as `DynUNet.state_dict()` names them: it registers every layer a second time under `skip_layers`."""
-        network = DynUNet(**({"out_channels": 1} | self.network_arguments))
+        """Weights as the public network's `state_dict` names them, which may list layers a second time."""
+        network = self.architecture.build(self.network, len(self.classes) + 1 if self.is_segmentation else 1)
         network.load_state_dict(self.weights, strict=False)
         return {
             name: tensor
             for name, tensor in network.state_dict().items()
-            if self.is_segmentation or not name.startswith("output_block.")
+            if self.is_segmentation or not name.startswith(self.architecture.HEAD)
         }
 
 
@@ -100,13 +104,15 @@ def open_trained(run: Path, licence: str | None = None) -> Trained:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{file}: cannot be read ({error}); the run must be made again") from None
+    config = _described(config, described, run)
+    public = architectures.classifier_names(config.network)
     trained = Trained(
         run=run,
         facts=told(record),
-        config=_described(config, described, run),
+        config=config,
         classes=described.classes,
         dice=dice.content() if dice else None,
-        weights={CLASSIFIER.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
+        weights={public.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
         licence=licence,
     )
     _check(trained, file)
@@ -140,12 +146,14 @@ def _used_settings(file: Path) -> Config:
 
 def _check(trained: Trained, file: Path) -> None:
     """Raise where the weights are not those of the network that the description names."""
-    with torch.device("meta"):  # no memory for what a forged description claims
-        expected = DynUNet(**({"out_channels": 1} | trained.network_arguments)).state_dict()
-    names = {name for name in expected if not name.startswith("skip_layers.")}
-    names -= set() if trained.is_segmentation else set(CLASSIFIER.values())
-    wrong = sorted(names ^ trained.weights.keys()) or sorted(
-        name for name in names if expected[name].shape != trained.weights[name].shape
+    expected = architectures.expected(trained.network)
+    if trained.is_segmentation:
+        outputs = len(trained.classes) + 1
+        shapes = [(outputs, trained.network.filters[0], 1, 1, 1), (outputs,)]
+        names = architectures.classifier_names(trained.network).values()
+        expected |= {name: torch.Size(shape) for name, shape in zip(names, shapes, strict=True)}
+    wrong = sorted(expected.keys() ^ trained.weights.keys()) or sorted(
+        name for name, shape in expected.items() if shape != trained.weights[name].shape
     )
     if wrong:
         raise ExportError(f"{file}: {wrong[0]} does not fit network.json; the run must be made again")

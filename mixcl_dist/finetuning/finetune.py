@@ -37,7 +37,7 @@ from mixcl_dist.finetuning.scoring import (
 )
 from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress

@@ -9,16 +9,14 @@ import torch
 
 from mixcl_dist.config import FinetuneConfig, NetworkConfig
 from mixcl_dist.finetuning.start import WEIGHTS
+from mixcl_dist.networks.architectures import named_here, weights_file
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import DiceRecord, NetworkRecord, RunError, RunRecord
 from mixcl_dist.run import read_config
-from mixcl_dist.weights import from_monai, load, read_weights
+from mixcl_dist.weights import load, read_weights
 
-EXPORTS = (
-    *(("network.json", "dynunet.pt"), ("config.json", "model.safetensors")),
-    ("models/network.json", "models/model.pt"),
-)
-"""Description and weights in a folder of `mixcl export --to` monai, hf, bundle."""
+BUNDLED = Path("models", "model.pt")
+"""In a MONAI bundle."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,35 @@ class Model:
 
     def network(self, device: torch.device) -> SegmentationNetwork:
         """The network on `device`; raises `RunError` where the weights are damaged, or those of another one."""
-        known = {key: getattr(self.description, key) for key in ("architecture", "filters", "window_hu")}
-        network = SegmentationNetwork(NetworkConfig(**known), len(self.classes))
+        config = network_config(self.description)
+        network = SegmentationNetwork(config, len(self.classes))
         stored = read_weights(self.weights, cure=self.description.CURE)
         of_run = any(name.startswith("backbone.") for name in stored)
         problem = f"does not fit {self.description.FILE}"
-        load(network, stored if of_run else from_monai(stored), self.weights, problem, self.description.CURE)
+        named = stored if of_run else named_here(config, stored)
+        load(network, named, self.weights, problem, self.description.CURE)
         return network.eval().to(device)
+
+
+def network_config(description: NetworkRecord) -> NetworkConfig:
+    """Raises `RunError` for what is no network."""
+    try:
+        return NetworkConfig(**{key: getattr(description, key) for key in ("architecture", "filters", "window_hu")})
+    except ValueError as error:
+        raise RunError(f"{description.FILE}: {error}; {description.CURE}") from None
 
 
 def open_model(folder: Path) -> Model:
     """Read what lies beside the weights; raises `RunError` for a folder that holds no network that segments."""
     if (folder / RunRecord.FILE).is_file():
         return _of_run(folder)
-    for described, weights in EXPORTS:
-        if (folder / described).is_file() and (folder / weights).is_file():
-            return _model(
-                folder.resolve().name, folder / weights, NetworkRecord.read(folder / described), FinetuneConfig()
-            )
+    bundled = (folder / BUNDLED).is_file()
+    place = folder / BUNDLED.parent if bundled else folder
+    if (place / NetworkRecord.FILE).is_file():
+        description = NetworkRecord.load(place)
+        names = (BUNDLED.name,) if bundled else (weights_file(network_config(description)), "model.safetensors")
+        weights = next((place / name for name in names if (place / name).is_file()), place / names[0])
+        return _model(folder.resolve().name, weights, description, FinetuneConfig())
     raise RunError(
         f"{folder}: neither a fine-tuning run nor an export of one; give the --run of mixcl finetune, or the --out of "
         "mixcl export --to monai, hf or bundle"

@@ -1,4 +1,4 @@
-"""The network that is pre-trained and fine-tuned: one backbone (MONAI's DynUNet) and the heads on it.
+"""The network that is pre-trained and fine-tuned: a backbone and the heads on it.
 
 Legend: V views or images, F features of a voxel, G channels of the bottleneck, R rows, D width of an embedding.
 """
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mixcl_dist.config import NetworkConfig
 from mixcl_dist.constants import constant, lattice
-from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.networks.architectures import build_backbone
 from mixcl_dist.precision import autocast, row_dtype
 
 
@@ -33,10 +33,10 @@ class PretrainNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        self.backbone = Backbone(config)
+        self.backbone = build_backbone(config)
         self.voxel_head = _mlp(sum(config.filters), config.voxel_dim)
-        self.crop_head = _mlp(2 * self.backbone.bottleneck_channels, config.crop_dim)
-        self.reconstruction_head = nn.Conv3d(self.backbone.voxel_channels, 1, kernel_size=1)
+        self.crop_head = _mlp(2 * config.filters[-1], config.crop_dim)
+        self.reconstruction_head = nn.Conv3d(config.filters[0], 1, kernel_size=1)
 
     def forward(self, image: torch.Tensor, voxel_index: torch.Tensor) -> NetworkOutput:
         """`image` (V, 1, x, y, z) normalised; `voxel_index` (R, 4) int64: the view and voxel of each row.
@@ -60,8 +60,8 @@ class SegmentationNetwork(nn.Module):
 
     def __init__(self, config: NetworkConfig, n_classes: int):
         super().__init__()
-        self.backbone = Backbone(config)
-        self.classifier = nn.Conv3d(self.backbone.voxel_channels, n_classes + 1, kernel_size=1)
+        self.backbone = build_backbone(config)
+        self.classifier = nn.Conv3d(config.filters[0], n_classes + 1, kernel_size=1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 1, x, y, z) normalised → logits (B, n_classes + 1, x, y, z), background first."""

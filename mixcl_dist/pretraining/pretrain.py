@@ -27,7 +27,7 @@ from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, re
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.pretraining.diagnostics import gradient_norms, spread

@@ -26,7 +26,8 @@ from mixcl_dist.data_shards.format.manifest import CASES_FILE, Manifest
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.streaming.reader import SampleReader, Wanted
 from mixcl_dist.intensity import normalise
-from mixcl_dist.networks.dynunet import Backbone, check_patches
+from mixcl_dist.networks.architectures import build_backbone, check_patches
+from mixcl_dist.networks.backbone import Backbone
 from mixcl_dist.networks.heads import voxels_of
 from mixcl_dist.precision import autocast
 from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores, RunError
@@ -79,7 +80,7 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> Probe
         raise ConfigError("budget.development names no two scans to probe on; give them, e.g. by --recipe few_label")
     check_patches(config.network, Manifest.load(shards).patch_size)
     torch.manual_seed(0)
-    backbone = Backbone(config.network)
+    backbone = build_backbone(config.network)
     if path is not None:
         _refuse_seen(path, shards, development)
         cure = "give a finished run or a whole checkpoint"

@@ -21,7 +21,7 @@ from mixcl_dist.config import Config
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch
-from mixcl_dist.networks.dynunet import Backbone
+from mixcl_dist.networks.architectures import build_backbone
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.pretraining.alarms import alarms
@@ -251,7 +251,7 @@ class Recorder:
         if self._probe_patches is None:
             self._probe_patches = read_patches(shards, self._config.budget.development)
         # A network of its own: at ZeRO stage 3 the engine's cannot run on one rank alone.
-        backbone = Backbone(self._config.network)
+        backbone = build_backbone(self._config.network)
         backbone.load_state_dict(weights)
         try:
             found = probe(backbone.to(self._engine.device), *self._probe_patches, self._config.network.window_hu)

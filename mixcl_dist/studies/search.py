@@ -7,7 +7,7 @@ from typing import Any
 
 from mixcl_dist.cluster.trials import EarlyStopping, SearchError, draw
 from mixcl_dist.config import Config, ConfigError, replace
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 
 SEED = 0
 RANGES, SETS = ("uniform", "loguniform", "randint"), ("grid", "choice")

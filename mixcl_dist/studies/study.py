@@ -18,7 +18,7 @@ from mixcl_dist.config import Config, ConfigError, differences, from_dict, repla
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, RunRecord, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
 from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_scans

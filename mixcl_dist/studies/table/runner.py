@@ -20,7 +20,7 @@ from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
-from mixcl_dist.networks.dynunet import check_size
+from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
 from mixcl_dist.run import CONFIG, begin, held, machine, now
