@@ -41,8 +41,8 @@ def add_training(verbs: Any) -> None:
     )
     data = "labelled cases with a validation split"
     add("--data", type=Path, required=True, metavar="SOURCE", help=data)
-    start = "pre-training run, or fine-tuning run (supervised pre-training), or none"
-    add("--from", dest="start", type=start_of, required=True, metavar="RUN|none", help=start)
+    start = "pre-training run, or fine-tuning run (supervised pre-training), a checkpoint of others, or none"
+    add("--from", dest="start", type=start_of, required=True, metavar="RUN|FILE|none", help=start)
     scans = "number of training cases whose labels are used (--budget.scans)"
     add("--scans", dest="budget.scans", metavar="N", help=scans)
     add("--labels", dest="budget.fraction", metavar="FRACTION", help="or their share, 0 to 1 (--budget.fraction)")

@@ -25,6 +25,7 @@ from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.finetuning.cases import Cases
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
+from mixcl_dist.finetuning.foreign import Foreign, open_foreign
 from mixcl_dist.finetuning.interrupted import UNFINISHED, Learning
 from mixcl_dist.finetuning.marginal import marginal_loss
 from mixcl_dist.finetuning.scoring import (
@@ -35,7 +36,7 @@ from mixcl_dist.finetuning.scoring import (
     summarise_surfaces,
     surfaces_per_class,
 )
-from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like
+from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import SegmentationNetwork
@@ -48,7 +49,6 @@ from mixcl_dist.records import (
     FinetuneRecord,
     NetworkRecord,
     RunError,
-    RunRecord,
     Scores,
     append_line,
     read_curve,
@@ -81,8 +81,9 @@ def finetune(
 
     It is scored on the development cases (`budget.development`), so that whatever is chosen by scores is chosen on
     them; on the validation cases where there are none, or where it is a `final` figure after which nothing is chosen.
-    `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), whose backbone,
-    architecture, HU window and spacing are taken over; None starts from scratch by the same recipe. A start that has
+    `start` is a finished run, of pre-training or of fine-tuning (supervised pre-training), or a checkpoint of others
+    (see `foreign`), whose backbone, architecture, HU window and spacing are taken over; None starts from scratch by the
+    same recipe. A run that has
     seen a validation or development scan, or labels outside the budget, is refused, and so is a labelled case whose
     voxels are those of such a scan under another name.
     The mean is over the classes that some labelled case of the budget annotates and shows, in at least one voxel: of
@@ -122,7 +123,7 @@ def _finetune(
     if start is not None:
         config = like(config, start)
         start_saw = check_start(start, task, label_cases, known)
-        seen = seen.merged(Seen.load(start))
+        seen = seen.merged(seen_by(start))
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     reading = Cases(task, cache)
     volumes, unshown = _training_volumes(config, task, reading, label_cases)
@@ -136,7 +137,7 @@ def _finetune(
         finished=None,
         arithmetic=arithmetic(device),
         start=None if start is None else str(start.resolve()),
-        start_name="scratch" if start is None else RunRecord.load(start).name,
+        start_name=start_name(start),
         training_cases=tuple(scan.name for scan in seen.scans),
         label_cases=tuple(label_cases),
         fraction=config.budget.fraction,
@@ -155,6 +156,8 @@ def _finetune(
     known.save()
     if alike:
         record.warn("split", alike)
+    if start is not None and start.is_file():
+        _tell_foreign(open_foreign(start, config.network.window_hu), record)
     network.to(device)
     watch = _watch(config, task, reading, unshown, run, device)
     network = _train(network, config, volumes, record, watch, device, resume=resume, report=report)
@@ -173,6 +176,12 @@ def _finetune(
     dice.save(run)
     (run / UNFINISHED).unlink(missing_ok=True)
     return dice
+
+
+def _tell_foreign(start: Foreign, record: Run) -> None:
+    """Say what was taken over of the checkpoint of others, and that nobody knows what it has seen."""
+    start.record().save(record.path)
+    record.warn("start", f"{start.told()}; which scans it has seen is not known, scored ones may be among them")
 
 
 def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:

@@ -1,4 +1,4 @@
-"""What a trial starts from: random weights, or a finished run that kept to the trial's budget."""
+"""What a trial starts from: random weights, a finished run that kept to its budget, or a checkpoint of others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.finetuning.foreign import Foreign, open_foreign
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import NetworkRecord, RunError, RunRecord
@@ -18,7 +21,10 @@ WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
 
 
 def like(config: Config, start: Path) -> Config:
-    """`config` with the architecture, HU window and (unless given) spacing of the network in `start`."""
+    """`config` with the architecture, HU window and (unless given) spacing of the network in `start`, a run's folder or
+    the checkpoint of others, whose spacing has to be kept to."""
+    if start.is_file():
+        return _like_foreign(config, open_foreign(start, config.network.window_hu))
     record = RunRecord.load(start)
     if record.finished is None:
         again = {"pretrain": f"go on with mixcl pretrain --run {start} --resume latest", "finetune": "fine-tune again"}
@@ -33,12 +39,35 @@ def like(config: Config, start: Path) -> Config:
         raise RunError(f"{start / trained.FILE}: {error}; {trained.CURE}") from None
 
 
+def _like_foreign(config: Config, start: Foreign) -> Config:
+    spacing, asked = start.contract.spacing_mm, config.finetune.spacing_mm
+    if spacing and asked and not np.allclose(spacing, asked, rtol=1e-3):
+        shown = [" x ".join(f"{mm:g}" for mm in each) for each in (spacing, asked)]
+        raise RunError(
+            f"{start.file}: was shown CT at {shown[0]} mm, not finetune.spacing_mm {shown[1]}; leave that out"
+        )
+    overrides = {f"network.{key}": getattr(start.network, key) for key in ("architecture", "filters", "window_hu")}
+    return replace(config, overrides | {"finetune.spacing_mm": asked or spacing})
+
+
+def start_name(start: Path | None) -> str:
+    """What a report calls it."""
+    if start is None:
+        return "scratch"
+    return start.name if start.is_file() else RunRecord.load(start).name
+
+
+def seen_by(start: Path) -> Seen:
+    """What a start has seen; of the checkpoint of others nothing is known."""
+    return Seen((), ()) if start.is_file() else Seen.load(start)
+
+
 def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> dict[str, list[str]]:
     """The task's cases that `start` has seen, by voxels, with the classes whose labels it read of them.
 
     Raises `RunError` where it has seen labels or images that this trial must not know (see `seen.leak`).
     """
-    shared = shared_scans(Seen.load(start), known.of(task.cases))
+    shared = shared_scans(seen_by(start), known.of(task.cases))
     budget = task.labels_of(label_cases)
     if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes):
         raise RunError(f"{start}: {problem}")
@@ -51,7 +80,9 @@ def check_start(start: Path, task: Task, label_cases: Sequence[str], known: Know
 def initial_network(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:
     """The network to train, its backbone loaded from `start`; raises `RunError`."""
     network = SegmentationNetwork(config.network, n_classes)
-    if start is not None:
+    if start is not None and start.is_file():
+        network.backbone.load_state_dict(open_foreign(start, config.network.window_hu).weights, strict=False)
+    elif start is not None:
         weights = start / WEIGHTS[RunRecord.load(start).kind]
         NetworkRecord.load(start).check(weights)
         prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""

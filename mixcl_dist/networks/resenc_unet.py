@@ -68,9 +68,12 @@ class Backbone(backbone.Backbone):
     """Encoder and decoder without the output layers; parameters carry the first of the names that the public network
     has for each of them."""
 
+    encoder: Any
+    decoder: Any
+
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        network = build(config, 1)
+        network: Any = build(config, 1)
         self.encoder = network.encoder
         self.decoder = nn.Module()
         self.decoder.stages, self.decoder.transpconvs = network.decoder.stages, network.decoder.transpconvs

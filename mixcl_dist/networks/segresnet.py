@@ -48,9 +48,15 @@ def divisor(config: NetworkConfig) -> int:
 class Backbone(backbone.Backbone):
     """A SegResNet up to its last convolution; its parameters carry SegResNet's own names."""
 
+    convInit: nn.Module
+    down_layers: nn.ModuleList
+    up_samples: nn.ModuleList
+    up_layers: nn.ModuleList
+    conv_final: nn.Module
+
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        network = build(config, 1)
+        network: Any = build(config, 1)
         self.convInit = network.convInit
         self.down_layers = network.down_layers
         self.up_samples = network.up_samples

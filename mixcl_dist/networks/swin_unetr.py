@@ -50,9 +50,16 @@ def divisor(config: NetworkConfig) -> int:
 class Backbone(backbone.Backbone):
     """A SwinUNETR up to its output layer; its parameters carry SwinUNETR's own names."""
 
+    swinViT: Any
+    encoder1: nn.Module
+    encoder2: nn.Module
+    encoder3: nn.Module
+    encoder4: nn.Module
+    encoder10: nn.Module
+
     def __init__(self, config: NetworkConfig):
         super().__init__()
-        network = build(config, 1)
+        network: Any = build(config, 1)
         self.swinViT = network.swinViT
         for name in (*ENCODERS, *DECODERS):
             setattr(self, name, getattr(network, name))

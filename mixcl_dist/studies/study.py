@@ -16,12 +16,12 @@ from tqdm import tqdm
 from mixcl_dist.cluster.trials import Outcome, run_trials
 from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.finetuning.start import like
+from mixcl_dist.finetuning.start import like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.architectures import check_size
-from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, RunRecord, StartRecord, StudyRecord, TrialRecord
+from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
-from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, leak, shared_scans
+from mixcl_dist.seen import KnownScans, Shared, check_split, leak, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of, read
 from mixcl_dist.studies.pipeline import Pretrainings, finetuning_part, run_pretraining
 from mixcl_dist.studies.rows import LEDGER, fold
@@ -129,7 +129,7 @@ def plan(
 
     Where points are chosen on the way, the one trial is what all of them have in common.
     """
-    shared = {start: shared_scans(Seen.load(start), known.of(task.cases)) for start in starts}
+    shared = {start: shared_scans(seen_by(start), known.of(task.cases)) for start in starts}
     adaptive = config.study.method != "random"
     drawn = [{}] if adaptive else points(config)
     one_arm = adaptive or config.study.stopping != "none"
@@ -185,7 +185,7 @@ class StudyTable:
             started=now(),
             config=to_dict(config),
             data=str(data),
-            starts=(*(StartRecord(name=RunRecord.load(start).name, path=str(start)) for start in starts), "scratch"),
+            starts=(*(StartRecord(name=start_name(start), path=str(start)) for start in starts), "scratch"),
             fractions=config.study.fractions,
             seeds=config.study.seeds,
             scored="development" if config.budget.development else "validation",
