@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes with a thread each; the tests of a file stay together, as they share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow test-study check wheel install clean gpu-pack gpu-emulate
+.PHONY: demo test test-slow test-study test-consumers check wheel install clean gpu-pack gpu-emulate
 
 demo: install
 	$(BIN)/mixcl demo --out runs/demo
@@ -19,6 +19,16 @@ test-slow: install
 # 200 trials on two machines, of which drivers, raylets and one machine are killed: minutes, as root.
 test-study: install
 	MIXCL_STUDY_TRIALS=200 $(BIN)/pytest -s tests/mixcl_dist/studies/test_study_cluster.py
+
+# Exports in the hands of those they are for, with programs that would not go into .venv.
+test-consumers: install .venv-consumers/installed
+	MIXCL_CONSUMERS=.venv-consumers/bin $(BIN)/pytest tests/consumers
+
+.venv-consumers/installed: constraints.txt
+	$(PYTHON) -m venv .venv-consumers
+	.venv-consumers/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-consumers/bin/pip install --quiet nnunetv2==2.8.1
+	touch $@
 
 check: install
 	$(BIN)/ruff check .
@@ -52,4 +62,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-gpu .pack build dist *.egg-info
+	rm -rf .venv .venv-gpu .venv-consumers .pack build dist *.egg-info

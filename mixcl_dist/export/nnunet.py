@@ -1,8 +1,8 @@
-"""nnU-Net: the encoder as a checkpoint that its fine-tuning from self-supervised checkpoints reads.
+"""nnU-Net: the network as a checkpoint that its trainer starts from, and one that nnssl's fine-tuning reads.
 
 MONAI's DynUNet without residual blocks and PlainConvUNet of dynamic_network_architectures compute the same: two
-times convolution 3×3×3 without bias, instance normalisation, leaky ReLU 0.01 a stage, the first with the stride.
-Only the names differ, and nnU-Net's arrays are (z, y, x), so the kernels are transposed.
+times convolution 3×3×3, instance normalisation, leaky ReLU 0.01 a stage, the first with the stride. Only the names
+differ, nnU-Net's arrays are (z, y, x), so the kernels are transposed, and its convolutions have biases: they are 0.
 """
 
 from __future__ import annotations
@@ -15,12 +15,28 @@ import torch
 
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import ExportError, Trained
+from mixcl_dist.networks.plain_unet import plain_unet_names
 
 _IN_PROJECTION = ["encoder.stages.0.0.convs.0.all_modules.0", "encoder.stages.0.0.convs.0.conv"]
 
 _USE = """\
-With an nnU-Net that has `nnUNetv2_preprocess_like_nnssl` (its repository's documentation calls it fine-tuning from
-nnssl checkpoints; `nnUNetv2_preprocess_like_nnssl --help` says whether yours does):
+**Encoder and decoder**: `plans.json` here holds the architecture as nnU-Net's plans have it. Write it into the
+configuration that you train, and start from the checkpoint:
+
+```bash
+nnUNetv2_plan_and_preprocess -d DATASET_ID
+python - nnUNet_preprocessed/DATASET/nnUNetPlans.json <<'PYTHON'
+import json, sys
+plans = json.load(open(sys.argv[1]))
+plans["configurations"]["3d_fullres"].update(json.load(open("plans.json")))
+json.dump(plans, open(sys.argv[1], "w"))
+PYTHON
+nnUNetv2_preprocess -d DATASET_ID -c 3d_fullres
+nnUNetv2_train DATASET_ID 3d_fullres FOLD -pretrained_weights checkpoint_final.pth
+```
+
+**Encoder alone**: with an nnU-Net that has `nnUNetv2_preprocess_like_nnssl` (its repository's documentation calls it
+fine-tuning from nnssl checkpoints; `nnUNetv2_preprocess_like_nnssl --help` says whether yours does):
 
 ```bash
 nnUNetv2_plan_and_preprocess -d DATASET_ID
@@ -34,43 +50,55 @@ to RAS, as in pre-training."""
 _NOTES = """\
 ## What nnU-Net takes over
 
-- The **encoder and its stem only**; the decoder starts from random weights there, so this is less than what MONAI
-  users get from the same pre-training.
-- nnU-Net **forces Z-score normalisation**, also for CT. The first convolution is followed by an instance
-  normalisation, which takes out scale and offset of the input, so what is left of the difference is that HU outside
-  the window are not clipped and that the border is padded with the mean, not with the middle of the window.
+- By `-pretrained_weights` **encoder and decoder**, all but the output layers; by `nnUNetv2_train_pretrained` the
+  encoder and its stem only.
+- nnU-Net normalises CT by the mean and deviation of the data set's foreground, or by Z-score, after clipping. The first
+  convolution is followed by an instance normalisation, which takes out scale and offset of the input, so what is left
+  of the difference is which HU are clipped and that the border is padded with the mean, not with the middle of the
+  window.
 - Architecture: `PlainConvUNet`, two convolutions a stage, kernels in nnU-Net's axis order (z, y, x)."""
 
 
 def write(trained: Trained, folder: Path) -> None:
-    """Write checkpoint_final.pth, adaptation_plan.json and README.md; raises `ExportError` for a residual network."""
+    """Write checkpoint_final.pth, adaptation_plan.json, plans.json and README.md; raises `ExportError` for a network of
+    other blocks."""
     if trained.network.architecture != "dynunet":
         raise ExportError(
             f"{trained.run}: {trained.network.architecture} is built of other blocks than nnU-Net's plain networks; "
             "pre-train with --network.architecture dynunet, or export to monai"
         )
     plan = adaptation_plan(trained)
-    checkpoint = {"network_weights": encoder_weights(trained), "nnssl_adaptation_plan": plan, "citations": []}
+    checkpoint = {"network_weights": public_weights(trained), "nnssl_adaptation_plan": plan, "citations": []}
     torch.save(checkpoint | {"trainer_name": "mixcl-dist"}, folder / "checkpoint_final.pth")
-    (folder / "adaptation_plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    for name, content in (("adaptation_plan", plan), ("plans", _configuration(trained, plan))):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     use = _USE.format(mode="like_pretrained" if trained.spacing_mm else "default_nnunet")
     (folder / "README.md").write_text(card(trained, f"{trained.facts['name']} for nnU-Net", use, _NOTES))
 
 
-def encoder_weights(trained: Trained) -> dict[str, torch.Tensor]:
-    """The encoder under PlainConvUNet's names, which list each tensor twice; kernels are (out, in, z, y, x)."""
-    last = len(trained.network.filters) - 1
-    blocks = ["input_block", *(f"downsamples.{i}" for i in range(last - 1)), "bottleneck"]
+def public_weights(trained: Trained) -> dict[str, torch.Tensor]:
+    """Encoder and decoder under PlainConvUNet's names, which list each tensor several times; kernels are (out, in, z,
+    y, x), biases 0."""
     weights: dict[str, torch.Tensor] = {}
-    for stage, block in enumerate(blocks):
-        for i in (0, 1):
-            there = f"encoder.stages.{stage}.0.convs.{i}"
-            kernel = trained.weights[f"{block}.conv{i + 1}.conv.weight"].permute(0, 1, 4, 3, 2).contiguous()
-            weights |= {f"{there}.conv.weight": kernel, f"{there}.all_modules.0.weight": kernel}
-            for name in ("weight", "bias"):
-                value = trained.weights[f"{block}.norm{i + 1}.{name}"]
-                weights |= {f"{there}.norm.{name}": value, f"{there}.all_modules.1.{name}": value}
+    for ours, names in plain_unet_names(len(trained.network.filters)).items():
+        here = trained.weights[ours]
+        there = here.permute(0, 1, 4, 3, 2).contiguous() if here.ndim == 5 else here
+        weights |= dict.fromkeys(names, there)
+        if here.ndim == 5:
+            outputs = here.shape[1] if "transp_conv" in ours else here.shape[0]
+            weights |= dict.fromkeys([f"{name.removesuffix('weight')}bias" for name in names], torch.zeros(outputs))
     return weights
+
+
+def _configuration(trained: Trained, plan: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration in nnU-Net's plans the checkpoint asks for."""
+    architecture = plan["architecture_plans"]
+    names = {"arch_class_name": "network_class_name", "arch_kwargs": "arch_kwargs"}
+    known = {names[key]: architecture[key] for key in names}
+    imported = {"_kw_requires_import": architecture["arch_kwargs_requiring_import"]}
+    spacing = {"spacing": list(reversed(trained.spacing_mm))} if trained.spacing_mm else {}
+    patch = plan["recommended_downstream_patchsize"]
+    return {"patch_size": patch, "architecture": known | imported} | spacing
 
 
 def adaptation_plan(trained: Trained) -> dict[str, Any]:
@@ -103,7 +131,7 @@ def _architecture(trained: Trained) -> dict[str, Any]:
         "strides": [[1, 1, 1]] + [[2, 2, 2]] * (levels - 1),
         "n_conv_per_stage": [2] * levels,
         "n_conv_per_stage_decoder": [2] * (levels - 1),
-        "conv_bias": False,
+        "conv_bias": True,
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
         "dropout_op": None,
