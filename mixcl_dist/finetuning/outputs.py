@@ -70,10 +70,10 @@ def _single(image: nib.Nifti1Image, stored: np.ndarray) -> bytes:
 class Probabilities:
     """Probabilities of every class of a CT, which come a few planes at a time, on disk until each class is written."""
 
-    def __init__(self, classes: Sequence[str], shape: Sequence[int]) -> None:
+    def __init__(self, classes: Sequence[str], shape: Sequence[int], folder: Path) -> None:
         self._classes, self._shape, self._axis = classes, tuple(shape), 0
         with ExitStack() as stack:
-            self._files = [stack.enter_context(tempfile.TemporaryFile()) for _ in classes]
+            self._files = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in classes]
             self._open = stack.pop_all()
 
     def __enter__(self) -> Probabilities:

@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,11 +227,13 @@ def _predict_and_write(work: _Work, case: Case) -> None:
     stamp = stamp_of(case, work.task.catalogue)
     volume, grid = read_image(case)
     written: dict[Path, int] = {}
-    with Probabilities(work.task.classes, volume.hu.shape) as probabilities:
-        keep = probabilities.keep if work.probabilities else None
-        found = _segmented(work, volume, keep)
+    with ExitStack() as stack:
+        kept = None
         if work.probabilities:
-            written |= probabilities.write(work.out / "probabilities" / case.name, grid, case)
+            kept = stack.enter_context(Probabilities(work.task.classes, volume.hu.shape, work.out))
+        found = _segmented(work, volume, kept.keep if kept else None)
+        if kept:
+            written |= kept.write(work.out / "probabilities" / case.name, grid, case)
     for room in ("labels", "cases", "segs", "slices"):
         (work.out / room).mkdir(exist_ok=True)
     label = work.out / "labels" / f"{case.name}.nii.gz"
