@@ -284,11 +284,13 @@ class CasePrediction(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A case that could not be segmented, or a file that could be a scan and was not used."""
+    """A case that could not be segmented or scored, or a file that could be a scan and was not used."""
 
+    case: str = ""
     where: str
+    """The file."""
     problem: str
-    """One line with the cure."""
+    """What is wrong with it, and the cure."""
 
 
 @dataclass(frozen=True, kw_only=True)

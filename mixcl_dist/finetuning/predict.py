@@ -34,7 +34,7 @@ from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_image, read_label
 from mixcl_dist.data_shards.storage.publishing import remove_unpublished
 from mixcl_dist.data_shards.versions import versions_of
-from mixcl_dist.data_shards.volume import Grid, Volume
+from mixcl_dist.data_shards.volume import Grid, Volume, shown
 from mixcl_dist.finetuning.model import Model, open_model
 from mixcl_dist.finetuning.outputs import Probabilities, write_nifti, write_seg
 from mixcl_dist.finetuning.scoring import (
@@ -113,11 +113,11 @@ def predict(
             shown=frozenset(case.name for case in source.cases[:: max(1, -(-len(source.cases) // CASES_SHOWN))]),
             workers=workers,
         )
-        known = [Refused(where=str(one.where), problem=str(one)) for one in (*source.problems, *source.strays)]
+        known = [_refused("", one) for one in (*source.problems, *source.strays)]
         start = time.monotonic()
         refused = _run(work, source.cases)
         done = [CasePrediction.read(file) for case in source.cases if (file := _record_of(out, case.name)).is_file()]
-        unscored = [Refused(where=case.file, problem=case.unscored) for case in done if case.unscored]
+        unscored = [Refused(case=case.case, where=case.file, problem=case.unscored) for case in done if case.unscored]
         record = dataclasses.replace(
             _scored(began, done),
             refused=(*known, *refused, *unscored),
@@ -187,11 +187,15 @@ def _run(work: _Work, cases: Sequence[Case]) -> list[Refused]:
     total, before = len(cases), len(cases) - len(todo)
     for case, problem, died in progress(done, total=total, initial=before, desc="predict", unit="case"):
         if died:
-            problem = str(CaseError(f"the process died: {died}", where=case.files[0], cure="give fewer --workers"))
+            problem = CaseError(f"the process died: {died}", where=case.files[0], cure="give fewer --workers")
         if problem:
             print(f"predict: {problem}", file=sys.stderr)
-            refused.append(Refused(where=str(case.files[0]), problem=problem))
+            refused.append(_refused(case.name, problem))
     return refused
+
+
+def _refused(case: str, problem: CaseError) -> Refused:
+    return Refused(case=case, where=shown(problem.where), problem=f"{problem.what}; {problem.cure}")
 
 
 def _is_done(work: _Work, case: Case) -> bool:
@@ -210,15 +214,15 @@ def _record_of(out: Path, case: str) -> Path:
     return out / "cases" / f"{case}.json"
 
 
-def _predict_case(work: _Work, case: Case) -> str | None:
-    """Segment, write and score one case; returns why it cannot be done, in one line with the cure."""
+def _predict_case(work: _Work, case: Case) -> CaseError | None:
+    """Segment, write and score one case; returns why it cannot be done."""
     try:
         _predict_and_write(work, case)
     except CaseError as problem:
-        return str(problem)
+        return problem
     except (MemoryError, torch.OutOfMemoryError):
         cure = "give fewer --workers, or a machine with more"
-        return str(CaseError("takes more memory than there is", where=case.files[0], cure=cure))
+        return CaseError("takes more memory than there is", where=case.files[0], cure=cure)
     return None
 
 
@@ -245,8 +249,8 @@ def _predict_and_write(work: _Work, case: Case) -> None:
     dice, surfaces = _scores(work, case, found, truth, volume.spacing)
     if case.name in work.shown:
         overlays = Overlays()
-        shown = np.zeros_like(found) if truth is None else truth
-        overlays.add(case.name, volume, shown, found, _opened(work.model, work.digest).description.window_hu)
+        drawn = np.zeros_like(found) if truth is None else truth
+        overlays.add(case.name, volume, drawn, found, _opened(work.model, work.digest).description.window_hu)
         file = work.out / "slices" / f"{case.name}.npz"
         write_atomic(file, overlays.encode())
         written[file] = file.stat().st_size
@@ -254,7 +258,7 @@ def _predict_and_write(work: _Work, case: Case) -> None:
     millilitres = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     CasePrediction(
         case=case.name,
-        file=str(case.files[0]),
+        file=shown(case.files[0]),
         stamp=stamp,
         seconds=round(time.monotonic() - begin, 3),
         outputs={str(file.relative_to(work.out)): size for file, size in written.items()},
@@ -307,7 +311,7 @@ def _truth(task: Task, case: Case, grid: Grid) -> tuple[np.ndarray | None, str]:
     try:
         return task.target(case, read_label(case, task.catalogue, *grid.upright)), ""
     except CaseError as problem:
-        return None, str(problem)
+        return None, f"its label: {problem.what}; {problem.cure}"
 
 
 def _scores(

@@ -90,9 +90,10 @@ class Backbone(backbone.Backbone):
         return [list(block.parameters()) for block in blocks]
 
     def pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
-        image, skips = self._run(self.encoder.stem, image), []
-        for stage in self.encoder.stages:
-            skips.append(self._run(stage, skips[-1] if skips else image))
+        first, *others = self.encoder.stages
+        skips = [self._run(first, self._run(self.encoder.stem, image))]
+        for stage in others:
+            skips.append(self._run(stage, skips[-1]))
         pyramid = [skips.pop()]
         for up, stage in zip(self.decoder.transpconvs, self.decoder.stages, strict=True):
             pyramid.append(self._run(stage, torch.cat([up(pyramid[-1]), skips.pop()], dim=1)))

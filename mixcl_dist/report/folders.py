@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,14 @@ def open_prediction(path: Path) -> PredictionFolder:
     files = {name: own(path, f"cases/{_plain(name)}.json") for name in record.cases}
     cases = [CasePrediction.read(file) for file in files.values() if file.is_file()]
     read = {case.case: _read_arrays(own(path, f"slices/{_plain(case.case)}.npz"), OVERLAY_ARRAYS) for case in cases}
-    return PredictionFolder(path, record.content(), cases, {name: found for name, found in read.items() if found})
+    refused = [{"case": one.case, "problem": _pathless(one.problem)} for one in record.refused]
+    facts = record.content() | {"data": bare(record.data), "refused": refused}
+    return PredictionFolder(path, facts, cases, {name: found for name, found in read.items() if found})
+
+
+def _pathless(text: str) -> str:
+    """A message without the files that it names."""
+    return re.sub(r"(?<!\w)/\S+", "…", text)
 
 
 def _plain(name: str) -> str:
