@@ -12,7 +12,8 @@ from monai.networks.nets import DynUNet
 from torch import nn
 
 from mixcl_dist.config import ConfigError, NetworkConfig
-from mixcl_dist.networks.dynunet import Backbone, check_size
+from mixcl_dist.networks.architectures import check_size
+from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.networks.heads import PretrainNetwork
 
 from .small_networks import FILTERS, config, voxels
