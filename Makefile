@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Two processes with a thread each; the tests of a file stay together, as they share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow test-study test-consumers check wheel install clean gpu-pack gpu-emulate
+.PHONY: demo test test-slow test-study test-consumers check docs wheel wheelhouse install clean gpu-pack gpu-emulate
 
 demo: install
 	$(BIN)/mixcl demo --out runs/demo
@@ -48,6 +48,23 @@ gpu-emulate: .venv-gpu/installed gpu-pack
 	.venv-gpu/bin/pip install --quiet --requirement benchmarks/gpu/environment.txt
 	touch $@
 
+# The site, in site/; a link or an anchor that leads nowhere fails it.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# Everything that a machine without a network installs from (docs/install.md); of this system, processor and Python.
+DEVICE ?= cpu
+TORCH_INDEX := $(if $(filter cpu,$(DEVICE)),--index-url https://download.pytorch.org/whl/cpu)
+wheelhouse: install
+	rm -rf wheelhouse
+	$(BIN)/pip wheel --quiet --constraint constraints.txt --wheel-dir wheelhouse --no-deps $(TORCH_INDEX) torch
+	$(BIN)/pip wheel --quiet --constraint constraints.txt --wheel-dir wheelhouse --find-links wheelhouse '.[remote]'
+	cp constraints.txt wheelhouse/
+
 wheel: install
 	$(BIN)/python -m build
 
@@ -62,4 +79,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-gpu .venv-consumers .pack build dist *.egg-info
+	rm -rf .venv .venv-gpu .venv-consumers .pack build dist site wheelhouse *.egg-info
