@@ -90,7 +90,7 @@ def test_nnunet_trains_from_the_export_with_encoder_and_decoder(run, data, progr
     described |= {"overwrite_image_reader_writer": "NibabelIOWithReorient"}
     (raw / "dataset.json").write_text(json.dumps(described))
     places = {f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
-    environment = os.environ | places | {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | places | {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "1", "OMP_NUM_THREADS": "1"}
 
     def call(*command: str) -> str:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
@@ -106,6 +106,7 @@ def test_nnunet_trains_from_the_export_with_encoder_and_decoder(run, data, progr
         call(sys.executable, "-c", card[1], str(plans))
     call(str(programs / "nnUNetv2_preprocess"), "-d", "901", "-c", "3d_fullres", *one)
     where = ["901", "3d_fullres", "0", "-device", "cpu", "-pretrained_weights", str(out / "checkpoint_final.pth")]
+    environment["nnUNet_n_proc_DA"] = "0"  # within the process; the planner takes it for a number of threads
     told = call(str(programs / "python"), "-c", TRAIN, *where)
     assert "Loading pretrained weights from file" in told and "Epoch 0" in told
     results = tmp_path / "results" / raw.name / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0"
