@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
-AT_ONCE = 1000
+AT_ONCE = 500
 """Trials of one Tune experiment, whose time and memory a trial grow with their number."""
 STEP = "step"
 """Figure of a report that says how far the trial is."""
@@ -133,6 +134,7 @@ def run_trials(
         while (first := next(source, None)) is not None:
             some = _Some(first, source, curves, ended, reported, early, storage.resolve())
             _experiment(function, some, config)
+            gc.collect()  # Tune's trials refer to each other
             if some.problem:
                 raise SearchError(some.problem)
             if some.left:

@@ -160,7 +160,7 @@ def _tune(options: argparse.Namespace) -> int:
         options, config, replace(config, NO_BUDGET), "study.fractions and study.seeds say which labels are used"
     )
     study = run_study(config, data=options.data, starts=starts, study=options.study, shards=options.shards)
-    failed = [trial.id for trial in study.trials if trial.status != "done"]
+    failed = [trial.id for trial in study.trials if trial.status not in ("done", "stopped", "barred")]
     if failed:
         print(f"mixcl: trials not done: {', '.join(failed)}; the same command tries them again", file=sys.stderr)
     print(study_table(options.study))
