@@ -234,6 +234,9 @@ class BudgetConfig:
     """Training cases kept back, neither trained on nor in any budget: every choice is made by their scores."""
     classes: Names | None = None
     """Classes whose labels may be read; voxels of others look as if nobody had annotated them. None: all."""
+    distinct_patients: tuple[tuple[str, str], ...] = ()
+    """Pairs [case, scan as a start or shards name it] that look like one scan, and that a person has looked at and
+    found to be of two patients: no leak then. Scans of the same voxels are one whatever is written here."""
 
     def __post_init__(self) -> None:
         if self.fraction and self.scans is not None:
@@ -540,7 +543,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a YAML file") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}; mend it there") from None
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not sections; see `mixcl config show`")
     return tree or {}
@@ -550,7 +553,8 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--{key} {text}: not a YAML value") from None
+        cure = "close what it opens, or put it in quotes"
+        raise ConfigError(f"--{key} {text}: not a YAML value; {cure}") from None
     if isinstance(value, str) and "," in value:
         return [yaml.safe_load(part) for part in value.split(",")]
     section, _, name = key.partition(".")
@@ -584,7 +588,9 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 def _refuse_unknown(section: type, tree: Any, prefix: str) -> None:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.')}: a section with keys is needed, not {tree!r}")
+        name = prefix.rstrip(".")
+        cure = f"see `mixcl config show {name.partition('.')[0]}`"
+        raise ConfigError(f"{name}: a section with keys is needed, not {tree!r}; {cure}")
     adapter_fields = {f.name: f for f in dataclasses.fields(section)}
     for key, value in tree.items():
         if key not in adapter_fields:

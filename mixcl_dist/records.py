@@ -185,6 +185,8 @@ class FinetuneRecord(RunRecord):
     """Those that no labelled case shows."""
     start_saw: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Cases of this data set that the start has seen, under whatever name → classes whose labels it read."""
+    distinct_patients: tuple[tuple[str, str, float], ...] = ()
+    """Case, scan of the start that looks like it, and their distance, where a person found two patients."""
     spacing_mm: Spacing | None = None
 
 

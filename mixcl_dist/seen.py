@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import shlex
 import zipfile
 import zlib
 from collections import defaultdict
@@ -20,6 +22,7 @@ import numpy as np
 from mixcl_dist.data_shards.building.dedup import Scan, matches, read_scan
 from mixcl_dist.data_shards.building.spool import stamp_of
 from mixcl_dist.data_shards.catalogue import Catalogue
+from mixcl_dist.data_shards.format.fingerprint import NEAR
 from mixcl_dist.data_shards.sources import Case, CaseError
 from mixcl_dist.progress import progress
 from mixcl_dist.records import RunError, write_atomic
@@ -76,18 +79,54 @@ class Shared(NamedTuple):
     """As the start knows it."""
     labels: frozenset[str]
     """Classes whose labels the start read of it."""
+    distance: float | None
+    """Of their fingerprints; None for equal voxels, which are one scan without a doubt."""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.case, self.scan.name
 
 
 def shared_scans(seen: Seen, scans: Iterable[Scan]) -> list[Shared]:
     """Which of a trial's `scans` are among those seen, as copies or made from one another, under whatever name."""
     labels = {(scan.name, scan.digest): classes for scan, classes in zip(seen.scans, seen.labels, strict=True)}
     found = matches(scans, seen.scans)
-    return [Shared(match.one.name, match.other, labels[match.other.name, match.other.digest]) for match in found]
+    return [
+        Shared(match.one.name, match.other, labels[match.other.name, match.other.digest], match.distance)
+        for match in found
+    ]
+
+
+def one_patient(shared: Sequence[Shared], distinct: Collection[tuple[str, str]]) -> list[Shared]:
+    """Those of `shared` that `distinct` (`budget.distinct_patients`) leaves; equal voxels always stay."""
+    return [one for one in shared if one.distance is None or one.pair not in distinct]
+
+
+def likeness(one: Shared, distinct: Collection[tuple[str, str]], where: str) -> tuple[str, str]:
+    """How near a pair is, and what else than the cure may be done about it: nothing where the voxels are equal.
+
+    `where` are the words behind `mixcl shards dedup` that list all such pairs.
+    """
+    if one.distance is None:
+        return "the same voxels", ""
+    pairs = shlex.quote(json.dumps([*map(list, distinct), list(one.pair)], ensure_ascii=False))
+    return (
+        f"distance {one.distance:.4f}, below {NEAR:g} is one scan",
+        f"; or look at both, and at all such pairs by `mixcl shards dedup {where}`, and if they are two patients give "
+        f"--budget.distinct_patients {pairs}",
+    )
+
+
+def told_apart(shared: Sequence[Shared]) -> str:
+    """One line that names the pairs which count as two patients though they look like one scan."""
+    pairs = ", ".join(f"{one.case} and {one.scan.name} ({one.distance or 0.0:.4f})" for one in shared)
+    return f"look like one scan and count as two patients by budget.distinct_patients: {pairs}"
 
 
 def leak(
     shared: Sequence[Shared],
     *,
+    distinct: Collection[tuple[str, str]] = (),
     held_out: Mapping[str, str],
     budget: Mapping[str, Collection[str]],
     classes: Collection[str],
@@ -96,21 +135,25 @@ def leak(
 
     `held_out` are the cases whose images nothing may be learnt from, with their split, and `budget` the cases whose
     labels the trial uses, with the classes annotated there. Of the trial's scans only these labels may have been read
-    of `classes`, those that it is to learn; labels of other classes are no leak, nor are those of other scans.
+    of `classes`, those that it is to learn; labels of other classes are no leak, nor are those of other scans. Pairs in
+    `distinct` are of two patients (see `one_patient`).
     """
-    if held := sorted((one.case, one.scan.name) for one in shared if one.case in held_out):
-        split = held_out[held[0][0]]
+    shared = sorted(one_patient(shared, distinct), key=lambda one: (one.distance is not None, one.pair))
+    if held := [one for one in shared if one.case in held_out]:
+        split = held_out[held[0].case]
         cures = {"validation": "build its shards with --exclude", "development": "train it with budget.development"}
-        return f"was trained on {split} case {_named(held)}; {cures[split]} of these cases"
+        how, otherwise = likeness(held[0], distinct, "SHARDS --against DATA")
+        return f"was trained on {split} case {_named(held, how)}; {cures[split]} of these cases{otherwise}"
     allowed: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for one in shared:
         allowed[one.scan.name, one.scan.digest].update(budget.get(one.case, ()))
     beyond = [(one, (one.labels & set(classes)) - allowed[one.scan.name, one.scan.digest]) for one in shared]
-    if withheld := sorted((one.case, one.scan.name, min(names)) for one, names in beyond if names):
+    if withheld := [(one, min(names)) for one, names in beyond if names]:
+        how, otherwise = likeness(withheld[0][0], distinct, "SHARDS --against DATA")
         return (
-            f"was trained with the labels of case {_named([case[:2] for case in withheld])}, {withheld[0][2]} first, "
+            f"was trained with the labels of case {_named([one for one, _ in withheld], how)}, {withheld[0][1]} first, "
             f"outside the trial's budget of {len(budget)}; train it with the trial's --budget.scans or "
-            "--budget.fraction and its --budget.seed"
+            f"--budget.fraction and its --budget.seed{otherwise}"
         )
     return None
 
@@ -142,10 +185,11 @@ def check_split(
     )
 
 
-def _named(cases: Sequence[tuple[str, str]]) -> str:
-    (case, seen_as), *others = cases
-    alias = "" if case == seen_as else f" (there {seen_as})"
-    return f"{case}{alias}" + (f" and {len(others)} more" if others else "")
+def _named(shared: Sequence[Shared], how: str) -> str:
+    first, *others = shared
+    alias = "" if first.case == first.scan.name else f"there {first.scan.name}, "
+    more = len({one.case for one in others} - {first.case})
+    return f"{first.case} ({alias}{how})" + (f" and {more} more" if more else "")
 
 
 class KnownScans:

@@ -85,7 +85,7 @@ def matches(ones: Iterable[Scan], others: Iterable[Scan]) -> list[Match]:
     for j, other in enumerate(others):
         by_digest.setdefault(other.digest, []).append(j)
     equal = {(i, j): None for i, one in enumerate(ones) for j in by_digest.get(one.digest, ())}
-    near = {(i, j): distance for i, j, distance in near_pairs(_stacked(ones), _stacked(others))}
+    near = {(i, j): max(distance, 0.0) for i, j, distance in near_pairs(_stacked(ones), _stacked(others))}
     found = [Match(ones[i], others[j], distance) for (i, j), distance in (near | equal).items()]
     apart = (match for match in found if match.one[:2] != match.other[:2])
     return sorted(apart, key=lambda match: (match.distance or 0.0, match.one.name, match.other.name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from mixcl_dist.export.trained import Trained
@@ -101,10 +102,18 @@ def _finetuned(trained: Trained) -> list[str]:
         f"Fine-tuned from {start} with the labels of {_scans(labels)} ({draw}).",
         f"It and its start have seen {_scans(len(facts.get('training_cases') or []))} in all.",
         "Leak audit: no start is taken that has seen a validation or development scan, or a label outside the budget, "
-        "under whatever name or resampled; scans are compared by their voxels."
+        "under whatever name or resampled; scans are compared by their voxels." + _told_apart(facts)
         if facts.get("start")
         else "Leak audit: it began with random weights and has seen its labelled scans alone.",
     ]
+
+
+def _told_apart(facts: Mapping[str, Any]) -> str:
+    pairs = [
+        f"{literal(case)} and {literal(other)} ({by:.4f})" for case, other, by in facts.get("distinct_patients") or ()
+    ]
+    said = "A person said of these, which look like one scan at that distance, that they are of two patients"
+    return f" {said}: {', '.join(pairs)}." if pairs else ""
 
 
 def _pretrained(trained: Trained) -> list[str]:

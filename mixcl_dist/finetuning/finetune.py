@@ -57,7 +57,7 @@ from mixcl_dist.records import (
 )
 from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
-from mixcl_dist.seen import KnownScans, Seen, check_split
+from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, told_apart
 
 GRADIENT_NORM = 1.0
 Watch = Callable[[int, float, SegmentationNetwork], float | None]
@@ -120,9 +120,10 @@ def _finetune(
     alike = check_split(task.cases, label_cases, task.held_out, known)
     seen = _own(task, label_cases, known)
     start_saw: dict[str, list[str]] = {}
+    apart: list[Shared] = []
     if start is not None:
         config = like(config, start)
-        start_saw = check_start(start, task, label_cases, known)
+        start_saw, apart = check_start(start, task, label_cases, known, config.budget.distinct_patients)
         seen = seen.merged(seen_by(start))
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     reading = Cases(task, cache)
@@ -149,6 +150,7 @@ def _finetune(
         classes=task.classes,
         unshown_classes=tuple(unshown),
         start_saw={name: tuple(classes) for name, classes in start_saw.items()},
+        distinct_patients=tuple((*one.pair, one.distance or 0.0) for one in apart),
         spacing_mm=config.finetune.spacing_mm,
     )
     record = Run.create(run, config, facts)
@@ -158,6 +160,8 @@ def _finetune(
         record.warn("split", alike)
     if start is not None and start.is_file():
         _tell_foreign(open_foreign(start, config.network.window_hu), record)
+    if apart:
+        record.warn("distinct_patients", told_apart(apart))
     network.to(device)
     watch = _watch(config, task, reading, unshown, run, device)
     network = _train(network, config, volumes, record, watch, device, resume=resume, report=report)

@@ -13,7 +13,7 @@ from mixcl_dist.finetuning.foreign import Foreign, open_foreign
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import NetworkRecord, RunError, RunRecord
-from mixcl_dist.seen import KnownScans, Seen, leak, shared_scans
+from mixcl_dist.seen import KnownScans, Seen, Shared, leak, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 
 WEIGHTS = {"pretrain": "network.safetensors", "finetune": "model.safetensors"}
@@ -62,19 +62,27 @@ def seen_by(start: Path) -> Seen:
     return Seen((), ()) if start.is_file() else Seen.load(start)
 
 
-def check_start(start: Path, task: Task, label_cases: Sequence[str], known: KnownScans) -> dict[str, list[str]]:
-    """The task's cases that `start` has seen, by voxels, with the classes whose labels it read of them.
+def check_start(
+    start: Path,
+    task: Task,
+    label_cases: Sequence[str],
+    known: KnownScans,
+    distinct: Sequence[tuple[str, str]] = (),
+) -> tuple[dict[str, list[str]], list[Shared]]:
+    """The task's cases that `start` has seen, by voxels, with the classes whose labels it read of them, and what looks
+    like one of its scans and is of another patient, as a person says in `distinct` (`budget.distinct_patients`).
 
     Raises `RunError` where it has seen labels or images that this trial must not know (see `seen.leak`).
     """
     shared = shared_scans(seen_by(start), known.of(task.cases))
     budget = task.labels_of(label_cases)
-    if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes):
+    if problem := leak(shared, held_out=task.held_out, budget=budget, classes=task.classes, distinct=distinct):
         raise RunError(f"{start}: {problem}")
     saw: defaultdict[str, set[str]] = defaultdict(set)
-    for one in shared:
+    kept = one_patient(shared, distinct)
+    for one in kept:
         saw[one.case] |= one.labels
-    return {case: sorted(classes) for case, classes in sorted(saw.items())}
+    return {case: sorted(classes) for case, classes in sorted(saw.items())}, [one for one in shared if one not in kept]
 
 
 def initial_network(config: Config, start: Path | None, n_classes: int) -> SegmentationNetwork:

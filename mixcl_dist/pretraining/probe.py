@@ -9,6 +9,7 @@ Legend: N patches, (X, Y, Z) their size, C classes, F channels of the pyramid, R
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from mixcl_dist.networks.backbone import Backbone
 from mixcl_dist.networks.heads import voxels_of
 from mixcl_dist.precision import autocast
 from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores, RunError
-from mixcl_dist.seen import Seen, shared_scans
+from mixcl_dist.seen import Seen, likeness, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 
 PATCHES_AT_ONCE = 4
@@ -82,7 +83,7 @@ def probe_run(path: Path | None, config: Config, *, shards: Path | str) -> Probe
     torch.manual_seed(0)
     backbone = build_backbone(config.network)
     if path is not None:
-        _refuse_seen(path, shards, development)
+        _refuse_seen(path, shards, development, config.budget.distinct_patients)
         cure = "give a finished run or a whole checkpoint"
         if path == run_of(path):
             NetworkRecord.load(path).check(path / "network.safetensors")
@@ -102,13 +103,17 @@ def run_of(path: Path) -> Path:
     return path if (path / RUN).exists() else path.parent.parent
 
 
-def _refuse_seen(path: Path, shards: Path | str, development: Sequence[str]) -> None:
+def _refuse_seen(
+    path: Path, shards: Path | str, development: Sequence[str], distinct: Sequence[tuple[str, str]]
+) -> None:
     scans = [scan for scan in scans_of_shards(shards) if scan.name in development]
-    if shared := shared_scans(Seen.load(run_of(path)), scans):
-        name, seen_as = shared[0].case, shared[0].scan.name
-        alias = "" if name == seen_as else f" (there {seen_as})"
+    if shared := one_patient(shared_scans(Seen.load(run_of(path)), scans), distinct):
+        name, seen_as = shared[0].pair
+        alias = "" if name == seen_as else f"there {seen_as}, "
+        how, otherwise = likeness(shared[0], distinct, f"SHARDS --against {shlex.quote(str(shards))}")
         raise RunError(
-            f"{path}: was pre-trained on development scan {name}{alias}; pre-train with budget.development set"
+            f"{path}: was pre-trained on development scan {name} ({alias}{how}); pre-train with budget.development "
+            f"{','.join(development)}{otherwise}"
         )
 
 

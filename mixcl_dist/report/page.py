@@ -199,6 +199,7 @@ def finetuning_section(run: RunFolder) -> dict[str, Any]:
     found = slices.labels_in(overlays["truth"], overlays["prediction"]) if overlays else ()
     return {
         "dice": run.dice,
+        "warnings": _warnings(run),
         "losses": figures.loss_curves(run.metrics, "finetune", {}),
         "overlays": rows,
         "legend": _legend(found, run.facts.get("classes", [])),

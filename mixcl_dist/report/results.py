@@ -246,6 +246,7 @@ def _protocol(start: Start, trials: Iterable[Trial]) -> dict[str, Any]:
     facts = start.run.facts if start.run else {}
     validation: set[str] = set()
     beyond: set[str] = set()
+    apart: set[tuple[str, str, float]] = set()
     for trial in trials:
         if trial.run and trial.run.facts.get("start") == start.path:
             own = trial.run.facts
@@ -253,6 +254,7 @@ def _protocol(start: Start, trials: Iterable[Trial]) -> dict[str, Any]:
             validation |= saw.keys() & set(own.get("validation_cases", []))
             read = {case for case, classes in saw.items() if set(classes) & set(own.get("classes", []))}
             beyond |= read - set(own.get("label_cases", []))
+            apart |= {(str(case), str(other), float(by)) for case, other, by in own.get("distinct_patients", [])}
     return {
         "start": start.name,
         "found": start.run is not None,
@@ -260,4 +262,5 @@ def _protocol(start: Start, trials: Iterable[Trial]) -> dict[str, Any]:
         "label_cases": len(facts.get("label_cases", [])),
         "label_cases_beyond_a_trials_budget": sorted(beyond),
         "validation_cases_seen": sorted(validation),
+        "told_apart": [f"{case} and {other} ({distance:.4f})" for case, other, distance in sorted(apart)],
     }

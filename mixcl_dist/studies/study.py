@@ -21,7 +21,7 @@ from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
-from mixcl_dist.seen import KnownScans, Shared, check_split, leak, shared_scans
+from mixcl_dist.seen import KnownScans, Shared, check_split, leak, one_patient, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of, read
 from mixcl_dist.studies.pipeline import Pretrainings, finetuning_part, run_pretraining
 from mixcl_dist.studies.rows import LEDGER, fold
@@ -139,7 +139,8 @@ def plan(
             budget = dataclasses.replace(config.budget, fraction=fraction, scans=None, seed=seed)
             label_cases = budgeted(task, budget)
             check_split(task.cases, label_cases, task.held_out, known)  # what looks alike, each trial says
-            lawful = _lawful_start(shared, task, label_cases) if starts else None
+            distinct = config.budget.distinct_patients
+            lawful = _lawful_start(shared, task, label_cases, distinct) if starts else None
             of_scratch: list[dict[str, Any]] = []
             for number, params in enumerate(drawn):
                 start = pretrainings.start(params, fraction, seed) if pretrainings else lawful
@@ -362,16 +363,22 @@ def _common_network(config: Config, starts: Sequence[Path]) -> Config:
     return first
 
 
-def _lawful_start(shared: Mapping[Path, Sequence[Shared]], task: Task, label_cases: Sequence[str]) -> Path:
+def _lawful_start(
+    shared: Mapping[Path, Sequence[Shared]],
+    task: Task,
+    label_cases: Sequence[str],
+    distinct: Sequence[tuple[str, str]],
+) -> Path:
     """The start that knows most of `label_cases` and nothing that this trial must not know."""
     budget = task.labels_of(label_cases)
-    rules: dict[str, Any] = {"held_out": task.held_out, "budget": budget, "classes": task.classes}
+    rules: dict[str, Any] = {"held_out": task.held_out, "budget": budget, "classes": task.classes, "distinct": distinct}
     problems = {start: leak(scans, **rules) for start, scans in shared.items()}
     lawful = [start for start in shared if problems[start] is None]
     if not lawful:
         start = next(iter(shared))
         raise RunError(f"{start}: {problems[start]}")
-    return max(lawful, key=lambda start: len({one.case for one in shared[start] if one.labels & set(task.classes)}))
+    known = {start: one_patient(shared[start], distinct) for start in lawful}
+    return max(lawful, key=lambda start: len({one.case for one in known[start] if one.labels & set(task.classes)}))
 
 
 def _refuse_another(study: Path, earlier: StudyRecord, record: StudyRecord) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 
 import nibabel as nib
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from mixcl_dist import seen as seen_module
-from mixcl_dist.config import BudgetConfig, replace
+from mixcl_dist.config import BudgetConfig, load, replace
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.dedup import Scan, scans_of_shards
 from mixcl_dist.data_shards.building.processes import in_this_process
@@ -65,14 +67,37 @@ def test_a_start_within_the_budget_is_lawful():
 @pytest.mark.parametrize(
     ("number", "name", "said"),
     [
-        (2, "case_2", "development case case_2; train it with budget.development"),
-        (3, "renamed", "validation case case_3 (there renamed); build its shards with --exclude"),
+        (2, "case_2", r"development case case_2 \({how}\); train it with budget.development of these cases"),
+        (3, "renamed", r"validation case case_3 \(there renamed, {how}\); build its shards with --exclude of"),
     ],
 )
-@pytest.mark.parametrize("made_from_it", [lambda v: v, lambda v: resample(v, (8.0, 8.0, 12.0))])
-def test_an_image_that_is_held_out_is_found_under_any_name_and_resampled(number, name, said, made_from_it):
+@pytest.mark.parametrize(
+    ("made_from_it", "how"),
+    [
+        (lambda v: v, "the same voxels"),
+        (lambda v: resample(v, (8.0, 8.0, 12.0)), r"distance 0\.0\d+, below 0.03 is .*"),
+    ],
+)
+def test_an_image_that_is_held_out_is_found_under_any_name_and_resampled(number, name, said, made_from_it, how):
     problem = verdict(seen_of(TRIAL[0], scan(name, made_from_it(patient(number)))))
-    assert said in problem and "\n" not in problem
+    assert re.search(said.format(how=how), problem) and "\n" not in problem
+    assert ("--budget.distinct_patients" in problem) == ("same voxels" not in problem)
+
+
+@pytest.mark.parametrize("labels", [(), ("spleen",)])
+def test_two_patients_who_look_alike_are_told_apart_by_what_the_message_says_and_equal_voxels_by_nothing(labels):
+    alike = [scan(f"it's {n}", resample(patient(n), (8.0, 8.0, 12.0))) for n in (1, 3)]
+    given = ()
+    for pair in (["case_1", "it's 1"], ["case_3", "it's 3"])[0 if labels else 1 :][:: -1 if labels else 1]:
+        (words,) = re.findall(
+            r"--budget.distinct_patients (.*)$", verdict(seen_of(*alike, labels=labels), distinct=given)
+        )
+        settings = load(overrides=[("budget.distinct_patients", *shlex.split(words))]).budget
+        assert list(map(list, settings.distinct_patients)) == [*map(list, given), pair]
+        given = settings.distinct_patients
+    assert verdict(seen_of(*alike, labels=labels), distinct=given) is None
+    copy = seen_of(scan("it's 3", patient(3)))
+    assert "the same voxels" in verdict(copy, distinct=given)
 
 
 def test_one_name_does_not_make_one_scan():
@@ -82,7 +107,8 @@ def test_one_name_does_not_make_one_scan():
 
 def test_labels_outside_the_budget_are_found_under_any_name():
     problem = verdict(seen_of(scan("renamed", resample(patient(1), (8.0, 8.0, 12.0))), labels=["spleen"]))
-    assert "labels of case case_1 (there renamed), spleen first" in problem and "--budget.seed" in problem
+    assert re.search(r"labels of case case_1 \(there renamed, distance .*\), spleen first", problem)
+    assert "--budget.seed" in problem
 
 
 def test_labels_of_organs_that_are_not_to_be_learnt_are_no_leak():
@@ -92,11 +118,13 @@ def test_labels_of_organs_that_are_not_to_be_learnt_are_no_leak():
 
 
 def test_a_label_that_the_budget_s_own_case_does_not_have_is_a_leak():
-    assert "case_0, spleen first" in verdict(seen_of(TRIAL[0], labels=["spleen"]), budget={"case_0": {"liver"}})
+    assert "case_0 (the same voxels), spleen first" in verdict(
+        seen_of(TRIAL[0], labels=["spleen"]), budget={"case_0": {"liver"}}
+    )
 
 
 def test_how_many_more_there_are_is_said():
-    assert "case_0 and 1 more" in verdict(seen_of(*TRIAL[:2], labels=["liver"]), budget={})
+    assert "case_0 (the same voxels) and 1 more" in verdict(seen_of(*TRIAL[:2], labels=["liver"]), budget={})
 
 
 @pytest.fixture
@@ -115,7 +143,9 @@ def start_on(data, tmp_path):
 
 def checked(start, data):
     task = open_task(data)
-    return check_start(start, task, budgeted(task, BudgetConfig(fraction=1.0)), KnownScans(start))
+    saw, apart = check_start(start, task, budgeted(task, BudgetConfig(fraction=1.0)), KnownScans(start))
+    assert apart == []
+    return saw
 
 
 def test_a_validation_scan_in_a_folder_that_names_nobody_is_found_and_can_be_kept_out(start_on, data, tmp_path):

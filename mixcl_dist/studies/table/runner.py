@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
 from mixcl_dist.run import CONFIG, begin, held, machine, now
-from mixcl_dist.seen import KnownScans, Seen, check_split, shared_scans
+from mixcl_dist.seen import KnownScans, Seen, check_split, likeness, one_patient, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.plan import Item, plan
@@ -69,6 +70,7 @@ SETTINGS = {
 }
 """Sections on which they depend."""
 WITHOUT_EFFECT = {
+    "budget": ("distinct_patients",),
     "data": ("workers", "cache", "max_bad_fraction"),
     "pretrain": ("log_every", "sample_every", "probe_every", "gradient_norms_every"),
     "finetune": ("log_every",),
@@ -194,11 +196,14 @@ def refuse_held_out(
     trained = set(training_cases(manifest.cases, config.budget))
     scans = [scan for scan in scans_of_shards(shards) if scan.name in trained]
     held_out = known.of([case for case in task.cases if case.name in task.held_out])
-    if shared := shared_scans(Seen(tuple(scans), (frozenset(),) * len(scans)), held_out):
-        case, scan, _ = shared[0]
+    distinct = config.budget.distinct_patients
+    shared = one_patient(shared_scans(Seen(tuple(scans), (frozenset(),) * len(scans)), held_out), distinct)
+    if shared:
+        case, scan = shared[0].case, shared[0].scan
+        how, otherwise = likeness(shared[0], distinct, f"{shlex.quote(str(shards))} --against {shlex.quote(str(data))}")
         cure = {"validation": "build them with --exclude", "development": "name it as they do in budget.development"}
         split = task.held_out[case]
-        raise RunError(f"{shards}: {scan.name} is {split} case {case} of {data}; {cure[split]}")
+        raise RunError(f"{shards}: {scan.name} is {split} case {case} of {data} ({how}); {cure[split]}{otherwise}")
 
 
 def _digests(config: Config, items: dict[str, Item], data_digest: str) -> dict[str, str]:

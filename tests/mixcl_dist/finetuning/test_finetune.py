@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixcl_dist.budget import budget_cases
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, load, replace
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
 from mixcl_dist.finetuning.finetune import finetune, mean_dice
@@ -21,6 +23,7 @@ from mixcl_dist.finetuning.task import Task, open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.phantom import CLASSES
 from mixcl_dist.records import DiceRecord, RunError
+from mixcl_dist.report import write_report
 from mixcl_dist.seen import KnownScans, Seen
 
 SMALL = {
@@ -243,6 +246,28 @@ def test_a_start_that_read_other_organs_of_all_scans_is_lawful(config, data, tmp
         finetune(trial, data=data, start=every, run=tmp_path / "leaky")
     with pytest.raises(RunError, match=r"known: was trained with the labels"):
         finetune(replace(config, one), data=data, start=start, run=tmp_path / "leaky")
+
+
+@pytest.mark.slow
+def test_a_start_with_a_patient_who_only_looks_like_a_validation_case_is_taken_as_its_refusal_says(
+    config, data, tmp_path
+):
+    """By `budget.distinct_patients`, which the run's record, its warning and its page then show."""
+    start, one = pretrained(tmp_path / "start", config), replace(config, {"finetune.steps": 1})
+    (held_out,) = KnownScans(start).of([case for case in open_source(data).cases if case.split == "validation"])
+    Seen((held_out._replace(name="other", digest="of other voxels"),), (frozenset(),)).save(start)
+    with pytest.raises(RunError, match=r"case validation_000 \(there other, distance 0\.0000") as refused:
+        finetune(one, data=data, start=start, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (words,) = re.findall(r"--budget.distinct_patients (.*)$", str(refused.value))
+    told = [("budget.distinct_patients", *shlex.split(words))]
+    given = replace(one, {"budget.distinct_patients": load(overrides=told).budget.distinct_patients})
+    finetune(given, data=data, start=start, run=tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    (pair,) = facts["distinct_patients"]
+    assert pair[:2] == ["validation_000", "other"] and "validation_000" not in facts["start_saw"]
+    page = write_report(tmp_path / "run").read_text()
+    assert "count as two patients by budget.distinct_patients: validation_000 and other (0.0000)" in page
 
 
 def test_a_class_that_no_labelled_case_shows_is_named_and_left_out_of_the_mean(config, data, tmp_path, capsys):
