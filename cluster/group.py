@@ -80,9 +80,7 @@ def _torchrun(environment: Mapping[str, str]) -> Group:
     if world_size == 1 and _number(environment, "RANK", default=0) == 0:
         return Group()
     if missing:
-        raise GroupError(
-            f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; start with torchrun, or unset WORLD_SIZE"
-        )
+        raise GroupError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} is not set; {_cure('WORLD_SIZE')}")
     return _placed(_TORCHRUN, environment, environment["MASTER_ADDR"], _port(environment))
 
 
@@ -103,7 +101,9 @@ def _placed(launcher: _Launcher, environment: Mapping[str, str], address: str, p
     world_size = _number(environment, launcher.world_size, least=1)
     rank = _number(environment, launcher.rank)
     if rank >= world_size:
-        raise GroupError(f"{launcher.rank} is {rank}, but {launcher.world_size} is {world_size}; ranks count from 0")
+        raise GroupError(
+            f"{launcher.rank} is {rank}, but {launcher.world_size} is {world_size}; {_cure(launcher.rank)}"
+        )
     return Group(rank, _number(environment, launcher.local_rank, default=0), world_size, address, port)
 
 
@@ -134,7 +134,7 @@ def _port_of_job(environment: Mapping[str, str]) -> int:
 def _port(environment: Mapping[str, str]) -> int:
     port = _number(environment, "MASTER_PORT", least=1)
     if port > 65_535:
-        raise GroupError(f"MASTER_PORT is {port}; give a port up to 65535")
+        raise GroupError(f"MASTER_PORT is {port}; {_cure('MASTER_PORT')}")
     return port
 
 
@@ -144,5 +144,15 @@ def _number(environment: Mapping[str, str], name: str, *, least: int = 0, defaul
         return default
     if text is None or not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
         what = "not set" if text is None else f"{text!r}, which is no number of at least {least}"
-        raise GroupError(f"{name} is {what}; start with torchrun, srun or mpirun, or unset RANK and WORLD_SIZE")
+        raise GroupError(f"{name} is {what}; {_cure(name)}")
     return int(text)
+
+
+def _cure(name: str) -> str:
+    """What to do about a variable that does not fit the others, so that a process finds its group or is one alone."""
+    if name == "MASTER_PORT":
+        return "give a port from 1 to 65535"
+    if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        return "start with torchrun, srun or mpirun, or unset RANK and WORLD_SIZE"
+    prefix = name.partition("_")[0]
+    return f"start with {'srun' if prefix == 'SLURM' else 'mpirun or mpiexec'}, or unset the {prefix}_ variables"

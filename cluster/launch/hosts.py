@@ -27,7 +27,7 @@ def commands(job: Job, hosts: Sequence[str], *, shell: Sequence[str] = SSH, port
     if not hosts:
         return [["sh", "-c", job.shell(torchrun(job, ["--standalone"], python=sys.executable))]]
     if len(set(hosts)) != len(hosts):
-        raise LaunchError(f"hosts {', '.join(hosts)}: one is named twice")
+        raise LaunchError(f"hosts {', '.join(hosts)}: one is named twice; leave it out")
     meeting = [f"--nnodes={len(hosts)}", f"--master-addr={hosts[0]}", f"--master-port={port}"]
     return [
         [*shell, host, _there(job, job.shell(torchrun(job, [*meeting, f"--node-rank={rank}"], python=sys.executable)))]

@@ -39,7 +39,9 @@ class SpanCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"{config.folder}: cannot be made for the cache: {error.strerror}") from None
+            raise StorageError(
+                f"{config.folder}: cannot be made for the cache: {error.strerror}; give one that you may write"
+            ) from None
 
     def get(self, key: str, size: int) -> memoryview | None:
         """The bytes kept under `key`, if they are `size`."""

@@ -118,10 +118,10 @@ class PatchStream:
         quarantine: Path | None = None,
         max_bad_fraction: float = 0.001,
     ) -> None:
-        if batch_size % (world_size * accumulation_steps):
+        if batch_size % (parts := world_size * accumulation_steps):
             raise StreamError(
                 f"a batch of {batch_size} cannot be shared by {world_size} ranks in {accumulation_steps} parts; "
-                "make it a multiple"
+                f"give a multiple of {parts}"
             )
         self._store = open_store(shards, cache)
         self._manifest = Manifest.load(self._store)
@@ -283,7 +283,7 @@ class _Samples:
         self.manifest, self._store = manifest, store
         if unknown := set(label_classes or ()) - set(manifest.classes):
             where = store.path("manifest.json")
-            raise StreamError(f"{where}: has no class {min(unknown)}; it has {', '.join(manifest.classes)}")
+            raise StreamError(f"{where}: has no class {min(unknown)}; choose among {', '.join(manifest.classes)}")
         self._classes = set(manifest.classes if label_classes is None else label_classes)
         self._number = {case.name: number for number, case in enumerate(manifest.cases)}
         if unknown := (set(cases or ()) | set(label_cases)) - self._number.keys():
@@ -333,7 +333,7 @@ class _Samples:
         datasets = {case.dataset for case in self.manifest.cases}
         if unknown := set(upsampling) - datasets:
             raise StreamError(
-                f"upsampling names data set {min(unknown)}; the shards hold {', '.join(sorted(datasets))}"
+                f"data.upsampling: there is no data set {min(unknown)}; choose among {', '.join(sorted(datasets))}"
             )
         factor = np.array([upsampling.get(case.dataset, 1.0) for case in self.manifest.cases])
         return factor[self._case[samples]]
@@ -430,8 +430,8 @@ def _order(samples: _Samples, mixture: Mixture, batch_size: int, seed: int) -> O
         quota = round(mixture.labelled_fraction * batch_size)
         if abs(quota - mixture.labelled_fraction * batch_size) > 1e-6:
             raise StreamError(
-                f"a share of {mixture.labelled_fraction} of a batch of {batch_size} is no whole number of samples; "
-                f"the nearest is {quota / batch_size:g}"
+                f"data.labelled_fraction {mixture.labelled_fraction} of a batch of {batch_size} is no whole number of "
+                f"samples; the nearest is {quota / batch_size:.9g}"
             )
         has_label = samples.may_read_label(samples.selected)
         rest, of_label = samples.selected[~has_label], samples.selected[has_label]

@@ -217,7 +217,9 @@ def budgeted_labels(manifest: Manifest, budget: BudgetConfig) -> list[str]:
     unknown = set(budget.full_datasets) - {case.dataset for case in manifest.cases}
     if unknown:
         known = ", ".join(sorted({case.dataset for case in manifest.cases}))
-        raise ConfigError(f"budget.full_datasets: {', '.join(sorted(unknown))} is not in the shards; known: {known}")
+        raise ConfigError(
+            f"budget.full_datasets: {', '.join(sorted(unknown))} is not in the shards; choose among {known}"
+        )
     whole = dataclasses.replace(budget, fraction=1.0, scans=None)
     names: list[str] = []
     for dataset in sorted({case.dataset for case in manifest.cases}):
@@ -230,7 +232,9 @@ def check_sizes(config: Config, patch_size: Sequence[int]) -> None:
     """Raise `ConfigError` where the views do not suit the network or the patches, or the batch its processes."""
     check_size("views.size", config.network, config.views.size)
     if any(view > patch for view, patch in zip(config.views.size, patch_size, strict=True)):
-        raise ConfigError(f"views.size {config.views.size} is larger than the shards' patches {tuple(patch_size)}")
+        size, most = (",".join(map(str, edges)) for edges in (config.views.size, patch_size))
+        cure = f"give at most that, or build shards with a larger --build.patch_size than {most}"
+        raise ConfigError(f"views.size {size} is larger than the shards' patches of {most}; {cure}")
     _micro_batch_size(config, described().world_size)
 
 

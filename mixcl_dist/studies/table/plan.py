@@ -189,20 +189,24 @@ def check(table: TableConfig) -> None:
 
 
 def _check_stages(table: TableConfig) -> None:
+    known = ", ".join(table.stages)
     for name, stage in table.stages.items():
         seen = [name]
         while stage.start is not None:
             if stage.start not in table.stages:
-                raise ConfigError(f"table.stages.{seen[-1]}: starts from {stage.start}, which is no stage")
+                raise ConfigError(
+                    f"table.stages.{seen[-1]}: starts from {stage.start}, which is no stage; stages: {known}"
+                )
             if stage.start in seen:
-                raise ConfigError(f"table.stages.{name}: starts from itself, by {' → '.join([*seen, stage.start])}")
+                ring = " → ".join([*seen, stage.start])
+                raise ConfigError(f"table.stages.{name}: starts from itself, by {ring}; leave one of these starts out")
             seen.append(stage.start)
             stage = table.stages[stage.start]
     for name in table.baselines:
         if name not in (RANDOM, *table.stages):
             raise ConfigError(f"table.baselines: {name} is no stage; stages: {RANDOM}, {', '.join(table.stages)}")
         if name != RANDOM and _reach(table.stages, name) != "none":
-            raise ConfigError(f"table.baselines: {name} reads labels; a baseline of the gate must not")
+            raise ConfigError(f"table.baselines: {name} reads labels; a baseline of the gate must not: leave it out")
 
 
 def _check_arm(where: str, stages: Mapping[str, StageConfig], stage: str, forbidden: str) -> None:
@@ -224,6 +228,6 @@ def _check_pairs(where: str, pairs: Sequence[tuple[str, str]], arms: Mapping[str
 
 def _check_fold(name: str, fold: FoldConfig) -> None:
     if both := set(fold.known) & set(fold.new):
-        raise ConfigError(f"table.other_organs.folds.{name}: {min(both)} is known and new; it can be one of them")
+        raise ConfigError(f"table.other_organs.folds.{name}: {min(both)} is known and new; leave it out of one of them")
     if not (fold.known and fold.new):
-        raise ConfigError(f"table.other_organs.folds.{name}: needs organs that are known and organs that are new")
+        raise ConfigError(f"table.other_organs.folds.{name}: lacks known or new organs; name some of both")

@@ -149,7 +149,7 @@ class TestLabelClasses:
         position = stream_of(two_classes, label_cases={"a"}).position()
         with pytest.raises(StreamError, match="selection"):
             stream_of(two_classes, label_cases={"a"}, label_classes={"rim"}).seek(position)
-        with pytest.raises(StreamError, match="has no class edge; it has core, rim"):
+        with pytest.raises(StreamError, match="has no class edge; choose among core, rim"):
             stream_of(two_classes, label_classes={"edge"})
 
 
@@ -284,7 +284,7 @@ class TestMixture:
             (Mixture(labelled_fraction=0.3), {"a"}, "no whole number of samples; the nearest is 0.25"),
             (Mixture(labelled_fraction=0.25), set(), "no labels may be read"),
             (Mixture(labelled_fraction=0.25), set("abcde"), "fewer than 3 patches without labels"),
-            (Mixture(upsampling={"elsewhere": 2.0}), set(), "names data set elsewhere; the shards hold"),
+            (Mixture(upsampling={"elsewhere": 2.0}), set(), "there is no data set elsewhere; choose among"),
         ],
     )
     def test_a_mixture_that_cannot_be_made_is_refused(self, built, mixture, label_cases, said):
