@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -71,6 +72,16 @@ def described(environment: Mapping[str, str] = os.environ) -> Group:
             "another first process; start with srun, or unset the SLURM_ variables"
         )
     return Group()
+
+
+def check_address(group: Group) -> None:
+    """Raise `GroupError` where the machine of rank 0 has a name that is not known here, which would be waited for."""
+    try:
+        socket.getaddrinfo(group.address, group.port)
+    except OSError:
+        raise GroupError(
+            f"{group.address}, the machine of rank 0, is not known here; set MASTER_ADDR to its name or address"
+        ) from None
 
 
 def _torchrun(environment: Mapping[str, str]) -> Group:

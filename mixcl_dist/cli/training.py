@@ -80,11 +80,12 @@ def add_training(verbs: Any) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    from mixcl_dist.cluster.group import described
+    from mixcl_dist.cluster.group import check_address, described
     from mixcl_dist.cluster.launch.job import REQUEUE
     from mixcl_dist.pretraining.pretrain import pretrain
     from mixcl_dist.run import Stopped
 
+    check_address(described())
     if options.resume and (options.run / "config.yaml").exists():
         options.config.insert(0, options.run / "config.yaml")
     resume = options.resume is not None
@@ -94,7 +95,8 @@ def _pretrain(options: argparse.Namespace) -> int:
         if described().rank == 0:
             print(f"mixcl: {stopped}", file=sys.stderr)
         return REQUEUE
-    print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
+    if described().rank == 0:
+        print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
     return 0
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixcl_dist.cluster.group import PORTS, Group, GroupError, described, first_host
+from mixcl_dist.cluster.group import PORTS, Group, GroupError, check_address, described, first_host
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
 SRUN = {
@@ -84,6 +84,12 @@ def test_a_group_described_in_part_is_refused_with_its_variables(environment, sa
 )  # fmt: skip
 def test_the_first_host_of_slurm_s_lists(hosts, first):
     assert first_host(hosts) == first
+
+
+def test_a_first_machine_that_nobody_knows_is_named():
+    with pytest.raises(GroupError, match=r"nowhere.invalid, the machine of rank 0, is not known here; set MASTER_ADDR"):
+        check_address(Group(0, 0, 2, "nowhere.invalid", 29500))
+    check_address(Group())
 
 
 names = st.sampled_from(sorted({*TORCHRUN, *SRUN, *MPIRUN, *MPIEXEC}))
