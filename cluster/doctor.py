@@ -48,12 +48,12 @@ def _python() -> tuple[bool, str]:
 
 
 def _packages() -> tuple[bool, str]:
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: version_of(name) for name in PACKAGES}
     needed = [name for name in PACKAGES if name != "triton" or sys.platform == "linux"]  # elsewhere there is none
     return all(found[name] for name in needed), ", ".join(f"{name} {found[name] or 'missing'}" for name in PACKAGES)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

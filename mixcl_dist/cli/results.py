@@ -36,7 +36,10 @@ def add_results(verbs: Any) -> None:
     add = add_verb(verbs, "demo", _demo, "the whole path on a phantom cohort", "mixcl demo --out runs/demo")
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default runs/demo)")
 
-    add_verb(verbs, "doctor", _doctor, "is this machine fit", "mixcl doctor", takes_settings=False)
+    example = "mixcl doctor --cluster --data shards"
+    add = add_verb(verbs, "doctor", _doctor, "is this machine fit, or are those of a group", example)
+    add("--cluster", action="store_true", help="look at all machines; behind srun, torchrun or mixcl launch … --")
+    add("--data", metavar="SHARDS", help="with --cluster: read some of these shards on each machine")
     config = verbs.add_parser("config", allow_abbrev=False, help="look at settings")
     on_config = add_verbs(config)
     example = "mixcl config show finetune --recipe few_label --finetune.steps 500"
@@ -83,11 +86,21 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     from mixcl_dist.cluster.doctor import examine
+    from mixcl_dist.cluster.group import described
 
-    findings = examine()
-    for finding in findings:
-        print(f"{'ok  ' if finding.fit else 'FAIL'}  {finding.name:<18} {finding.detail}")
+    findings = _of_machines(options) if options.cluster else examine()
+    if described().rank == 0:
+        for finding in findings:
+            print(f"{'ok  ' if finding.fit else 'FAIL'}  {finding.name:<18} {finding.detail}")
     return 0 if all(finding.fit for finding in findings) else 1
+
+
+def _of_machines(options: argparse.Namespace) -> Any:
+    from mixcl_dist.cluster.machines import examine_machines
+    from mixcl_dist.data_shards.inspection.rate import read_rate
+
+    read = options.data and (lambda part, parts: read_rate(options.data, part=part, parts=parts))
+    return examine_machines(read, collective_s=config_of(options).engine.timeout_s)
 
 
 def _config_show(options: argparse.Namespace) -> None:
