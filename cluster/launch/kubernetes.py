@@ -14,8 +14,8 @@ import yaml
 
 from mixcl_dist.cluster.launch.job import PORT, Job, LaunchError, torchrun
 
-NODE = '-m torch.distributed.run --node-rank="$JOB_COMPLETION_INDEX"'
-"""Known to the pod alone."""
+INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+"""Which of the job's pods one is."""
 MAX_NAME = 50
 """Of the 63 letters of a label, less what Kubernetes puts behind a Job's name."""
 
@@ -48,8 +48,10 @@ def manifests(job: Job, cluster: Cluster) -> str:
         }
     }
     where = [f"--nnodes={job.nodes}", f"--master-addr={name}-0.{name}", f"--master-port={PORT}"]
-    line = job.shell(torchrun(job, where, python="python")).replace("-m torch.distributed.run", NODE)
-    pod = _pod(job, cluster, ["sh", "-c", line])
+    pod = _pod(job, cluster, ["sh", "-c", job.shell(torchrun(job, where, python="python"))])
+    # torchrun takes its --node-rank from there.
+    rank = {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
+    pod["spec"]["containers"][0]["env"].append(rank)
     pod["spec"] |= {"restartPolicy": "Never", "subdomain": name}
     spec = {
         "completionMode": "Indexed",

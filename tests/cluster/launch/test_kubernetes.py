@@ -34,9 +34,21 @@ def test_every_pod_finds_the_first_and_knows_its_place():
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 3
     container = pod["containers"][0]
     line = container["command"][-1]
-    assert '--node-rank="$JOB_COMPLETION_INDEX"' in line and f"--master-addr={name}-0.{name}" in line
+    assert f"--master-addr={name}-0.{name}" in line and "--node-rank" not in line
+    place = next(one for one in container["env"] if one["name"] == "PET_NODE_RANK")["valueFrom"]["fieldRef"][
+        "fieldPath"
+    ]
+    assert place == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     assert "--nproc-per-node=8" in line and "runs/Big_One" in line
     assert container["resources"]["limits"] == {"cpu": "96", "memory": "512Gi", "nvidia.com/gpu": "8"}
+
+
+def test_torchrun_takes_its_place_from_the_pods_environment(monkeypatch):
+    from torch.distributed.run import parse_args
+
+    monkeypatch.setenv("PET_NODE_RANK", "2")
+    command = manifests(JOB, CLUSTER).partition("torch.distributed.run ")[2].partition(" --no-python")[0]
+    assert parse_args([*command.split(), "program"]).node_rank == 2
 
 
 def test_a_ray_job_has_the_jobs_nodes():
