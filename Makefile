@@ -5,16 +5,21 @@ BIN := .venv/bin
 # Two processes with a thread each; the tests of a file stay together, as they share what is costly to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow test-study test-consumers check docs wheel wheelhouse install clean gpu-pack gpu-emulate
+.PHONY: demo test test-slow test-cluster test-study test-consumers check docs wheel wheelhouse install clean gpu-pack
+.PHONY: gpu-emulate
 
 demo: install
 	$(BIN)/mixcl demo --out runs/demo
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
 
 test-slow: install
 	$(PYTEST) -m slow
+
+# One after the other: they measure time-outs, and a SLURM or a Ray of their own takes both cores.
+test-cluster: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 
 # 200 trials on two machines, of which drivers, raylets and one machine are killed: minutes, as root.
 test-study: install

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mixcl_dist import __version__
+from mixcl_dist.cluster.launch.job import ID_VARIABLE
 from mixcl_dist.config import Config, ConfigError, load, to_yaml
 from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive
 from mixcl_dist.data_shards.versions import versions_of
@@ -137,7 +139,9 @@ def held(folder: Path, option: str) -> Iterator[None]:
         with ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(exclusive(folder / LOCK, lambda line: print(f"mixcl: {line}", file=sys.stderr)))
+                job = os.environ.get(ID_VARIABLE, "")
+                warn = functools.partial(print, "mixcl:", file=sys.stderr)
+                stack.enter_context(exclusive(folder / LOCK, warn, job=job))
             except HeldError as error:
                 raise RunError(f"{folder}: {error}, or give another {option}") from None
             except OSError as error:

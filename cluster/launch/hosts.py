@@ -1,31 +1,38 @@
-"""Hosts that a remote shell reaches, this one among them: one torchrun on each, ended together."""
+"""Hosts that a remote shell reaches, this one among them: one torchrun on each, ended together.
+
+torchrun's own elastic groups end with the host at which they meet, whichever that is; here it is the launcher that
+notices a lost host, starts the others again where they stood, and all of them once it is back.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mixcl_dist.cluster.launch.job import PORT, Job, LaunchError, torchrun
 
-SSH = ("ssh", "-tt", "-o", "BatchMode=yes")
-"""With a terminal, so that what runs there ends with the connection."""
-LOOK_EVERY_S = 0.5
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5")
+"""Ends some 15 seconds after a host ceased to answer."""
+ANSWER_S = 10.0
+"""Seconds in which a host that is there answers."""
+LOOK_EVERY_S, LOOK_FOR_LOST_EVERY_S = 0.5, 5.0
 GRACE_S = 30.0
-"""Seconds for the other hosts to end by themselves once one has failed."""
+"""Seconds for processes that were told to stop to save and to end."""
 
 
 def commands(job: Job, hosts: Sequence[str], *, shell: Sequence[str] = SSH, port: int = PORT) -> list[list[str]]:
     """What is run for each of `hosts`, which see the same folders under the same names; the first is where the group
     meets. Without hosts it is this machine alone."""
     if not hosts:
-        return [["sh", "-c", job.shell(torchrun(job, ["--standalone"], python=sys.executable))]]
+        return [["sh", "-c", _there(job, job.shell(torchrun(job, ["--standalone"], python=sys.executable)))]]
     if len(set(hosts)) != len(hosts):
         raise LaunchError(f"hosts {', '.join(hosts)}: one is named twice; leave it out")
     meeting = [f"--nnodes={len(hosts)}", f"--master-addr={hosts[0]}", f"--master-port={port}"]
@@ -45,28 +52,74 @@ def read_hosts(text: str) -> list[str]:
     return hosts
 
 
-def run(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> int:
-    """Run them side by side; the exit code is 0 where all ended so, else the first failure's, which ends the others.
+def run(job: Job, hosts: Sequence[str], *, shell: Sequence[str] = SSH, port: int = PORT, failures: int = 0) -> int:
+    """Run the job on all of `hosts`, or here; returns 0 where all processes ended so, else the first failure's code.
 
-    Told to stop, it tells all of them and waits for them.
+    Where it failed as hosts were lost, at most `failures` times, it goes on with those that answer; once the others
+    answer again, it saves and goes on with all. Told to stop, it tells all processes, which save, and waits for them.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    processes = [subprocess.Popen(command, env=os.environ | environment) for command in commands]
+    present = list(hosts)
+    while True:
+        lost = [host for host in hosts if host not in present]
+        size = dataclasses.replace(job, nodes=len(present) or 1)
+        with _started(commands(size, present, shell=shell, port=port)) as processes:
+            code = _wait(processes, lost, shell)
+        if code == 0:
+            return 0
+        answering = _answering(hosts, shell)
+        returned = set(answering) - set(present)
+        if not answering or not (returned or len(answering) < len(present)) or (failures == 0 and not returned):
+            return code or 1
+        failures -= not returned
+        present = answering
+        told = [host for host in hosts if host not in present]
+        why = f"{', '.join(told)} does not answer; goes on with" if told else "all hosts answer; goes on with"
+        print(f"mixcl launch: {why} {', '.join(present)}", file=sys.stderr)
+
+
+@contextmanager
+def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen]]:
+    """The processes, side by side; what still runs in the end is told to stop by the end of its input."""
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
     try:
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(LOOK_EVERY_S)
-        if failed := next((code for code in codes if code), 0):
-            _wait(processes, GRACE_S)
-        return failed
+        yield processes
     finally:
         for process in processes:
-            process.terminate()
-        _wait(processes, GRACE_S)
+            assert process.stdin, "is a pipe"
+            process.stdin.close()
+        _end(processes, GRACE_S)
         for process in processes:
             process.kill()
+            process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
+def _wait(processes: Sequence[subprocess.Popen], lost: Sequence[str], shell: Sequence[str]) -> int | None:
+    """The first failure's code, 0 where there was none, or None once one of `lost` answers."""
+    look_at = time.monotonic() + LOOK_FOR_LOST_EVERY_S
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        time.sleep(LOOK_EVERY_S)
+        if lost and time.monotonic() > look_at:
+            if _answering(lost, shell):
+                return None
+            look_at = time.monotonic() + LOOK_FOR_LOST_EVERY_S
+    return next((code for code in codes if code), 0)
+
+
+def _answering(hosts: Sequence[str], shell: Sequence[str]) -> list[str]:
+    """Those of `hosts`, all asked at once, that run a command within some seconds."""
+    asked = {
+        host: subprocess.Popen([*shell, host, "true"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for host in hosts
+    }
+    _end(list(asked.values()), ANSWER_S)
+    for process in asked.values():
+        process.kill()
+        process.wait()
+    return [host for host, process in asked.items() if process.returncode == 0]
+
+
+def _end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
@@ -74,6 +127,12 @@ def _wait(processes: Sequence[subprocess.Popen], seconds: float) -> None:
 
 
 def _there(job: Job, line: str) -> str:
-    """The line as it is run on a host: in the folder that this one is in, with the job's variables."""
+    """The line as it is run on a host: in the folder that this one is in, with the job's variables, and told to stop
+    by SIGTERM where its input ends, as it does with the connection."""
     variables = "".join(f"export {name}={shlex.quote(value)}; " for name, value in job.environment.items())
-    return f"cd {shlex.quote(os.getcwd())} && {{ {variables}{line}; }}"
+    watched = (
+        f"exec 3<&0; sh -c {shlex.quote(line)} 3<&- </dev/null & child=$!; "
+        "{ cat <&3; kill -TERM $child; } >/dev/null 2>&1 & watch=$!; "
+        "exec 3<&-; wait $child; code=$?; kill $watch 2>/dev/null; exit $code"
+    )
+    return f"cd {shlex.quote(os.getcwd())} && {{ {variables}{watched}; }}"

@@ -11,6 +11,10 @@ REQUEUE = 75
 """Exit code of a run that was told to stop, has saved its state and is to be started again (EX_TEMPFAIL)."""
 PORT = 29511
 """Where rank 0 listens unless the scheduler or the user says otherwise."""
+DOCTOR = ("doctor", "--cluster")
+"""Of no run: looks at the machines."""
+ID_VARIABLE = "MIXCL_JOB"
+"""Names, to its processes, the job that they belong to."""
 
 
 class LaunchError(ValueError):
@@ -30,14 +34,18 @@ class Job:
     """GPUs of each node, 0 for a job on CPUs."""
     threads: int = 1
     """CPU cores of each process."""
+    id: str = ""
+    """The same for all starts of this job, which do not overlap: a start takes over what a killed one left locked."""
 
     def __post_init__(self) -> None:
         if not self.command:
             raise LaunchError("there is nothing to run; give a command behind --, e.g. -- pretrain --data …")
         if "--resume" in self.command:
             raise LaunchError("leave out --resume: a job goes on from the newest checkpoint by itself")
-        if self.command[0] != "pretrain":
-            raise LaunchError(f"{self.command[0]} is no distributed command; give -- pretrain …")
+        if self.command[0] != "pretrain" and self.command[:2] != DOCTOR:
+            raise LaunchError(
+                f"{self.command[0]} is no distributed command; give -- pretrain …, or -- {' '.join(DOCTOR)}"
+            )
         if self.gpus and self.processes != self.gpus:
             raise LaunchError(f"{self.processes} processes for {self.gpus} GPUs of a node; each process takes one GPU")
         for name in ("nodes", "processes", "threads"):
@@ -57,14 +65,16 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"mixcl-{self.run.name}"
+        return "mixcl-doctor" if self.command[0] == "doctor" else f"mixcl-{self.run.name}"
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(self.threads)}
+        return {"OMP_NUM_THREADS": str(self.threads)} | ({ID_VARIABLE: self.id} if self.id else {})
 
     def shell(self, command: Sequence[str]) -> str:
         """A line of sh that runs `command`, which begins this job's run, or goes on with it where it has begun."""
+        if self.command[0] == "doctor":
+            return f"exec {shlex.join(command)}"
         begun = shlex.quote(str(self.run / "run.json"))
         return f'if [ -e {begun} ]; then set -- --resume latest; else set --; fi; exec {shlex.join(command)} "$@"'
 

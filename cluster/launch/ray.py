@@ -17,6 +17,8 @@ def run(job: Job, main: Callable[[Sequence[str]], int], *, address: str, failure
     all processes are started again, at most `failures` times, and go on from the newest checkpoint.
     Raises `ClusterError` where the cluster cannot do it, `LaunchError` where it was tried and failed.
     """
+    if job.command[0] != "pretrain":
+        raise LaunchError(f"{job.command[0]} has no run for Ray to keep; start it by mixcl launch hosts, or srun")
     with connection(address, option="--address", variables=job.environment):
         from ray import train
         from ray.train.torch import TorchTrainer

@@ -1,7 +1,8 @@
 """SLURM: a batch script whose step is the ranks themselves, which read SLURM's variables.
 
 Before its time is up, or before it is preempted, every rank gets SIGUSR1, saves and ends with `REQUEUE`; the script
-then asks for another turn, and each turn goes on from the newest checkpoint. Any other failure ends the job.
+then asks for another turn, and each turn goes on from the newest checkpoint. So it does where a machine was lost, which
+the other ranks notice sooner than SLURM does. Any other failure ends the job.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixcl_dist.cluster.launch.job import REQUEUE, Job, LaunchError
+from mixcl_dist.cluster.launch.job import ID_VARIABLE, REQUEUE, Job, LaunchError
 
+ANSWER_S = 60
+"""Seconds that the machines of a job whose step failed may take to answer, before one is taken for lost."""
 TIME = re.compile(r"\d+(-\d+)?(:\d+){0,2}")
 
 
@@ -67,11 +70,13 @@ def script(job: Job, allocation: Allocation, *, python: str = sys.executable) ->
 #!/bin/bash
 {directives}
 {exports}
+export {ID_VARIABLE}=slurm-$SLURM_JOB_ID
 export MASTER_ADDR=$(hostname)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 srun --kill-on-bad-exit=1 --wait=60 {container}sh -c {shlex.quote(line)}
 code=$?
-if [ $code = {REQUEUE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+lost_machine() {{ ! timeout {ANSWER_S} srun --overlap --ntasks-per-node=1 true; }}
+if [ $code = {REQUEUE} ] || {{ [ $code != 0 ] && lost_machine; }}; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 """
 

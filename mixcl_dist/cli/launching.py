@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,13 @@ def add_launch(verbs: Any) -> None:
         add("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="a mixcl command, its settings with it")
 
     add = way("local", _launch_hosts, "this machine", "local --processes 2")
-    on_launch.choices["local"].set_defaults(nodes=1, hosts=None, port=None)
+    on_launch.choices["local"].set_defaults(nodes=1, hosts=None, port=PORT, failures=0)
     command(add)
 
     add = way("hosts", _launch_hosts, "hosts that ssh reaches", "hosts --hosts a,b --gpus-per-node 8")
     add("--hosts", required=True, metavar="A,B|FILE", help="which see the same folders; all meet at the first")
     add("--port", type=positive, default=PORT, metavar="PORT", help=f"where the first host listens (default {PORT})")
+    add("--failures", type=int, default=3, metavar="N", help="how often to go on without hosts that are lost (3)")
     on_launch.choices["hosts"].set_defaults(nodes=1)
     command(add)
 
@@ -78,7 +81,8 @@ def _launch(options: argparse.Namespace) -> int:
     from mixcl_dist.cluster.launch.job import Job
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
-    job = Job(tuple(words), options.nodes, options.processes or options.gpus or 1, options.gpus, options.threads)
+    size = {"nodes": options.nodes, "processes": options.processes or options.gpus or 1, "gpus": options.gpus}
+    job = Job(tuple(words), **size, threads=options.threads, id=f"{socket.gethostname()}-{secrets.token_hex(4)}")
     return options.launch(options, job)
 
 
@@ -88,11 +92,11 @@ def _launch_hosts(options: argparse.Namespace, job: Any) -> int:
     from mixcl_dist.cluster.launch import hosts
 
     names = hosts.read_hosts(options.hosts) if options.hosts else []
-    commands = hosts.commands(dataclasses.replace(job, nodes=len(names) or 1), names, port=options.port)
     if options.dry_run:
+        commands = hosts.commands(dataclasses.replace(job, nodes=len(names) or 1), names, port=options.port)
         print("\n".join(shlex.join(command) for command in commands))
         return 0
-    return hosts.run(commands, job.environment)
+    return hosts.run(job, names, port=options.port, failures=options.failures)
 
 
 def _launch_slurm(options: argparse.Namespace, job: Any) -> int:

@@ -106,7 +106,7 @@ LAUNCHED = ["--", "pretrain", "--data", "shards", "--run", "runs/a", "--pretrain
     ("way", "said"),
     [
         (["local", "--processes", "2"], "--nproc-per-node=2 --standalone"),
-        (["hosts", "--hosts", "a,b"], "ssh -tt -o BatchMode=yes b"),
+        (["hosts", "--hosts", "a,b"], "ssh -o BatchMode=yes -o ConnectTimeout=5 -o ServerAliveInterval=5 b"),
         (["slurm", "--nodes", "2", "--gpus-per-node", "8"], "#SBATCH --ntasks-per-node=8"),
         (["kubernetes", "--image", "mixcl", "--claim", "archive"], "kind: Job"),
         (["kubernetes", "--image", "mixcl", "--claim", "archive", "--ray-job"], "kind: RayJob"),

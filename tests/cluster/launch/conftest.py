@@ -1,13 +1,15 @@
-"""A real SLURM on this machine: two nodes, a controller and a key of their own."""
+"""A real SLURM on this machine: three nodes, a controller and a key of their own; and what is pre-trained in it."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +19,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from mixcl_dist.config import load
+from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.phantom import write_cohort
+
+STEPS = 250
+SMALL = {
+    "network.filters": "4,6,8", "network.voxel_dim": "8", "network.crop_dim": "8", "views.size": "16,16,16",
+    "rows.per_view_pair": "32", "data.workers": "0", "pretrain.batch_size": "4", "pretrain.steps": STEPS,
+    "pretrain.log_every": "1", "pretrain.gradient_norms_every": "0", "checkpoint.every": "20", "engine.timeout_s": "60",
+}  # fmt: skip
+SETTINGS = tuple(word for key, value in SMALL.items() for word in (f"--{key}", str(value)))
+"""Of a pre-training of less than half a minute, long enough for things to happen to it."""
 
 CONFIGURATION = """
 ClusterName=mixcl
@@ -44,14 +59,16 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1_port} CPUs=4 RealMemory=8000
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2_port} CPUs=4 RealMemory=8000
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=60 State=UP
+NodeName=n3 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n3_port} CPUs=4 RealMemory=8000
+PartitionName=all Nodes=n[1-3] Default=YES MaxTime=60 State=UP
 """
+NODES = ("n1", "n2", "n3")
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 @dataclass
 class Slurm:
-    """Two nodes, n1 and n2, and what asks them."""
+    """Its nodes, and what asks them."""
 
     folder: Path
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
@@ -73,22 +90,29 @@ class Slurm:
         while (state := self.state(job)) not in states:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job} is {state}\n{self.ask('scontrol', 'show', 'job', job)}")
-            if state == "PENDING":  # a job that was requeued would wait for longer than its test
-                subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=self.environment)
             time.sleep(0.5)
         return state
 
     def start_node(self, name: str) -> None:
-        self._start(name, "slurmd", "-D", "-N", name)
+        # Its ranks find a node by its name, as on a real cluster.
+        named = f"mount --bind {self.folder / 'hosts'} /etc/hosts && exec slurmd -D -N {name}"
+        self._start(name, "unshare", "--mount", "sh", "-c", named)
 
     def kill_node(self, name: str) -> None:
         """As if its power was cut: the daemon and all that it started."""
         daemon = psutil.Process(self.processes.pop(name).pid)
-        spool = str(self.folder / f"spool.{name}")
-        steps = [p for p in psutil.process_iter(["cmdline"]) if "slurmstepd" in " ".join(p.info["cmdline"] or [])]
-        mine = [step for step in steps if _opens(step, spool) or step.ppid() == daemon.pid]
-        for process in [daemon, *mine, *(child for step in mine for child in step.children(recursive=True))]:
+        mine = [process for process in psutil.process_iter() if self._runs_on(process, name)]
+        steps = [parent for process in mine for parent in process.parents() if parent.name() == "slurmstepd"]
+        for process in [daemon, *steps, *mine]:
             _kill(process)
+
+    def _runs_on(self, process: psutil.Process, node: str) -> bool:
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            return False
+        ours = environment.get("SLURM_CONF") == str(self.folder / "slurm.conf")
+        return ours and environment.get("SLURMD_NODENAME") == node
 
     def _start(self, name: str, *command: str) -> None:
         log = (self.folder / f"{name}.out").open("ab")
@@ -98,13 +122,6 @@ class Slurm:
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.kill()
-
-
-def _opens(process: psutil.Process, path: str) -> bool:
-    try:
-        return any(file.path.startswith(path) for file in process.open_files()) or path in process.cwd()
-    except psutil.Error:
-        return False
 
 
 def _path() -> str:
@@ -140,9 +157,10 @@ def slurm() -> Iterator[Slurm]:
 
 def _set_up(one: Slurm) -> None:
     folder = one.folder
-    ports = {name: _free_port() for name in ("ctld_port", "n1_port", "n2_port")}
+    ports = {name: _free_port() for name in ("ctld_port", *(f"{node}_port" for node in NODES))}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, **ports))
-    for name in ("state", "spool.n1", "spool.n2"):
+    (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
+    for name in ("state", *(f"spool.{node}" for node in NODES)):
         (folder / name).mkdir()
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
@@ -154,10 +172,10 @@ def _set_up(one: Slurm) -> None:
     while not (folder / "munge.socket").exists():
         time.sleep(0.1)
     one._start("slurmctld", "slurmctld", "-D", "-i")
-    for name in ("n1", "n2"):
+    for name in NODES:
         one.start_node(name)
     deadline = time.monotonic() + 60
-    while _idle(one) < 2:
+    while _idle(one) < len(NODES):
         if time.monotonic() > deadline:
             raise TimeoutError((folder / "slurmctld.log").read_text()[-2000:])
         time.sleep(0.3)
@@ -166,3 +184,24 @@ def _set_up(one: Slurm) -> None:
 def _idle(one: Slurm) -> int:
     done = subprocess.run(["sinfo", "-h", "-N", "-o", "%t"], env=one.environment, capture_output=True, text=True)
     return done.stdout.split().count("idle")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    cohort = write_cohort(folder, training=4, validation=0, unlabelled=2, size=(40, 34, 40), spacing_mm=9.0)
+    build(cohort, folder / "shards", load(overrides=[("build.patch_size", "24,24,24")]).build)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory) -> str:
+    """The weights that two ranks come to on their own."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    local = [sys.executable, "-m", "mixcl_dist", "launch", "local", "--processes", "2", "--"]
+    subprocess.run([*local, "pretrain", "--data", shards, "--run", run, *SETTINGS], check=True, capture_output=True)
+    return digest_of_weights(run)
+
+
+def digest_of_weights(run: Path) -> str:
+    return hashlib.sha256((run / "pretrain.safetensors").read_bytes()).hexdigest()

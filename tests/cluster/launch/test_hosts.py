@@ -1,8 +1,7 @@
-"""A command on several hosts is one command: it ends where one of them fails, and stops them all."""
+"""A command on several hosts is one: it stops them all, and goes on without a host that is lost until it is back."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from mixcl_dist.cluster.launch import hosts
 from mixcl_dist.cluster.launch.job import Job, LaunchError
 
+SHELL = ("sh", "-c", 'eval "$1"')  # "$0" is the host
 JOB = Job(("pretrain", "--data", "shards", "--run", "runs/a"), nodes=2, threads=3)
 
 
@@ -24,11 +24,10 @@ def test_every_host_is_told_where_to_meet_and_which_it_is(tmp_path, monkeypatch)
     python.write_text('#!/bin/sh\necho "$PWD $OMP_NUM_THREADS $@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    shell = ("sh", "-c", 'eval "$1"')  # "$0" is the host
-    said = [
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for command in hosts.commands(JOB, ["a", "b"], shell=shell, port=1234)
-    ]
+    said = []
+    for command in hosts.commands(JOB, ["a", "b"], shell=SHELL, port=1234):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            said.append(process.stdout.read())
     for rank, line in enumerate(said):
         meeting = f"--nproc-per-node=1 --nnodes=2 --master-addr=a --master-port=1234 --node-rank={rank}"
         command = f"--no-python -- {python} -m mixcl_dist pretrain --data shards --run runs/a"
@@ -52,25 +51,98 @@ def test_no_host_at_all_is_refused(text, tmp_path, monkeypatch):
         hosts.commands(JOB, ["a", "a"])
 
 
-def test_the_first_failure_ends_the_others(monkeypatch):
-    monkeypatch.setattr(hosts, "GRACE_S", 0.5)
-    monkeypatch.setattr(hosts, "LOOK_EVERY_S", 0.05)
-    begin = time.monotonic()
-    assert hosts.run([["sleep", "60"], ["sh", "-c", "sleep 0.2; exit 7"]], {}) == 7
-    assert time.monotonic() - begin < 10
-    assert hosts.run([["true"], ["sh", "-c", "test $COLOUR = blue"]], {"COLOUR": "blue"}) == 0
+@pytest.fixture
+def launched(tmp_path, monkeypatch):
+    """Starts the launcher, with a shell that runs things here; a host is there as long as a file of its name is."""
 
-
-def test_told_to_stop_it_stops_them_all(tmp_path):
-    child = f"trap 'echo stopped >> {tmp_path}/said; exit 0' TERM; touch {tmp_path}/$0; while true; do sleep 0.1; done"
-    program = f"""
+    def launched(child: str, names=("a", "b"), failures=0) -> subprocess.Popen:
+        (tmp_path / "python").write_text(f"#!/bin/sh\ncd {tmp_path}\nhost=$MIXCL_HOST\n{child}\n")
+        (tmp_path / "python").chmod(0o755)
+        shell = ("sh", "-c", f'cd {tmp_path}; test -e "$0" || exit 255; export MIXCL_HOST=$0; eval "$1"')
+        program = f"""
 import sys
 from mixcl_dist.cluster.launch import hosts
-sys.exit(hosts.run([["sh", "-c", {child!r}, "a"], ["sh", "-c", {child!r}, "b"]], {{}}))
+from mixcl_dist.cluster.launch.job import Job
+sys.executable = {str(tmp_path / "python")!r}
+hosts.LOOK_EVERY_S, hosts.LOOK_FOR_LOST_EVERY_S, hosts.GRACE_S = 0.05, 0.2, 5
+job = Job(("pretrain", "--data", "shards", "--run", "runs/a"), id="colour-blue")
+sys.exit(hosts.run(job, {list(names)!r}, shell={shell!r}, failures={failures}))
 """
-    launcher = subprocess.Popen([sys.executable, "-c", program], env=os.environ)
-    while not ((tmp_path / "a").exists() and (tmp_path / "b").exists()):
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=30) == 128 + signal.SIGTERM
-    assert (tmp_path / "said").read_text() == "stopped\n" * 2
+        for name in names:
+            (tmp_path / name).touch()
+        return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+
+    return launched
+
+
+def wait_for(*files: Path) -> None:
+    end = time.monotonic() + 30
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end, files
+        time.sleep(0.02)
+
+
+STOPPED = "trap 'echo $host >> stopped; kill $sleeping; exit 1' TERM; touch began-$host\n"
+WAITS = STOPPED + "sleep 60 & sleeping=$!; wait $sleeping"
+
+
+def test_all_end_well_and_know_their_job(launched, tmp_path):
+    assert launched("echo $MIXCL_JOB >> said").wait(30) == 0
+    assert (tmp_path / "said").read_text() == "colour-blue\n" * 2
+
+
+def test_the_first_failure_ends_the_others(launched, tmp_path):
+    job = launched(f"[ $host = a ] && exit 7\n{WAITS}", failures=3)
+    assert job.wait(30) == 7 and job.stderr.read() == ""
+    assert (tmp_path / "stopped").read_text() == "b\n"
+
+
+def test_told_to_stop_it_stops_them_all(launched, tmp_path):
+    job = launched(WAITS)
+    wait_for(tmp_path / "began-a", tmp_path / "began-b")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM
+    assert sorted((tmp_path / "stopped").read_text().split()) == ["a", "b"]
+
+
+def test_on_this_machine_it_stops_what_it_started(launched, tmp_path):
+    job = launched(f"host=here\n{WAITS}", names=())
+    wait_for(tmp_path / "began-here")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM
+    assert (tmp_path / "stopped").read_text() == "here\n"
+
+
+TURNS = f"""
+echo "$host $*" >> turns
+if [ $(grep -c "" turns) -lt 3 ]; then until [ -e lost ]; do sleep 0.05; done; exit 5; fi
+case "$*" in *--nnodes=1*) {WAITS.replace(chr(10), "; ")};; esac
+"""
+
+
+def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tmp_path):
+    job = launched(TURNS, failures=1)
+    wait_for(tmp_path / "turns")
+    (tmp_path / "a").unlink()
+    (tmp_path / "lost").touch()
+    wait_for(tmp_path / "began-b")
+    (tmp_path / "a").touch()
+    assert job.wait(60) == 0
+    said = job.stderr.read().splitlines()
+    assert said == [
+        "mixcl launch: a does not answer; goes on with b",
+        "mixcl launch: all hosts answer; goes on with a, b",
+    ]
+    turns = [line.split() for line in (tmp_path / "turns").read_text().splitlines()]
+    sizes = [next(word for word in words if word.startswith("--nnodes")) for words in turns]
+    assert sizes == ["--nnodes=2"] * 2 + ["--nnodes=1"] + ["--nnodes=2"] * 2
+    assert turns[2][0] == "b" and "--master-addr=b" in turns[2] and "--node-rank=0" in turns[2]
+    assert (tmp_path / "stopped").read_text() == "b\n", "it was told to save before all went on"
+
+
+def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
+    job = launched(TURNS, failures=0)
+    wait_for(tmp_path / "turns")
+    (tmp_path / "a").unlink()
+    (tmp_path / "lost").touch()
+    assert job.wait(30) == 5

@@ -22,6 +22,11 @@ def test_a_line_begins_a_run_and_goes_on_with_it(tmp_path):
     assert said == ["a b\n$HOME\n", "a b\n$HOME\n--resume\nlatest\n"]
 
 
+def test_the_doctor_goes_on_with_nothing():
+    job = Job(("doctor", "--cluster"))
+    assert job.shell(["printf", "a b"]) == "exec printf 'a b'" and job.name == "mixcl-doctor"
+
+
 def test_each_node_starts_its_processes_and_knows_its_place():
     command = torchrun(Job(COMMAND, nodes=2, processes=3), ["--nnodes=2", "--node-rank=1"], python="py")
     assert command[:4] == ["py", "-m", "torch.distributed.run", "--nproc-per-node=3"]
@@ -33,6 +38,7 @@ def test_each_node_starts_its_processes_and_knows_its_place():
     [
         ((), {}, "nothing to run; give a command behind --"),
         (("tune", "--data", "x"), {}, "tune is no distributed command"),
+        (("doctor",), {}, "doctor is no distributed command; give -- pretrain …, or -- doctor --cluster"),
         ((*COMMAND, "--resume", "latest"), {}, "leave out --resume"),
         (COMMAND, {"gpus": 8, "processes": 4}, "4 processes for 8 GPUs of a node; each process takes one GPU"),
         (COMMAND, {"nodes": 0}, "nodes 0: at least 1"),

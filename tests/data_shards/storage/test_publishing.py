@@ -144,6 +144,20 @@ def test_a_process_of_another_machine_is_believed_and_the_cure_works(tmp_path):
         pass
 
 
+def test_what_a_job_left_on_another_machine_the_same_job_takes_over(tmp_path):
+    """As SLURM starts a job anew when its first machine is lost."""
+    path, lines = tmp_path / "lock", []
+    path.write_text("elsewhere 12 slurm-4711")
+    for other in ("", "slurm-4712"):
+        with pytest.raises(HeldError, match="process 12 of machine elsewhere"), exclusive(path, job=other):
+            pass
+    with exclusive(path, lines.append, job="slurm-4711"):
+        assert path.read_text().endswith(f" {os.getpid()} slurm-4711")
+        with pytest.raises(HeldError, match="wait for it"), exclusive(path):
+            pass
+    assert len(lines) == 1 and "process 12 was ended while it worked here" in lines[0]
+
+
 @pytest.mark.parametrize("content", ["", "garbage", "a b c", "\x00\xff"])
 def test_a_lock_file_that_says_nothing_is_held_by_nobody(tmp_path, content):
     path = tmp_path / "lock"
