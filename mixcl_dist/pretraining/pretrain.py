@@ -321,11 +321,12 @@ def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
 def _micro_batch_size(config: Config, world_size: int) -> int:
     parts = world_size * config.engine.accumulation_steps
     if config.pretrain.batch_size % parts:
-        raise ConfigError(
+        problem = (
             f"pretrain.batch_size {config.pretrain.batch_size} is not a multiple of {world_size} ranks × "
             f"{config.engine.accumulation_steps} accumulation steps; give e.g. "
             f"{parts * max(1, config.pretrain.batch_size // parts)}"
         )
+        raise told_by_first(ConfigError(problem), described().rank)
     return config.pretrain.batch_size // parts
 
 

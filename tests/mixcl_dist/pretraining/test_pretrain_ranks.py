@@ -121,6 +121,39 @@ def test_ranks_with_other_settings_refuse_before_the_run_begins(shards, tmp_path
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_batch_that_the_ranks_cannot_share_is_told_by_rank_0_alone(shards, tmp_path):
+    codes, said = finish(start(shards, tmp_path / "run", settings={"pretrain.batch_size": 3}))
+    assert codes == [2, 2], said
+    assert "pretrain.batch_size 3 is not a multiple of 2 ranks" in said[0] and not said[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_first_machine_that_nobody_knows_is_not_waited_for(shards, tmp_path):
+    codes, said = finish(
+        start(
+            shards,
+            tmp_path / "run",
+            environment=lambda rank: {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "nowhere.invalid"
+            },
+        ),
+        timeout=100,
+    )  # fmt: skip
+    assert codes == [2, 2], said
+    assert all("nowhere.invalid, the machine of rank 0, is not known here" in line for line in last_lines(said))
+
+
+def test_a_port_that_is_taken_is_named(shards, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        described = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        codes, said = finish(start(shards, tmp_path / "run", ranks=1, environment=lambda _: described), timeout=100)
+    assert codes == [2], said
+    assert f"MASTER_PORT {port} is taken on this machine" in last_lines(said)[0]
+
+
 def test_a_run_folder_that_is_not_shared_is_refused(shards, tmp_path):
     processes = start(shards, tmp_path / "one", of_rank={1: ["--run", str(tmp_path / "other")]})
     codes, said = finish(processes)
