@@ -23,7 +23,7 @@ ROWS = 2 * PATCHES * POINTS
 SETTINGS = {
     "network.filters": "8,16,32", "network.voxel_dim": WIDTH, "views.size": "24,24,24", "rows.per_view_pair": POINTS,
     "rows.min_spacing": 1, "objective.crop_identity": 0, "data.workers": 0, "pretrain.steps": STEPS,
-    "pretrain.log_every": LOG_EVERY, "pretrain.gradient_norms_every": 0, "pretrain.sample_every": 0,
+    "pretrain.log_every": LOG_EVERY, "pretrain.gradient_norms_every": 0, "pretrain.sample_every": 10**6,
     "checkpoint.every": 10**6, "engine.zero_stage": 1,
 }  # fmt: skip
 PRETRAIN = [sys.executable, "-m", "mixcl_dist"]

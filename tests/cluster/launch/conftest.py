@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from mixcl_dist.config import load
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
 
-STEPS = 250
+STEPS = 120
 SMALL = {
     "network.filters": "4,6,8", "network.voxel_dim": "8", "network.crop_dim": "8", "views.size": "16,16,16",
     "rows.per_view_pair": "32", "data.workers": "0", "pretrain.batch_size": "4", "pretrain.steps": STEPS,
@@ -84,6 +84,13 @@ class Slurm:
     def state(self, job: str) -> str:
         return self.ask("scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
 
+    def run_time_s(self, job: str) -> int:
+        """Of the job's present turn."""
+        hours, minutes, seconds = (
+            self.ask("scontrol", "show", "job", job).partition("RunTime=")[2].split()[0].split(":")
+        )
+        return 3600 * int(hours) + 60 * int(minutes) + int(seconds)
+
     def wait(self, job: str, *states: str, seconds: float) -> str:
         """The state of the job once it is one of `states`."""
         deadline = time.monotonic() + seconds
@@ -105,6 +112,19 @@ class Slurm:
         steps = [parent for process in mine for parent in process.parents() if parent.name() == "slurmstepd"]
         for process in [daemon, *steps, *mine]:
             _kill(process)
+
+    @contextmanager
+    def paused(self, ranks_of: str) -> Iterator[None]:
+        """Ranks whose command has these words do nothing, and get no signal, within the block."""
+        nodes = [process for process in psutil.process_iter() if any(self._runs_on(process, node) for node in NODES)]
+        ranks = [process for process in nodes if ranks_of in process.cmdline() and "srun" not in process.name()]
+        for rank in ranks:
+            rank.suspend()
+        try:
+            yield
+        finally:
+            for rank in ranks:
+                rank.resume()
 
     def _runs_on(self, process: psutil.Process, node: str) -> bool:
         try:

@@ -25,7 +25,7 @@ def submitted(slurm, shards, tmp_path, monkeypatch):
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
 
-    def submitted(run: Path, warning_s: int = 60) -> str:
+    def submitted(run: Path, warning_s: int = 120) -> str:
         command = ("pretrain", "--data", str(shards), "--run", str(run), *SETTINGS)
         return submit(script(Job(command, nodes=2), Allocation(time="10", warning_s=warning_s)), tmp_path)
 
@@ -57,18 +57,22 @@ def test_a_job_comes_to_the_same_weights_whatever_happens_to_it(slurm: Slurm, su
     run = tmp_path / "run"
     number = submitted(run)
 
-    wait_for_step(run, 20)
+    wait_for_step(run, 15)
     slurm.ask("scontrol", "requeue", number)
     slurm.wait(number, "RUNNING", seconds=90)
 
-    wait_for_step(run, 60)
+    wait_for_step(run, 40)
     slurm.kill_node("n2")  # it stays away: what SLURM still has to tell it would be told to the job's next turn
     slurm.wait(number, "PENDING", *ENDED, seconds=120)
     slurm.wait(number, "RUNNING", *ENDED, seconds=90)
 
-    wait_for_step(run, 100)
-    slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=1")
-    assert slurm.wait(number, *ENDED, seconds=200) == "COMPLETED", log(tmp_path)
+    wait_for_step(run, 70)
+    with slurm.paused(str(run)):  # the rest would else be done before SLURM looks at its clock, every half minute
+        limit = slurm.run_time_s(number) // 60 + 2  # minutes; so near the end it tells the ranks to save
+        slurm.ask("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
+        time.sleep(35)
+    assert slurm.wait(number, *ENDED, seconds=400) == "COMPLETED", log(tmp_path)
+    assert log(tmp_path).count("go on with --resume latest") == 2, "it was told to stop twice, and lost a rank once"
 
     assert digest_of_weights(run) == undisturbed
     assert PretrainRecord.load(run).world_size == 2
