@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mixcl_dist.cluster.launch.job import PORT, Job, LaunchError, torchrun
+from mixcl_dist.cluster.launch.job import ID_VARIABLE, PORT, Job, LaunchError, torchrun
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5")
 """Ends some 15 seconds after a host ceased to answer."""
 ANSWER_S = 10.0
 """Seconds in which a host that is there answers."""
 LOOK_EVERY_S, LOOK_FOR_LOST_EVERY_S = 0.5, 5.0
+KILL = b"kill\n"
 GRACE_S = 30.0
 """Seconds for processes that were told to stop to save and to end."""
 
@@ -65,9 +66,11 @@ def run(job: Job, hosts: Sequence[str], *, shell: Sequence[str] = SSH, port: int
         size = dataclasses.replace(job, nodes=len(present) or 1)
         with _started(commands(size, present, shell=shell, port=port)) as processes:
             code = _wait(processes, lost, shell)
-        if code == 0:
-            return 0
-        answering = _answering(hosts, shell)
+            if code == 0:
+                return 0
+            answering = _answering(hosts, shell)
+            if code and len(answering) < len(present):
+                _kill(processes)
         returned = set(answering) - set(present)
         if not answering or not (returned or len(answering) < len(present)) or (failures == 0 and not returned):
             return code or 1
@@ -87,11 +90,21 @@ def _started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Pope
     finally:
         for process in processes:
             assert process.stdin, "is a pipe"
-            process.stdin.close()
+            with suppress(OSError):
+                process.stdin.close()
         _end(processes, GRACE_S)
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _kill(processes: Sequence[subprocess.Popen]) -> None:
+    """End ranks that wait for those of a lost host: they can save nothing, and may wait for longer than anyone."""
+    for process in processes:
+        assert process.stdin, "is a pipe"
+        with suppress(OSError):
+            process.stdin.write(KILL)
+            process.stdin.flush()
 
 
 def _wait(processes: Sequence[subprocess.Popen], lost: Sequence[str], shell: Sequence[str]) -> int | None:
@@ -127,12 +140,15 @@ def _end(processes: Sequence[subprocess.Popen], seconds: float) -> None:
 
 
 def _there(job: Job, line: str) -> str:
-    """The line as it is run on a host: in the folder that this one is in, with the job's variables, and told to stop
-    by SIGTERM where its input ends, as it does with the connection."""
+    """The line as it is run on a host: in the folder that this one is in, with the job's variables. It is told to stop
+    by SIGTERM where its input ends, as it does with the connection; where `KILL` comes, the whole job is killed, whose
+    ranks are in sessions of their own."""
     variables = "".join(f"export {name}={shlex.quote(value)}; " for name, value in job.environment.items())
+    ranks = f"grep -lzx {shlex.quote(f'{ID_VARIABLE}={job.id}')} /proc/[0-9]*/environ | cut -d/ -f3"
     watched = (
         f"exec 3<&0; sh -c {shlex.quote(line)} 3<&- </dev/null & child=$!; "
-        "{ cat <&3; kill -TERM $child; } >/dev/null 2>&1 & watch=$!; "
+        f'{{ if read -r word <&3 && [ "$word" = kill ]; then kill -KILL $child $({ranks}); '
+        "else kill -TERM $child; fi; } >/dev/null 2>&1 & watch=$!; "
         "exec 3<&-; wait $child; code=$?; kill $watch 2>/dev/null; exit $code"
     )
     return f"cd {shlex.quote(os.getcwd())} && {{ {variables}{watched}; }}"

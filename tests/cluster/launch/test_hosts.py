@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mixcl_dist.cluster.launch import hosts
@@ -64,7 +65,7 @@ import sys
 from mixcl_dist.cluster.launch import hosts
 from mixcl_dist.cluster.launch.job import Job
 sys.executable = {str(tmp_path / "python")!r}
-hosts.LOOK_EVERY_S, hosts.LOOK_FOR_LOST_EVERY_S, hosts.GRACE_S = 0.05, 0.2, 5
+hosts.LOOK_EVERY_S, hosts.LOOK_FOR_LOST_EVERY_S, hosts.GRACE_S = 0.05, 0.2, 60
 job = Job(("pretrain", "--data", "shards", "--run", "runs/a"), id="colour-blue")
 sys.exit(hosts.run(job, {list(names)!r}, shell={shell!r}, failures={failures}))
 """
@@ -115,7 +116,11 @@ def test_on_this_machine_it_stops_what_it_started(launched, tmp_path):
 
 TURNS = f"""
 echo "$host $*" >> turns
-if [ $(grep -c "" turns) -lt 3 ]; then until [ -e lost ]; do sleep 0.05; done; exit 5; fi
+if [ $(grep -c "" turns) -lt 3 ]; then
+    [ $host = b ] && {{ trap "" TERM; sleep 987; }}
+    until [ -e lost ]; do sleep 0.05; done
+    exit 5
+fi
 case "$*" in *--nnodes=1*) {WAITS.replace(chr(10), "; ")};; esac
 """
 
@@ -128,7 +133,7 @@ def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tm
     wait_for(tmp_path / "began-b")
     (tmp_path / "a").touch()
     assert job.wait(60) == 0
-    said = job.stderr.read().splitlines()
+    said = [line for line in job.stderr.read().splitlines() if line.startswith("mixcl")]
     assert said == [
         "mixcl launch: a does not answer; goes on with b",
         "mixcl launch: all hosts answer; goes on with a, b",
@@ -138,6 +143,8 @@ def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tm
     assert sizes == ["--nnodes=2"] * 2 + ["--nnodes=1"] + ["--nnodes=2"] * 2
     assert turns[2][0] == "b" and "--master-addr=b" in turns[2] and "--node-rank=0" in turns[2]
     assert (tmp_path / "stopped").read_text() == "b\n", "it was told to save before all went on"
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"] == ["sleep", "987"]]
+    assert not left, "what waited for the lost host was killed"
 
 
 def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
@@ -145,4 +152,4 @@ def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
     wait_for(tmp_path / "turns")
     (tmp_path / "a").unlink()
     (tmp_path / "lost").touch()
-    assert job.wait(30) == 5
+    assert job.wait(30) == 5 and "goes on" not in job.stderr.read()
