@@ -1,16 +1,18 @@
-"""A Ray cluster of two hosts pre-trains as one group, and comes to the weights that two ranks come to anywhere."""
+"""Two hosts behind ssh, or with a Ray cluster over them, are one group that comes to the weights it comes to anywhere."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mixcl_dist.records import PretrainRecord
+from mixcl_dist.records import METRICS, PretrainRecord
 
 from .conftest import SETTINGS, digest_of_weights
 
@@ -27,6 +29,36 @@ def hosts() -> Iterator[Machines]:
         pytest.skip(reason)
     with machines() as hosts:
         yield hosts
+
+
+def launched(hosts: Machines, *command: str | Path) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "mixcl_dist", "launch", "hosts", "--hosts", "a,b", "--"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launch, *map(str, command)], env=hosts.environment, **pipes)
+
+
+def test_the_doctor_looks_at_both(hosts, shards):
+    page, errors = launched(hosts, "doctor", "--cluster", "--data", shards).communicate(timeout=200)
+    found = {line[6:24].strip(): line for line in page.splitlines()}
+    assert "2 ranks on 2 machines: a, b" in found["machines"], errors
+    assert len(found) == len(page.splitlines()) == 11, "one page, from rank 0 alone"
+    assert "a–b" in found["all-reduce"] and all(found[name].startswith("ok") for name in ("clocks", "versions"))
+
+
+def test_a_launcher_that_is_told_to_stop_lets_its_hosts_save_and_go_on(hosts, shards, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    job = launched(hosts, "pretrain", "--data", shards, "--run", run, *SETTINGS)
+    end = time.monotonic() + 120
+    while not (run / METRICS).exists():
+        assert time.monotonic() < end and job.poll() is None
+        time.sleep(0.2)
+    job.terminate()
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 128 + signal.SIGTERM and "go on with --resume latest" in errors
+    again = launched(hosts, "pretrain", "--data", shards, "--run", run, *SETTINGS)
+    _, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, errors
+    assert digest_of_weights(run) == undisturbed
 
 
 def test_a_ray_cluster_of_two_hosts_pretrains(hosts, shards, undisturbed, tmp_path):
