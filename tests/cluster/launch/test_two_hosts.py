@@ -1,11 +1,10 @@
-"""Two hosts behind ssh, or with a Ray cluster over them, are one group that comes to the weights it comes to anywhere."""
+"""Two hosts behind ssh, or with a Ray cluster over them, are one group and come to the weights of any two ranks."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-import time
 import time
 from collections.abc import Iterator
 from pathlib import Path
