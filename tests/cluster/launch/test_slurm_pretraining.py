@@ -32,7 +32,7 @@ def submitted(slurm, shards, tmp_path, monkeypatch):
     return submitted
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
+def wait_for_step(run: Path, step: int, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not ((run / METRICS).exists() and (logged := read_metrics(run / METRICS)) and logged[-1]["step"] >= step):
         assert time.monotonic() < end, f"{run} does not come to step {step}"

@@ -47,7 +47,7 @@ def test_the_doctor_looks_at_both(hosts, shards):
 def test_a_launcher_that_is_told_to_stop_lets_its_hosts_save_and_go_on(hosts, shards, undisturbed, tmp_path):
     run = tmp_path / "run"
     job = launched(hosts, "pretrain", "--data", shards, "--run", run, *SETTINGS)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (run / METRICS).exists():
         assert time.monotonic() < end and job.poll() is None
         time.sleep(0.2)
