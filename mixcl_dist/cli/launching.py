@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import secrets
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +76,9 @@ def add_launch(verbs: Any) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
+    import secrets
+    import socket
+
     from mixcl_dist.cluster.launch.job import Job
 
     words = options.command[1:] if options.command[:1] == ["--"] else options.command
