@@ -474,6 +474,7 @@ def _set_environment(group: Group) -> None:
 
     port = group.port
     if port is None:
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's, which it would look for at the port below
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -89,6 +89,19 @@ def test_ranks_that_srun_started_join_without_torchrun(shards, tmp_path):
     assert codes == [0, 0], said
 
 
+def test_one_process_that_torchrun_started_needs_nobody_else(shards, tmp_path):
+    """As on what is left of two hosts."""
+    options = [word for key, value in (SMALL | {"pretrain.steps": 1}).items() for word in (f"--{key}", str(value))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ["--nnodes=1", "--nproc-per-node=1", f"--master-port={free.getsockname()[1]}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting]
+    pretrain = [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", tmp_path / "run", *options]
+    command = [*torchrun, "--no-python", "--", *map(str, pretrain)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_first_processes_of_one_run_are_never_two_writers(shards, tmp_path):
     """As `srun -n 2` without its step's variables would start them: the second says so and touches nothing."""
     codes, said = finish(
