@@ -83,8 +83,7 @@ def wait_for(*files: Path) -> None:
         time.sleep(0.02)
 
 
-STOPPED = "trap 'echo $host >> stopped; kill $sleeping; exit 1' TERM; touch began-$host\n"
-WAITS = STOPPED + "sleep 60 & sleeping=$!; wait $sleeping"
+WAITS = "sleep 60 & trap 'echo $host >> stopped; kill $!; exit 1' TERM; touch began-$host\nwait $!"
 
 
 def test_all_end_well_and_know_their_job(launched, tmp_path):
@@ -93,7 +92,7 @@ def test_all_end_well_and_know_their_job(launched, tmp_path):
 
 
 def test_the_first_failure_ends_the_others(launched, tmp_path):
-    job = launched(f"[ $host = a ] && exit 7\n{WAITS}", failures=3)
+    job = launched(f"[ $host = a ] && {{ until [ -e began-b ]; do sleep 0.05; done; exit 7; }}\n{WAITS}", failures=3)
     assert job.wait(30) == 7 and job.stderr.read() == ""
     assert (tmp_path / "stopped").read_text() == "b\n"
 
