@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixcl_dist.cluster.doctor import PACKAGES, Finding, version_of
+from mixcl_dist.cluster.engine import LATER_S
 from mixcl_dist.cluster.group import Group, GroupError, check_address, described
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class Peers:
 
 
 def examine_machines(
-    read_rate: Callable[[int, int], float] | None = None, *, collective_s: float = 600.0
+    read_rate: Callable[[int, int], float] | None = None, *, timeout_s: float = 600.0
 ) -> list[Finding]:
     """What all ranks of this process's group find together; the same list on every one, which must all call.
 
-    `read_rate` (part, parts) reads some of the data and returns bytes a second; `collective_s` is the time-out of the
-    training's collectives. Raises `GroupError` where the group does not meet.
+    `read_rate` (part, parts) reads some of the data and returns bytes a second; `timeout_s` is the engine's. Raises
+    `GroupError` where the group does not meet.
     """
     with _met() as peers:
         checks: dict[str, Callable[[Peers], tuple[bool, str]]] = {
@@ -77,7 +78,7 @@ def examine_machines(
             "/dev/shm": lambda peers: _room(peers, Path("/dev/shm"), SHARED_MEMORY_BYTES, "docker run --ipc=host"),
             "disk": lambda peers: _room(peers, Path.cwd(), DISK_BYTES, "start from a folder with room"),
             "shared folder": _shared_folder,
-            "time-outs": lambda peers: _time_outs(peers, collective_s),
+            "time-outs": lambda peers: _time_outs(peers, timeout_s),
         }
         if read_rate is not None:
             checks["shards"] = lambda peers: _reading(peers, read_rate)
@@ -304,10 +305,11 @@ def _shared_folder(peers: Peers) -> tuple[bool, str]:
     return True, f"all machines see {probe.parent}"
 
 
-def _time_outs(peers: Peers, collective_s: float) -> tuple[bool, str]:
+def _time_outs(peers: Peers, timeout_s: float) -> tuple[bool, str]:
     end = os.environ.get("SLURM_JOB_END_TIME")
     left = max(0.0, float(end) - time.time()) if end else None
-    return ladder({"store": collective_s, "collective": collective_s, "scheduler": peers.tell(left)[0]})
+    engine = {"store": timeout_s, "watchdog": timeout_s, "collective": timeout_s + LATER_S}
+    return ladder(engine | {"scheduler": peers.tell(left)[0]})
 
 
 def ladder(seconds: Mapping[str, float | None]) -> tuple[bool, str]:

@@ -100,7 +100,7 @@ def _of_machines(options: argparse.Namespace) -> Any:
     from mixcl_dist.data_shards.inspection.rate import read_rate
 
     read = options.data and (lambda part, parts: read_rate(options.data, part=part, parts=parts))
-    return examine_machines(read, collective_s=config_of(options).engine.timeout_s)
+    return examine_machines(read, timeout_s=config_of(options).engine.timeout_s)
 
 
 def _config_show(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ if sys.argv[1] == "ill" and rank == "1":
     os.chdir(os.path.join(sys.argv[2], "other"))
     machines.shutil.disk_usage = lambda folder: type("Usage", (), {"free": 2**20})
     rate = 1e6
-findings = machines.examine_machines(lambda part, parts: rate * (1 if rank == "1" else 3), collective_s=60)
+findings = machines.examine_machines(lambda part, parts: rate * (1 if rank == "1" else 3), timeout_s=60)
 print(json.dumps({finding.name: [finding.fit, finding.detail] for finding in findings}))
 """
 
@@ -48,6 +48,7 @@ def test_two_machines_that_are_alike_are_fit_but_for_a_slow_reader(tmp_path):
     assert findings["machines"][1] == "2 ranks on 2 machines: n0, n1"
     assert "torch" in findings["versions"][1] and "n0–n1" in findings["all-reduce"][1]
     assert "n1 is 0.0" in findings["clocks"][1]
+    assert findings["time-outs"][1].startswith("store 60 s ≤ watchdog 60 s ≤ collective ")
 
 
 @pytest.mark.slow
