@@ -63,11 +63,11 @@ def check(folder: Path, ranks: int, name: str) -> Check:
     """A step of `ranks` ranks, predicted from as many processes that know nothing of each other, and measured."""
     alone, parameters = steps_alone(folder, ranks, name)
     parts = measured_parts(ranks, parameters)
-    own = parts["loss_alone"] / ROWS**2
+    others = parts["loss_together"] - parts["loss_alone"] - 2 * parts["gather"]
     costs = Costs(
         compute_s=alone - parts["loss_alone"],
-        own_pair_s=own,
-        other_pair_s=2 * own,  # of a rank's own pairs one of two that are alike is computed
+        own_pair_s=parts["loss_alone"] / ROWS**2,
+        other_pair_s=max(0.0, others) / max(1, ranks - 1) / ROWS**2,
         parameters=parameters,
         width=WIDTH,
         element_bytes=4,
