@@ -114,7 +114,7 @@ def test_on_this_machine_it_stops_what_it_started(launched, tmp_path):
 
 
 TURNS = f"""
-echo "$host $*" >> turns
+echo "$host $*" >> turns; touch turn-$host
 if [ $(grep -c "" turns) -lt 3 ]; then
     [ $host = b ] && {{ trap "" TERM; sleep 987; }}
     until [ -e lost ]; do sleep 0.05; done
@@ -126,7 +126,7 @@ case "$*" in *--nnodes=1*) {WAITS.replace(chr(10), "; ")};; esac
 
 def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tmp_path):
     job = launched(TURNS, failures=1)
-    wait_for(tmp_path / "turns")
+    wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
     (tmp_path / "a").unlink()
     (tmp_path / "lost").touch()
     wait_for(tmp_path / "began-b")
@@ -148,7 +148,7 @@ def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tm
 
 def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
     job = launched(TURNS, failures=0)
-    wait_for(tmp_path / "turns")
+    wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
     (tmp_path / "a").unlink()
     (tmp_path / "lost").touch()
     assert job.wait(30) == 5 and "goes on" not in job.stderr.read()
