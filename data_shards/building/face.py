@@ -14,6 +14,9 @@ CLOSED_MM = 6
 BRAIN_HU = (-20, 100)
 MIN_BRAIN_CM2 = 20.0
 """The spinal canal is below 4 cm², a cut through the brain above the ears 150 cm²."""
+_WITHIN_A_CUT = np.zeros((3, 3, 3), bool)
+_WITHIN_A_CUT[:, 1, 1] = _WITHIN_A_CUT[1, :, 1] = True
+"""Neighbours along X and Y."""
 
 
 def shows_face(volume: Volume) -> bool:
@@ -24,18 +27,47 @@ def shows_face(volume: Volume) -> bool:
     skull is missed as well.
     """
     x, y, z = (max(1, round(GRID_MM / spacing)) for spacing in volume.spacing)
-    coarse = volume.hu[::x, ::y, ::z]
+    hu = _around_bone(volume.hu[::x, ::y, ::z])
     pixel_mm = (volume.spacing[0] * x, volume.spacing[1] * y)
-    return any(_brain_cm2(coarse[:, :, k], pixel_mm) >= MIN_BRAIN_CM2 for k in range(coarse.shape[2]))
+    open_to_air = ~_closed(hu > BONE_HU, max(1, round(CLOSED_MM / max(pixel_mm))))
+    regions, _ = ndimage.label(open_to_air, _WITHIN_A_CUT)
+    candidates = np.bincount(regions.ravel()) * np.prod(pixel_mm) / 100 >= MIN_BRAIN_CM2
+    for edge in (regions[:1], regions[-1:], regions[:, :1], regions[:, -1:]):
+        candidates[edge] = False  # not shut in
+    candidates[0] = False  # the shell itself
+    if not candidates.any():
+        return False
+    inside = candidates[regions]
+    soft = ndimage.median(hu[inside], regions[inside], np.flatnonzero(candidates))
+    return bool(np.any((BRAIN_HU[0] < soft) & (soft < BRAIN_HU[1])))
 
 
-def _brain_cm2(hu: np.ndarray, pixel_mm: tuple[float, float]) -> float:
-    """The largest region of soft tissue that bone encloses in one axial cut."""
-    steps = max(1, round(CLOSED_MM / max(pixel_mm)))
-    shell = ndimage.binary_closing(np.pad(hu > BONE_HU, steps), iterations=steps)[steps:-steps, steps:-steps]
-    regions, count = ndimage.label(ndimage.binary_fill_holes(shell) & ~shell)
-    if not count:
-        return 0.0
-    soft = ndimage.median(hu, regions, np.arange(1, count + 1))
-    area = np.bincount(regions.ravel())[1:] * np.prod(pixel_mm) / 100
-    return float(max(area[(soft > BRAIN_HU[0]) & (soft < BRAIN_HU[1])], default=0.0))
+def _around_bone(hu: np.ndarray) -> np.ndarray:
+    """`hu` (X, Y, Z) cropped along X and Y to its bone, which shuts in nothing beyond; a column where there is none."""
+    shadow = (hu > BONE_HU).any(axis=2)
+    x, y = (np.flatnonzero(shadow.any(axis=axis)) for axis in (1, 0))
+    return hu[x[0] : x[-1] + 1, y[0] : y[-1] + 1] if len(x) else hu[:1, :1, :1]
+
+
+def _closed(bone: np.ndarray, steps: int) -> np.ndarray:
+    """`bone` (X, Y, Z) after morphological closing by a diamond of `steps` pixels in each axial cut.
+
+    What lies beyond the array is no bone. Whole volumes are or-ed, which is many times as fast as cut by cut in SciPy.
+    """
+    grown = np.pad(bone, ((steps, steps), (steps, steps), (0, 0)))
+    for _ in range(steps):
+        grown = _or_neighbours(grown)
+    shrunk = ~grown
+    for _ in range(steps):
+        shrunk = _or_neighbours(shrunk)
+    return ~shrunk[steps:-steps, steps:-steps]
+
+
+def _or_neighbours(mask: np.ndarray) -> np.ndarray:
+    """Whether a pixel or one of its four neighbours in the cut is set."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown

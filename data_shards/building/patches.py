@@ -38,7 +38,7 @@ def patch_origins(
     x, y, z = (_axis_starts(length, edge, overlap) for length, edge in zip(volume.hu.shape, patch_size, strict=True))
     body = volume.hu > BODY_HU
     boxes = ((origin, body[_box(origin, patch_size)]) for origin in product(x, y, z))
-    return [origin for origin, inside in boxes if inside.sum() >= min_body_fraction * inside.size]
+    return [origin for origin, inside in boxes if np.count_nonzero(inside) >= min_body_fraction * inside.size]
 
 
 def cut(volume: Volume, origin: Sequence[int], patch_size: Sequence[int]) -> Volume:

@@ -24,7 +24,7 @@ from mixcl_dist.data_shards.format.manifest import HU_BINS, CaseRecord, sample_k
 from mixcl_dist.data_shards.format.shard import write_shard
 from mixcl_dist.data_shards.sources import Case, Source, read_case
 from mixcl_dist.data_shards.storage.publishing import publish
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, crop_to_body, resample, shown
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, Volume, crop_to_body, hu_counts, resample, shown
 
 MAX_NAME = 80
 """Characters of a case name: with patch number and member it must fit into a USTAR header."""
@@ -235,8 +235,8 @@ def _sample(record: CaseRecord, volume: Volume, patch: Volume, config: BuildConf
 
 def _hu_histogram(hu: np.ndarray) -> tuple[int, ...]:
     first, last, bins = HU_BINS
-    inside = np.clip(hu.ravel(), first, last - 1).astype(np.int32) - first
-    return tuple(np.bincount(inside // ((last - first) // bins), minlength=bins).tolist())
+    places = (np.clip(np.arange(-(1 << 15), 1 << 15), first, last - 1) - first) // ((last - first) // bins)
+    return tuple(np.bincount(places, weights=hu_counts(hu), minlength=bins).astype(np.int64).tolist())
 
 
 def _read_outcome(folder: Path, case_name: str, stamp: str) -> Outcome | None:

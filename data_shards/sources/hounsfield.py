@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from mixcl_dist.data_shards.volume import AIR_HU, CaseError
+from mixcl_dist.data_shards.volume import AIR_HU, CaseError, hu_counts
 
 HU = np.arange(-(1 << 15), 1 << 15)
 FAT_HU, SOFT_TISSUE_HU = -50, -300
@@ -34,6 +34,8 @@ BINS = 61
 """HU that a peak below air takes, noise included."""
 MAX_BELOW, EDGE_HU, MAX_CONSTANTS = 0.05, 150, 3
 """Share of voxels in one such peak; how far interpolation overshoots a constant; constants that mark an outside."""
+SIGMA_HU, REACH = 15, 60
+"""Of the blur before peaks are looked for; it reaches over four sigmas."""
 CURE = "leave it out, or convert it again from DICOM, with slope and intercept applied once"
 
 
@@ -46,10 +48,12 @@ def check_hu(voxels: np.ndarray, where: Path) -> None:
 
 def _counts(voxels: np.ndarray) -> np.ndarray:
     """How many voxels have each of `HU`; what lies beyond counts at the ends."""
+    if voxels.dtype == np.int16:
+        return hu_counts(voxels)
     counts = np.zeros(len(HU), np.int64)
-    for plane in voxels:
+    for plane in voxels.T if voxels.flags.f_contiguous else voxels:
         whole = plane if plane.dtype.kind in "iu" else np.rint(plane)
-        counts += np.bincount(np.clip(whole, HU[0], HU[-1]).astype(np.int32).ravel() - HU[0], minlength=len(HU))
+        counts += hu_counts(np.clip(whole, HU[0], HU[-1]).astype(np.int16))
     return counts
 
 
@@ -71,13 +75,13 @@ def _doubts(counts: np.ndarray) -> Iterator[str]:
     if tissue.sum() < MIN_SHARE * total:
         yield f"has next to nothing above {SOFT_TISSUE_HU} HU: only air"
     lung = inside[_within(LUNG_HU)].sum() > MIN_LUNG * (total + below.sum())
-    lung = lung and _within(LUNG_HU)[ndimage.gaussian_filter1d(inside.astype(float), sigma=15).argmax()]
+    lung = lung and _within(LUNG_HU)[_smooth(inside).argmax()]
     yield from _tissue_doubts(tissue / max(1, tissue.sum()), lung)
 
 
 def _tissue_doubts(tissue: np.ndarray, lung: bool) -> Iterator[str]:
     """The same of the shares of voxels at each HU above the lung's; `lung` is whether that may be all there is."""
-    smooth = ndimage.gaussian_filter1d(tissue, sigma=15)
+    smooth = _smooth(tissue)
     smooth[HU <= SOFT_TISSUE_HU] = 0
     peak = HU[smooth.argmax()]
     if peak > TISSUE_HU[1] or (peak < TISSUE_HU[0] and not lung):
@@ -89,6 +93,15 @@ def _tissue_doubts(tissue: np.ndarray, lung: bool) -> Iterator[str]:
         yield f"has peaks at {peak} and {at}, where air and tissue lie around -1000 and 0 in HU: not a CT in HU"
     if (huge := tissue[HU > HUGE_HU].sum()) > MAX_HUGE:
         yield f"has {huge:.0%} of its tissue above {HUGE_HU} HU: not a CT in HU"
+
+
+def _smooth(shares: np.ndarray) -> np.ndarray:
+    """`shares` at each of `HU`, blurred by `SIGMA_HU`; only where there are any, as most of `HU` is in no CT."""
+    smooth = np.zeros(len(HU))
+    if len(there := np.flatnonzero(shares)):
+        span = slice(max(0, there[0] - REACH), there[-1] + REACH + 1)
+        smooth[span] = ndimage.gaussian_filter1d(shares[span].astype(float), sigma=SIGMA_HU)
+    return smooth
 
 
 def _without_constants(below: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from mixcl_dist.data_shards.volume import (
     Volume,
     check_affine,
     crop_to_body,
+    hu_counts,
     resample,
     to_ras,
     untilt,
@@ -164,6 +165,16 @@ def test_crop_to_body_widens_by_the_margin_in_mm():
     assert cropped.hu.shape == (20, 7, 5) == cropped.label.shape
     assert np.argwhere(cropped.label)[0].tolist() == [5, 3, 2]
     np.testing.assert_allclose(cropped.affine[:3, 3], [5, 18, 52])
+
+
+def test_every_value_of_hu_is_counted_in_any_order_of_memory():
+    hu = np.random.default_rng(0).integers(-(1 << 15), 1 << 15, (110, 110, 110)).astype(np.int16)  # over one block
+    hu[0, 0, :2] = -32768, 32767
+    counts = hu_counts(np.asfortranarray(hu))
+    values, expected = np.unique(hu, return_counts=True)
+    np.testing.assert_array_equal(counts[values.astype(int) + 32768], expected)
+    assert counts.sum() == hu.size
+    np.testing.assert_array_equal(hu_counts(hu[::3, :, ::-2]), hu_counts(hu[::3, :, ::-2].copy()))
 
 
 def test_crop_to_body_returns_air_whole():

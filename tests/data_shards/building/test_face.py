@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from scipy import ndimage
 
-from mixcl_dist.data_shards.building.face import shows_face
+from mixcl_dist.data_shards.building.face import _closed, shows_face
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import CaseError, Source, open_source, read_case
 from mixcl_dist.data_shards.volume import Volume, resample
@@ -76,3 +77,21 @@ def test_bone_around_brain_is_a_head_but_not_around_air_or_contrast(inside, is_h
 
 def test_a_volume_without_bone_shows_no_face():
     assert not shows_face(Volume(np.full((30, 30, 10), 40, np.int16), np.diag([3.0, 3.0, 3.0, 1.0])))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_bone_is_closed_as_scipy_closes_each_cut(steps):
+    bone = np.random.default_rng(steps).random((23, 17, 6)) < 0.05 * steps
+    bone[:, 0, 0] = bone[5:9, 3:14, 5] = True
+    for k in range(bone.shape[2]):
+        padded = np.pad(bone[:, :, k], steps)
+        expected = ndimage.binary_closing(padded, iterations=steps)[steps:-steps, steps:-steps]
+        np.testing.assert_array_equal(_closed(bone, steps)[:, :, k], expected)
+
+
+def test_a_ring_that_the_border_cuts_open_shuts_nothing_in():
+    radius = np.hypot(*np.meshgrid(np.arange(-30, 30), np.arange(-30, 30)))
+    cut = np.select([radius < 24, radius < 26], [35, 900], -1000).astype(np.int16)
+    for part in (cut[30:], cut[:, :30]):
+        volume = Volume(np.repeat(part[:, :, None], 5, axis=2), np.diag([3.0, 3.0, 3.0, 1.0]))
+        assert not shows_face(volume)
