@@ -170,8 +170,8 @@ def read_committed() -> dict[str, Count]:
     return {row.stage: row for row in rows}
 
 
-def write_committed(counts: list[Count]) -> None:
-    with COMMITTED.open("w", newline="") as file:
+def write_table(counts: list[Count], path: Path) -> None:
+    with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Count._fields, *counts])
 
 
@@ -198,6 +198,7 @@ def main() -> int:
         "--check", action="store_true", help="fail where a stage makes more than the committed table says"
     )
     parser.add_argument("--operators", metavar="STAGE", help="list the operators of a stage instead")
+    parser.add_argument("--out", type=Path, help="folder that gets the table, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counter = count(Path(folder))
@@ -216,7 +217,9 @@ def main() -> int:
     for row in more if options.check else ():
         print(f"{row.stage}: more than committed; see --operators '{row.stage}', or commit it with --write")
     if options.write:
-        write_committed(counts)
+        write_table(counts, COMMITTED)
+    if options.out:
+        write_table(counts, options.out / COMMITTED.name)
     return int(options.check and bool(more))
 
 

@@ -31,6 +31,7 @@ from mixcl_dist.data_shards.format.codec import CT_MEMBERS, encode
 from mixcl_dist.data_shards.sources import Case, open_source, read_case
 from mixcl_dist.data_shards.volume import crop_to_body
 
+SHARED_CT = Path(__file__).resolve().parents[3] / "shared" / "ct"
 EVERY_OPENKBP = 8
 PATCHES = {"ours, 96³": (96, 96, 96), "ours, 48³": (48, 48, 48)}
 SAVE = {"MONAI, np.savez": np.savez, "MONAI, np.savez_compressed": np.savez_compressed}
@@ -38,7 +39,7 @@ SAVE = {"MONAI, np.savez": np.savez, "MONAI, np.savez_compressed": np.savez_comp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ct", type=Path, required=True, help="folder of real CT")
+    parser.add_argument("--ct", type=Path, default=SHARED_CT, help="folder of real CT (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for build.json")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -120,7 +121,12 @@ def compression_alone(listed: Path) -> Callable[[Path], None]:
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+    return {
+        "median": float(np.median(values)),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "samples": values.tolist(),
+    }
 
 
 def show(result: dict) -> None:

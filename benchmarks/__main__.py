@@ -1,0 +1,201 @@
+"""Every benchmark of this folder by name, with one form of result.
+
+    python -m benchmarks list
+    python -m benchmarks launches --out launches.json
+    python -m benchmarks shards --out now.json --against before.json     with a page beside it, now.html
+    python -m benchmarks stream --quick --out quick.json -- --baselines VENV     what follows -- is the benchmark's own
+    python -m benchmarks compare before.json now.json later.json --page page.html
+    python -m benchmarks gate                                            counts alone, as CI holds them
+
+Run from the repository's root. The exit code is 1 where a figure has become worse than in `--against`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import compare
+from result import Environment, Figure, Result, environment
+
+from mixcl_dist.records import RunError, write_atomic
+
+FOLDER = Path(__file__).resolve().parent
+SMALLEST = 0.05
+"""Share of the median from which a change matters."""
+
+
+class Benchmark(NamedTuple):
+    """A program of this folder."""
+
+    what: str
+    program: str
+    figures: Callable[[Path], dict[str, Figure]]
+    """Reads what the program left in its `--out`."""
+    quick: tuple[str, ...] = ("--quick",)
+
+
+def of_launches(out: Path) -> dict[str, Figure]:
+    figures = {}
+    with (out / "launches.csv").open() as file:
+        for row in csv.DictReader(file):
+            for kind in ("launches", "waits"):
+                figures[f"{row['stage']}: {kind}"] = Figure(
+                    unit=kind, better="less", samples=(float(row[kind]),), exact=True
+                )
+    return figures
+
+
+def of_shards(out: Path) -> dict[str, Figure]:
+    contestants = json.loads((out / "build.json").read_bytes())["contestants"]
+    return {
+        name: Figure(unit="volumes/min", better="more", samples=tuple(row["volumes_per_minute"]["samples"]))
+        for name, row in contestants.items()
+    }
+
+
+def of_stream(out: Path) -> dict[str, Figure]:
+    return {
+        f"{row['name']}, {row['workers']} workers, batch {row['batch_size']}": Figure(
+            unit="patches/s", better="more", samples=tuple(row["patches_per_second"])
+        )
+        for row in json.loads((out / "results.json").read_bytes())["timings"]
+    }
+
+
+def of_kernel(out: Path) -> dict[str, Figure]:
+    figures = {}
+    for line in (out / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name, spread in row.items():  # median, least and greatest of its rounds
+            if name.endswith("_ms") and isinstance(spread, list) and len(spread) == 3:
+                label = " ".join(str(row[key]) for key in ("name", "mix", "rows", "width", "dtype") if key in row)
+                figures[f"{label}: {name.removesuffix('_ms')}"] = Figure(
+                    unit="ms", better="less", samples=tuple(map(float, spread))
+                )
+    return figures
+
+
+def of_step(out: Path) -> dict[str, Figure]:
+    return {
+        name: Figure(unit="ms", better="less", samples=tuple(samples))
+        for name, samples in json.loads((out / "step.json").read_bytes())["parts_ms"].items()
+    }
+
+
+BENCHMARKS = {
+    "kernel": Benchmark("the loss: right, how fast, how much memory, against what", "kernel/run.py", of_kernel),
+    "launches": Benchmark("launches and host waits of a step, counted on a CPU", "launches/run.py", of_launches, ()),
+    "shards": Benchmark("volumes a minute into shards, beside MONAI", "shards/build.py", of_shards, ("--rounds", "3")),
+    "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_step),
+    "stream": Benchmark("patches a second to the trainer, beside other loaders", "stream/run.py", of_stream),
+}
+ELSEWHERE = {
+    "scaling": "benchmarks/scaling/", "tune": "benchmarks/tune/", "ranks": "benchmarks/ranks/",
+    "gpu": "benchmarks/gpu/run.py", "variants": "benchmarks/variants/run.py", "table": "mixcl table",
+}  # fmt: skip
+"""Those that keep a form of result of their own."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else arguments
+    own = given[given.index("--") + 1 :] if "--" in given else []
+    options = _parser().parse_args(given[: given.index("--")] if "--" in given else given)
+    try:
+        if options.verb == "list":
+            return _list()
+        if options.verb == "gate":
+            return subprocess.run([sys.executable, FOLDER / "launches" / "run.py", "--check"]).returncode
+        if options.verb == "compare":
+            return _compare(options.results, options.smallest, options.page)
+        return _measure(options, own)
+    except (RunError, ValueError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="what there is")
+    verbs.add_parser("gate", help="fail where a stage has come to make more launches or waits than committed")
+    side = verbs.add_parser("compare", help="results side by side; fail where a figure is worse than in the first")
+    side.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    side.add_argument("--page", type=Path, help="an HTML page of them")
+    measured = [verbs.add_parser(name, help=benchmark.what) for name, benchmark in BENCHMARKS.items()]
+    for verb in measured:
+        verb.add_argument("--quick", action="store_true", help="smallest sizes: does everything work here?")
+        verb.add_argument("--out", type=Path, required=True, metavar="RESULT.json")
+        verb.add_argument("--against", type=Path, action="append", default=[], metavar="RESULT.json")
+    for verb in (side, *measured):
+        verb.add_argument("--smallest", type=float, default=SMALLEST, help="share that matters (%(default)s)")
+    return parser
+
+
+def _list() -> int:
+    for name, benchmark in BENCHMARKS.items():
+        print(f"{name:<10} {benchmark.what} (benchmarks/{benchmark.program})")
+    for name, where in ELSEWHERE.items():
+        print(f"{name:<10} see {where}")
+    return 0
+
+
+def _measure(options: argparse.Namespace, own: list[str]) -> int:
+    before = [Result.read(path) for path in options.against]  # refused before anything takes minutes
+    for path, result in zip(options.against, before, strict=True):
+        if result.benchmark != options.verb:
+            raise ValueError(f"{path}: is of {result.benchmark}, not of {options.verb}; give another --against")
+    benchmark, here = BENCHMARKS[options.verb], environment()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [benchmark.program, "--out", folder, *(benchmark.quick if options.quick else ()), *own]
+        code = subprocess.run([sys.executable, FOLDER / command[0], *command[1:]]).returncode
+        if code:
+            raise ValueError(f"{benchmark.program} ended with exit code {code}; see what it said above")
+        figures = benchmark.figures(Path(folder))
+        said = Path(folder) / "said.txt"
+        sentence = said.read_text().strip() if said.exists() else ""
+    result = Result(
+        benchmark=options.verb,
+        command=tuple("OUT" if word == folder else word for word in command),
+        quick=options.quick,
+        environment=_ended(here),
+        figures=figures,
+        said=sentence,
+    )
+    write_atomic(options.out, (json.dumps(result.content(), indent=1, ensure_ascii=False) + "\n").encode())
+    print(options.out)
+    return _compare([*options.against, options.out], options.smallest, options.out.with_suffix(".html"))
+
+
+def _ended(here: Environment) -> Environment:
+    return dataclasses.replace(here, load_after=os.getloadavg()[0])
+
+
+def _compare(paths: list[Path], smallest: float, page: Path | None) -> int:
+    results = [Result.read(path) for path in paths]
+    if len({result.benchmark for result in results}) > 1:
+        raise ValueError(f"{paths[-1]}: is of another benchmark than {paths[0]}; give results of one")
+    print(compare.text(results, smallest))
+    if page:
+        compare.write_page(results, [path.name for path in paths], smallest, page)
+        print(page)
+    lost = [name for other in results[1:] for name in compare.worse(results[0], other, smallest)]
+    return int(bool(lost))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
