@@ -249,7 +249,7 @@ def crop_to_body(volume: Volume, margin_mm: float) -> Volume:
     A volume of nothing but air is returned whole.
     """
     body = volume.hu > BODY_HU
-    across = body.any(axis=0)
+    across: np.ndarray = np.any(body, axis=0)
     inside = [np.flatnonzero(along) for along in (body.any(axis=(1, 2)), across.any(axis=1), across.any(axis=0))]
     if not len(inside[0]):
         return volume

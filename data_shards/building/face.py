@@ -44,8 +44,8 @@ def shows_face(volume: Volume) -> bool:
 
 def _around_bone(hu: np.ndarray) -> np.ndarray:
     """`hu` (X, Y, Z) cropped along X and Y to its bone, which shuts in nothing beyond; a column where there is none."""
-    shadow = (hu > BONE_HU).any(axis=2)
-    x, y = (np.flatnonzero(shadow.any(axis=axis)) for axis in (1, 0))
+    shadow: np.ndarray = np.any(hu > BONE_HU, axis=2)
+    x, y = np.flatnonzero(shadow.any(axis=1)), np.flatnonzero(shadow.any(axis=0))
     return hu[x[0] : x[-1] + 1, y[0] : y[-1] + 1] if len(x) else hu[:1, :1, :1]
 
 
