@@ -138,7 +138,7 @@ def main() -> None:
     parts = {name: [step.get(name, 0.0) for step in real] for name in real[0]}
     figures = {
         **parts,
-        "checkpoint": [last["checkpoint"]],
+        "checkpoint": [last.get("checkpoint", 0.0)],
         "decode": decode,
         TWIN: [step["step"] for step in twin[:-1]],
     }
