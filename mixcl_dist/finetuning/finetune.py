@@ -262,8 +262,10 @@ def _train(
 def _take_up(record: Run, step: int, report: Report) -> None:
     """Keep what was logged and told up to a step, and tell the latter again."""
     record.forget_metrics_after(step)
-    points = [point for point in read_curve(record.path / CURVE) if point.step <= step]
-    write_lines(record.path / CURVE, [dataclasses.asdict(point) for point in points])
+    curve = record.path / CURVE
+    points = [point for point in read_curve(curve) if point.step <= step]
+    if curve.exists():
+        write_lines(curve, [dataclasses.asdict(point) for point in points])
     for point in points:
         report(point.step, point.mean)
 
