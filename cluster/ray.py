@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
@@ -13,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mixcl_dist.cluster.installation import code_digest
 
 ANSWER_S = 10
 """Seconds that a cluster's head may take to accept a connection: Ray would look for a silent one for minutes."""
@@ -114,12 +115,3 @@ def _unseen(probe: str, token: str, read: Sequence[str]) -> tuple[str | None, st
     if not os.path.exists(probe) or Path(probe).read_text() != token or not os.access(os.path.dirname(probe), os.W_OK):
         return os.path.dirname(probe), code_digest()
     return next((path for path in read if not os.path.exists(path)), None), code_digest()
-
-
-def code_digest() -> str:
-    """Of all modules of this package, as they lie on this machine."""
-    root, total = Path(__file__).parents[1], hashlib.sha256()
-    folders = os.walk(root, followlinks=True)  # the foundations may be links
-    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
-        total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return total.hexdigest()

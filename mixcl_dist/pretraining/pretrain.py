@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ from mixcl_dist.budget import budget_cases, check_development, readable, trainin
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described, told_by_first
+from mixcl_dist.cluster.installation import code_digest
 from mixcl_dist.cluster.stopping import stop_requests
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
@@ -362,21 +362,12 @@ def _common(config: Config, manifest: Manifest, seen: Seen, resume: bool) -> dic
         (scan.name, scan.digest, sorted(labels)) for scan, labels in zip(seen.scans, seen.labels, strict=True)
     )
     return settings | {
-        "the code": _code(),
+        "the code": code_digest(),
         "the version of torch": torch.__version__,
         "the shards (--data)": manifest.digest,
         "what was seen (--start)": hashlib.sha256(json.dumps(scans).encode()).hexdigest()[:16],
         "--resume": str(resume),
     }
-
-
-def _code() -> str:
-    """A digest of all modules of this package."""
-    root, total = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for folder, _, names in os.walk(root, followlinks=True):  # the foundations are links
-        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
-            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return total.hexdigest()[:16]
 
 
 def _check_shared(run: Path, engine: Engine) -> None:

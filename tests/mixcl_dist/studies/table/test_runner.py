@@ -48,7 +48,8 @@ APART = {
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
     **dict.fromkeys(
-        ("cluster/group.py", "cluster/stopping.py", "cluster/watchdog.py"), "says who takes part, and until when"
+        ("cluster/group.py", "cluster/installation.py", "cluster/stopping.py", "cluster/watchdog.py"),
+        "says who takes part, with what code, and until when",
     ),
     **dict.fromkeys(("cluster/checkpoint.py", "pretraining/saving.py"), "stores what it is given, whole or not at all"),
 }
