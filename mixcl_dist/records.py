@@ -13,13 +13,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from mixcl_dist.config import Architecture, NetworkConfig, TableConfig
+from mixcl_dist.cluster.trials import TrialsConfig
+from mixcl_dist.config import Architecture, FinetuneConfig, NetworkConfig, StudyConfig, TableConfig, from_dict
 from mixcl_dist.data_shards.storage.publishing import publish
 from mixcl_dist.errors import MixclError
 
@@ -36,9 +37,20 @@ class RunError(MixclError):
 
 
 def _inside(path: str) -> str:
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
         raise ValueError("leads out of this folder")
     return path
+
+
+def _of_a_study(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings, of this version or an earlier one, of which those are used that this version has, too."""
+    for section, settings in config.items():
+        if not (settings is None or isinstance(settings, dict)):
+            raise ValueError(f"{section} is no section of settings")
+    read = {"study": StudyConfig, "finetune": FinetuneConfig, "trials": TrialsConfig}
+    names = {section: {one.name for one in fields(kind)} for section, kind in read.items()}
+    from_dict({s: {k: v for k, v in (config.get(s) or {}).items() if k in names[s]} for s in names})
+    return config
 
 
 Inside = Annotated[str, AfterValidator(_inside)]
@@ -384,7 +396,7 @@ class StudyRecord(Record):
     name: str
     started: str | None = None
     finished: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Annotated[dict[str, Any], AfterValidator(_of_a_study)] = field(default_factory=dict)
     data: str = ""
     starts: tuple[StartRecord | Literal["scratch"], ...]
     fractions: tuple[Dice, ...] = ()

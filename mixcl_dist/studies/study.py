@@ -168,6 +168,9 @@ class StudyTable:
         lines = read(study / LEDGER)
         newest = {line["item"]: line["digest"] for line in lines if "trial" in line}
         self.rows = fold((_row(trial) for trial in trials if not self._search), lines)
+        if strange := [name for name in self.rows if not self._search and name not in self._trials]:
+            problem = f"names a trial {strange[0][:60]!r} that this study does not have"
+            raise RunError(f"{study / LEDGER}: {problem}; remove its lines, and what is missing is run again")
         self.ledger = Ledger(study / LEDGER)
         for row in list(self.rows.values()):
             if self._search:
@@ -402,9 +405,10 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted settings that differ; one that an older version did not have counts as well."""
+    sections = {section: found if isinstance(found := one.get(section), Mapping) else {} for section in other}
     return [
         f"{section}.{name}"
         for section in other
         for name in other[section] or ()
-        if (one.get(section) or {}).get(name) != other[section][name]
+        if sections[section].get(name) != other[section][name]
     ]
