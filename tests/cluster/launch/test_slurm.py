@@ -63,7 +63,7 @@ def wait_for(*paths) -> None:
     subprocess.run(["sh", "-c", 'for f; do until [ -e "$f" ]; do sleep 0.1; done; done', "_", *paths], timeout=60)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_ranks_that_are_told_to_stop_get_another_turn(slurm, tmp_path, monkeypatch):
     number = job(slurm, tmp_path, monkeypatch, code=0)
     wait_for(tmp_path / "begun.0", tmp_path / "begun.1")
@@ -78,7 +78,7 @@ def test_ranks_that_are_told_to_stop_get_another_turn(slurm, tmp_path, monkeypat
     assert sum(line.endswith("--resume latest") for line in said) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_failure_of_another_kind_ends_the_job(slurm, tmp_path, monkeypatch):
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "run.json").touch()
@@ -86,7 +86,7 @@ def test_a_failure_of_another_kind_ends_the_job(slurm, tmp_path, monkeypatch):
     assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", seconds=60) == "FAILED"
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_what_the_site_refuses_is_told_in_one_line(slurm, tmp_path, monkeypatch):
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)

@@ -38,7 +38,7 @@ def ended(study):
     return [line["item"] for line in map(json.loads, lines) if line["status"] == "done"]
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not two_hosts.can_be_made(), reason="network namespaces need root and iproute2")
 def test_a_study_outlives_its_driver_its_raylets_and_its_machines(data, tmp_path):
