@@ -142,7 +142,12 @@ def test_the_chain_of_the_guides_runs(tmp_path):
             if not NOT_RUN.search(line := shlex.join(words)):
                 done = run(words, tmp_path, environment)
                 assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}{done.stderr}"
-    for left in ("runs/few/dice.json", "runs/study/report/index.html", "runs/search/study.json", "exported/README.md"):
+    for left in (
+        "runs/few/dice.json",
+        "runs/study/report/index.html",
+        "runs/search/study.json",
+        "exported/configs/metadata.json",
+    ):
         assert (tmp_path / left).is_file(), left
 
 
