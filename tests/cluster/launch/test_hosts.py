@@ -124,6 +124,7 @@ case "$*" in *--nnodes=1*) {WAITS.replace(chr(10), "; ")};; esac
 """
 
 
+@pytest.mark.cluster
 def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tmp_path):
     job = launched(TURNS, failures=1)
     wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
@@ -146,6 +147,7 @@ def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tm
     assert not left, "what waited for the lost host was killed"
 
 
+@pytest.mark.cluster
 def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
     job = launched(TURNS, failures=0)
     wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
