@@ -86,17 +86,20 @@ def wait_for(*files: Path) -> None:
 WAITS = "sleep 60 & trap 'echo $host >> stopped; kill $!; exit 1' TERM; touch began-$host\nwait $!"
 
 
+@pytest.mark.cluster
 def test_all_end_well_and_know_their_job(launched, tmp_path):
     assert launched("echo $MIXCL_JOB >> said").wait(30) == 0
     assert (tmp_path / "said").read_text() == "colour-blue\n" * 2
 
 
+@pytest.mark.cluster
 def test_the_first_failure_ends_the_others(launched, tmp_path):
     job = launched(f"[ $host = a ] && {{ until [ -e began-b ]; do sleep 0.05; done; exit 7; }}\n{WAITS}", failures=3)
     assert job.wait(30) == 7 and job.stderr.read() == ""
     assert (tmp_path / "stopped").read_text() == "b\n"
 
 
+@pytest.mark.cluster
 def test_told_to_stop_it_stops_them_all(launched, tmp_path):
     job = launched(WAITS)
     wait_for(tmp_path / "began-a", tmp_path / "began-b")
@@ -105,6 +108,7 @@ def test_told_to_stop_it_stops_them_all(launched, tmp_path):
     assert sorted((tmp_path / "stopped").read_text().split()) == ["a", "b"]
 
 
+@pytest.mark.cluster
 def test_on_this_machine_it_stops_what_it_started(launched, tmp_path):
     job = launched(f"host=here\n{WAITS}", names=())
     wait_for(tmp_path / "began-here")
