@@ -42,7 +42,8 @@ def changes(draw, size: int) -> list[tuple[int, bytes]]:
 def test_a_damaged_header(whole, tmp_path, ending, examples):
     path = tmp_path / f"scan.{ending}"
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    # The same every time: once ITK itself died of a MetaImage header, and this process with it, which a build survives.
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(changed=changes(HEADER_BYTES[ending]))
     def try_it(changed):
         content = bytearray(whole[ending])
