@@ -128,12 +128,17 @@ case "$*" in *--nnodes=1*) {WAITS.replace(chr(10), "; ")};; esac
 """
 
 
+def lose_a(folder: Path) -> None:
+    """Once both hosts are at work."""
+    wait_for(folder / "turn-a", folder / "turn-b")
+    (folder / "a").unlink()
+    (folder / "lost").touch()
+
+
 @pytest.mark.cluster
 def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tmp_path):
     job = launched(TURNS, failures=1)
-    wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
-    (tmp_path / "a").unlink()
-    (tmp_path / "lost").touch()
+    lose_a(tmp_path)
     wait_for(tmp_path / "began-b")
     (tmp_path / "a").touch()
     assert job.wait(60) == 0
@@ -154,7 +159,5 @@ def test_it_goes_on_without_a_lost_host_and_with_it_once_it_is_back(launched, tm
 @pytest.mark.cluster
 def test_a_lost_host_ends_a_job_that_may_not_go_on(launched, tmp_path):
     job = launched(TURNS, failures=0)
-    wait_for(tmp_path / "turn-a", tmp_path / "turn-b")
-    (tmp_path / "a").unlink()
-    (tmp_path / "lost").touch()
+    lose_a(tmp_path)
     assert job.wait(30) == 5 and "goes on" not in job.stderr.read()
