@@ -64,9 +64,8 @@ for source, stage in [(source, stage) for source in sources for stage in stages]
         saved(engine, name)
     train(engine, 3, 6)
     saved(engine, name + "-end")
-    if source == "none":
-        continue
-engine.close()
+torch.distributed.barrier()
+os._exit(0)  # none of these engines was closed, so threads of their watchdogs are still at work
 """
 
 

@@ -54,17 +54,25 @@ def is_saving(run: Path) -> bool:
 
 
 def wait_to_kill(run: Path, rng: random.Random) -> None:
-    """Until one or two checkpoints more are published, and then a moment or the middle of the next save."""
+    """Until one or two checkpoints more are published, and then a moment, in which a fast machine takes a few steps."""
     before, wanted = published(run), rng.randint(1, 2)
     end = time.monotonic() + ENDS_S
     while len(published(run) - before) < wanted and time.monotonic() < end:
         time.sleep(0.001)
-    if rng.random() < 0.5:
-        time.sleep(rng.uniform(0, 0.3))
-        return
-    while not is_saving(run) and time.monotonic() < end:
-        pass
-    time.sleep(rng.uniform(0, 0.005))
+    time.sleep(rng.uniform(0, 0.05))
+
+
+def stop_while_saving(run: Path, writer: int, rng: random.Random) -> None:
+    """Suspend `writer` in the middle of a save: however busy the machine is, it is still there when it is killed."""
+    end = time.monotonic() + ENDS_S
+    while time.monotonic() < end:
+        if not is_saving(run):
+            continue
+        time.sleep(rng.uniform(0, 0.005))
+        os.kill(writer, signal.SIGSTOP)
+        if is_saving(run):
+            return
+        os.kill(writer, signal.SIGCONT)
 
 
 def ended(processes: list[int]) -> list[int]:
@@ -89,14 +97,17 @@ def run(ranks_of_starts: list[int], kills: int, seed: int, words: list[str]) -> 
         processes = fork(ranks, [*words[: 1 + words.index("--run") + 1], "--resume", "latest"] if goes_on else words)
         if number < kills:
             wait_to_kill(folder, rng)
+            if number % 2:
+                stop_while_saving(folder, processes[0], rng)
+            counted["while saving"] += is_saving(folder)
             victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
             for rank in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(processes[rank], signal.SIGKILL)
+            os.kill(processes[0], signal.SIGCONT)
             codes = ended(processes)
             assert all(codes), codes
             assert all(codes[rank] == -signal.SIGKILL for rank in victims), codes
-            counted["while saving"] += is_saving(folder)
             counted[f"{len(victims)} of {ranks}"] += 1
         else:
             codes = ended(processes)
