@@ -72,7 +72,7 @@ def gradient(
     scalars = RowScalars(peers.gather(lse.T.contiguous()).T, share, share / known.positives.clamp(min=1))
     # Frameworks average parameters' gradients over processes, of which each has a part of the sum.
     scale = peers.size * upstream / tau
-    dtype = tau.dtype if peers.use_ring(rows) else batch.embeddings.dtype
+    dtype = tau.dtype if peers.size > 1 else batch.embeddings.dtype  # in which several blocks' parts are added up
     for block, contrast in _contrasts(peers, known, rows, tau):
         part, products = tiled.gradient(contrast, scalars.of(peers.own), scalars.of(block), scale, dtype)
         result = part if result is None else result.add_(part)
@@ -101,6 +101,18 @@ def _contrasts(peers: Alone | Peers, known: Known, rows: Tensor, tau: Tensor) ->
     """Own rows against the columns of all processes, as many at a time as travel together, and which those are."""
     if known.active:
         own = known.keys.of(peers.own)
-        for block, columns in peers.blocks(rows):
+        for block, columns in _own_apart(peers, rows):
             if len(rows) and len(columns):
                 yield block, Contrast(rows, own, columns, known.keys.of(block), known.relations, tau, known.active)
+
+
+def _own_apart(peers: Alone | Peers, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The blocks of all processes, own rows as the very tensor: they are swept against themselves in half the time."""
+    for block, columns in peers.blocks(rows):
+        if peers.size == 1 or block != slice(None):
+            yield block, columns
+        else:
+            start, stop = peers.own.start, peers.own.stop
+            yield peers.own, rows
+            yield slice(0, start), columns[:start]
+            yield slice(stop, len(columns)), columns[stop:]

@@ -124,7 +124,8 @@ class Slurm:
             yield
         finally:
             for rank in ranks:
-                rank.resume()
+                with suppress(psutil.NoSuchProcess):  # one that has ended meanwhile is what the test then tells of
+                    rank.resume()
 
     def _runs_on(self, process: psutil.Process, node: str) -> bool:
         try:
