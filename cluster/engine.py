@@ -11,7 +11,6 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -20,6 +19,7 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
 from mixcl_dist.cluster.group import Group, ToldError, described, told_by_first
+from mixcl_dist.cluster.snapshot import MODULE, STATE, Part, Snapshot, Snapshots
 from mixcl_dist.cluster.watchdog import CURE, Watchdog
 
 if TYPE_CHECKING:
@@ -27,13 +27,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-STATE = "engine.safetensors"
-"""In a checkpoint: every tensor whole and under its parameter's name, so that any number of ranks can take it up."""
-
 LATER_S = 30.0
 """By which collectives wait longer than the watchdog, which knows more."""
-MODULE = "module."
-"""Before the name of every weight in it."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam and AdamW keep of every parameter."""
 
@@ -66,38 +61,6 @@ class EngineConfig:
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600.0
     """Seconds that the longest step may take, its probe and a shard that is slow to come included: then the rank that
     hangs is named, and all ranks end."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The whole state after a step, in rank 0's memory; on the other ranks there is nothing in it.
-
-    The next one is made in the same memory.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    facts: Mapping[str, str]
-
-    @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The module's, by their names in it."""
-        named = self.tensors.items()
-        return {name.removeprefix(MODULE): tensor for name, tensor in named if name.startswith(MODULE)}
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def write(self, folder: Path) -> None:
-        """Write it for `Engine.load`; raises `OSError`."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        try:
-            save_file(dict(self.tensors), folder / STATE, metadata=dict(self.facts))
-        except SafetensorError as error:
-            raise OSError(" ".join(str(error).split())) from None
 
 
 class Engine(Protocol):
@@ -207,13 +170,15 @@ class _DeepSpeed:
         self._timeout_s = config.timeout_s
         self._norms: list[torch.Tensor | float] = []
         self._optimizer: Any = engine.basic_optimizer  # torch's own, within DeepSpeed's
-        self._copies: dict[str, torch.Tensor] = {}
         self.device = engine.device
         self.rank = engine.global_rank
         self.world_size = engine.world_size
         self.module = engine.module
         self.process_group = torch.distributed.group.WORLD if engine.world_size > 1 else None
-        self._hosts = _group_of_hosts(config.timeout_s + LATER_S) if self.world_size > 1 else None
+        self._hosts, saving = (
+            _group_of_hosts(config.timeout_s + LATER_S) if self.world_size > 1 else None for _ in range(2)
+        )
+        self._snapshots = Snapshots(self.rank, self.world_size, saving, of_gpu=self.device.type == "cuda")
 
     def __call__(self, *args: Any) -> Any:
         return self._engine(*args)
@@ -304,36 +269,43 @@ class _DeepSpeed:
             raise
 
     def snapshot(self) -> Snapshot:
-        """Copy the whole state to rank 0, which must be able to hold it in memory; every rank has to call.
+        """Copy the whole state to rank 0, which must be able to hold it in main memory; every rank has to call.
 
-        Waits for the device, but for no disk.
+        Waits for the copy of this rank's own part alone: rank 0 gets the others beside whatever follows.
         """
-        tensors = {}
-        with self.whole_parameters():
-            for name, weights in self.module.state_dict().items():
-                tensors[f"{MODULE}{name}"] = self._copied(f"{MODULE}{name}", weights)
         updates = self._updates()
-        for name, parameter in self._trained():
-            for moment in MOMENTS if updates else ():
-                key = f"optimizer.{moment}.{name}"
-                tensors[key] = self._copied(key, self._whole_moment(parameter, moment))
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.current_stream(self.device).synchronize()
         facts = {"format": "1", "steps": str(self._engine.global_steps), "updates": str(updates)}
-        return Snapshot(tensors if self.rank == 0 else {}, facts)
+        return self._snapshots.take(self._whole(updates), self._parts(updates), facts)
 
-    def _copied(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """On rank 0 a copy in main memory, in the place of the one before: new memory takes longer than the copy."""
+    def _whole(self, updates: int) -> dict[str, torch.Tensor]:
+        """Names, shapes and types of all that the state holds, on the meta device."""
         import torch
 
-        if self.rank:
-            return tensor
-        pinned = self.device.type == "cuda"
-        if name not in self._copies:
-            self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return self._copies[name].copy_(tensor.detach(), non_blocking=pinned)
+        parameters = dict(self.module.named_parameters())
+
+        def like(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            shape = getattr(parameters.get(name), "ds_shape", tensor.shape)  # ZeRO stage 3 has scattered it
+            return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+        whole = {f"{MODULE}{name}": like(name, tensor) for name, tensor in self.module.state_dict().items()}
+        for name, parameter in self._trained():
+            whole |= {_moment(moment, name): like(name, parameter) for moment in MOMENTS if updates}
+        return whole
+
+    def _parts(self, updates: int) -> dict[str, Part]:
+        """What of it is on this rank; what all ranks have is rank 0's part."""
+        scattered = dict(self.module.named_parameters()) if self._engine.zero_optimization_stage() == 3 else {}
+        parts = {}
+        for name, tensor in self.module.state_dict().items():
+            if (parameter := scattered.get(name)) is not None:
+                parts[f"{MODULE}{name}"] = self._scattered(parameter, parameter.ds_tensor)
+            elif self.rank == 0:
+                parts[f"{MODULE}{name}"] = Part(0, tensor.flatten())
+        for name, parameter in self._trained():
+            for moment in MOMENTS if updates else ():
+                if part := self._part_of_moment(parameter, moment):
+                    parts[_moment(moment, name)] = part
+        return parts
 
     def load(self, folder: Path) -> None:
         """Take up what any number of ranks saved at any ZeRO stage; raises `EngineError`.
@@ -342,20 +314,16 @@ class _DeepSpeed:
         """
         path = folder / STATE
         tensors, steps, updates = _read_state(path)
-        expected = {f"{MODULE}{name}": shape for name, shape in self._shapes(self.module.state_dict()).items()}
-        trained = dict(self._trained())
-        moments = MOMENTS if updates else ()
-        for moment in moments:
-            expected |= {f"optimizer.{moment}.{name}": shape for name, shape in self._shapes(trained).items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        expected = {name: like.shape for name, like in self._whole(updates).items()}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             raise EngineError(f"{path}: is of another network, {differing[0]} first; go on with the run's own settings")
         self._load_weights({name: tensors[f"{MODULE}{name}"] for name in self.module.state_dict()})
         if updates:
             self._make_moments(updates)
-        for name, parameter in trained.items():
-            for moment in moments:
-                self._set_moment(parameter, moment, tensors[f"optimizer.{moment}.{name}"].to(self.device))
+        for name, parameter in self._trained():
+            for moment in MOMENTS if updates else ():
+                self._set_moment(parameter, moment, tensors[_moment(moment, name)].to(self.device))
         self._engine.global_steps = steps
         if steps:
             scheduler = self._engine.lr_scheduler
@@ -364,11 +332,6 @@ class _DeepSpeed:
 
     def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, weights) for name, weights in self.module.named_parameters() if weights.requires_grad)
-
-    def _shapes(self, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Of whole tensors, which ZeRO stage 3 has scattered."""
-        named = dict(self.module.named_parameters())
-        return {name: tuple(getattr(named.get(name), "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
 
     def _states(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
         """The tensors that torch's optimizer updates, flat parts of all parameters where ZeRO shards, and its state."""
@@ -398,14 +361,26 @@ class _DeepSpeed:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _whole_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+    def _part_of_moment(self, parameter: Any, moment: str) -> Part | None:
         import torch
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_local_optimizer_state
 
-        if not self._engine.zero_optimization_stage():
-            # A parameter that never had a gradient, as a head whose term is off, has no state at this stage alone.
-            return self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
-        return safe_get_full_optimizer_state(parameter, moment)
+        match self._engine.zero_optimization_stage():
+            case 0 if self.rank:
+                return None
+            case 0:
+                # A parameter that never had a gradient, as a head whose term is off, has no state at this stage alone.
+                whole = self._optimizer.state[parameter].get(moment)
+                return Part(0, (torch.zeros_like(parameter) if whole is None else whole).flatten())
+            case 3:
+                return self._scattered(parameter, safe_get_local_optimizer_state(parameter, moment))
+        fragment = parameter._hp_mapping  # None where no number of it is updated by this rank
+        return fragment and Part(fragment.lp_fragment_address.start, fragment.get_hp_fragment(moment))
+
+    def _scattered(self, parameter: Any, values: torch.Tensor) -> Part:
+        """This rank's part of a tensor at ZeRO stage 3, without what it is filled up with."""
+        start = self.rank * parameter.ds_tensor.numel()
+        return Part(start, values.flatten()[: max(0, parameter.ds_numel - start)])
 
     def _set_moment(self, parameter: torch.nn.Parameter, moment: str, whole: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -436,7 +411,7 @@ class _DeepSpeed:
                 safe_set_full_fp32_param(parameter, weights[name].to(self.device))
 
     def _part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor at ZeRO stage 3; the last one is filled up with zeros."""
+        """The same of a whole tensor; the last one is filled up with zeros."""
         import torch
 
         size = parameter.ds_tensor.numel()
@@ -448,6 +423,7 @@ class _DeepSpeed:
 
         if self._watchdog:
             self._watchdog.leave("")
+        self._snapshots.close()
         self._engine.destroy()
         comm.destroy_process_group()
 
@@ -557,6 +533,11 @@ def _watchdog(group: Group, timeout_s: float, stacks: Path | None) -> Watchdog:
     own = PrefixStore(f"watchdog {start}", store.clone())  # with a connection of its own
     host = socket.gethostname()
     return Watchdog(own, group.rank, group.world_size, host=host, hung_s=timeout_s, stacks=stacks)
+
+
+def _moment(moment: str, name: str) -> str:
+    """In a saved state, its name of the parameter `name`."""
+    return f"optimizer.{moment}.{name}"
 
 
 def _group_of_hosts(timeout_s: float) -> Any:

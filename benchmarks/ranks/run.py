@@ -151,7 +151,7 @@ def seconds(work: Callable[[], object]) -> float:
 def stall(config: Config, shards: Path, rounds: int) -> list[Figure]:
     """What a save keeps the next step waiting for: a copy in memory, beside copying, writing and verifying it all.
 
-    At several ranks, of which each calls this, the copy is gathered from all of them, in the stall and in the whole.
+    Of several ranks each calls this and copies its part; rank 0, whose figures count, gets the others' in the whole.
     """
     engine, inputs = made_engine(config), Inputs.of(config, shards)
 

@@ -14,6 +14,7 @@ from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.checkpoint import CheckpointConfig, CheckpointError
 from mixcl_dist.cluster.engine import Engine
 from mixcl_dist.cluster.group import told_by_first
+from mixcl_dist.cluster.snapshot import weights_of
 from mixcl_dist.data_shards.streaming.stream import PatchStream
 from mixcl_dist.pretraining.recorder import BACKBONE, backbone_of
 from mixcl_dist.records import RunError
@@ -63,13 +64,13 @@ class Saver:
         snapshot = self._engine.snapshot()
         if not self._writer:
             return
-        backbone = backbone_of(snapshot.weights)
 
         def write(folder: Path) -> None:
             snapshot.write(folder)
-            (folder / BACKBONE).write_bytes(save(backbone))
+            (folder / BACKBONE).write_bytes(save(backbone_of(snapshot.weights)))
 
         state = {"step": step, "stream": self._stream.position(), "world_size": self._engine.world_size}
+        backbone = backbone_of(weights_of(snapshot.whole))
         size = snapshot.size + sum(tensor.nbytes for tensor in backbone.values())
         self._writer.begin(step, state=state, write=write, size=size)
 

@@ -51,7 +51,10 @@ APART = {
         ("cluster/group.py", "cluster/installation.py", "cluster/stopping.py", "cluster/watchdog.py"),
         "says who takes part, with what code, and until when",
     ),
-    **dict.fromkeys(("cluster/checkpoint.py", "pretraining/saving.py"), "stores what it is given, whole or not at all"),
+    **dict.fromkeys(
+        ("cluster/checkpoint.py", "cluster/snapshot.py", "pretraining/saving.py"),
+        "stores what it is given, whole or not at all",
+    ),
 }
 
 
