@@ -14,27 +14,21 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import compare
-from result import Environment, Figure, Result, environment
-
-from mixcl_dist.records import RunError, write_atomic
+from mixcl_dist.profiling import compare
+from mixcl_dist.profiling.result import Figure, Result, ended, environment
+from mixcl_dist.records import RunError
 
 FOLDER = Path(__file__).resolve().parent
-SMALLEST = 0.05
-"""Share of the median from which a change matters."""
 
 
 class Benchmark(NamedTuple):
@@ -42,9 +36,11 @@ class Benchmark(NamedTuple):
 
     what: str
     program: str
-    figures: Callable[[Path], dict[str, Figure]]
+    figures: Callable[[Path], Mapping[str, Figure]]
     """Reads what the program left in its `--out`."""
     quick: tuple[str, ...] = ("--quick",)
+    said: Callable[[Path], str] = lambda out: ""
+    """Of the same, a sentence for people."""
 
 
 def of_launches(out: Path) -> dict[str, Figure]:
@@ -88,18 +84,19 @@ def of_kernel(out: Path) -> dict[str, Figure]:
     return figures
 
 
-def of_step(out: Path) -> dict[str, Figure]:
-    return {
-        name: Figure(unit="ms", better="less", samples=tuple(samples))
-        for name, samples in json.loads((out / "step.json").read_bytes())["parts_ms"].items()
-    }
+def of_step(out: Path) -> Mapping[str, Figure]:
+    return Result.load(out).figures
+
+
+def said_of_step(out: Path) -> str:
+    return Result.load(out).said
 
 
 BENCHMARKS = {
     "kernel": Benchmark("the loss: right, how fast, how much memory, against what", "kernel/run.py", of_kernel),
     "launches": Benchmark("launches and host waits of a step, counted on a CPU", "launches/run.py", of_launches, ()),
     "shards": Benchmark("volumes a minute into shards, beside MONAI", "shards/build.py", of_shards, ("--rounds", "3")),
-    "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_step),
+    "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_step, said=said_of_step),
     "stream": Benchmark("patches a second to the trainer, beside other loaders", "stream/run.py", of_stream),
 }
 ELSEWHERE = {
@@ -142,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", type=Path, required=True, metavar="RESULT.json")
         verb.add_argument("--against", type=Path, action="append", default=[], metavar="RESULT.json")
     for verb in (side, *measured):
-        verb.add_argument("--smallest", type=float, default=SMALLEST, help="share that matters (%(default)s)")
+        verb.add_argument("--smallest", type=float, default=compare.SMALLEST, help="share that matters (%(default)s)")
     return parser
 
 
@@ -155,40 +152,32 @@ def _list() -> int:
 
 
 def _measure(options: argparse.Namespace, own: list[str]) -> int:
-    before = [Result.read(path) for path in options.against]  # refused before anything takes minutes
-    for path, result in zip(options.against, before, strict=True):
-        if result.benchmark != options.verb:
-            raise ValueError(f"{path}: is of {result.benchmark}, not of {options.verb}; give another --against")
+    for path in options.against:
+        compare.read(path, options.verb)  # refused before anything takes minutes
     benchmark, here = BENCHMARKS[options.verb], environment()
     with tempfile.TemporaryDirectory() as folder:
         command = [benchmark.program, "--out", folder, *(benchmark.quick if options.quick else ()), *own]
         code = subprocess.run([sys.executable, FOLDER / command[0], *command[1:]]).returncode
         if code:
             raise ValueError(f"{benchmark.program} ended with exit code {code}; see what it said above")
-        figures = benchmark.figures(Path(folder))
-        said = Path(folder) / "said.txt"
-        sentence = said.read_text().strip() if said.exists() else ""
+        figures, sentence = benchmark.figures(Path(folder)), benchmark.said(Path(folder))
     result = Result(
         benchmark=options.verb,
         command=tuple("OUT" if word == folder else word for word in command),
         quick=options.quick,
-        environment=_ended(here),
+        environment=ended(here),
         figures=figures,
         said=sentence,
     )
-    write_atomic(options.out, (json.dumps(result.content(), indent=1, ensure_ascii=False) + "\n").encode())
+    result.write(options.out)
     print(options.out)
     return _compare([*options.against, options.out], options.smallest, options.out.with_suffix(".html"))
 
 
-def _ended(here: Environment) -> Environment:
-    return dataclasses.replace(here, load_after=os.getloadavg()[0])
-
-
 def _compare(paths: list[Path], smallest: float, page: Path | None) -> int:
-    results = [Result.read(path) for path in paths]
-    if len({result.benchmark for result in results}) > 1:
-        raise ValueError(f"{paths[-1]}: is of another benchmark than {paths[0]}; give results of one")
+    first, *others = paths
+    before = Result.read(first)
+    results = [before, *(compare.read(path, before.benchmark) for path in others)]
     print(compare.text(results, smallest))
     if page:
         compare.write_page(results, [path.name for path in paths], smallest, page)

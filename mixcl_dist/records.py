@@ -57,6 +57,7 @@ Inside = Annotated[str, AfterValidator(_inside)]
 """A path relative to the record's folder, and in it."""
 Dice = Annotated[float, Field(ge=0, le=1)]
 Length = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seed = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 Spacing = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -132,6 +133,62 @@ class ShardsRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Range:
+    """What is expected, and between what it is said to lie."""
+
+    expected: Positive
+    low: Positive
+    high: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Record):
+    """What `mixcl plan` predicts of a pre-training, from what it measured; a run that is given one records it."""
+
+    FILE = "pretraining-plan.json"
+    CURE = "plan again"
+
+    kind: Literal["plan of a run"] = "plan of a run"
+    gpus: Count
+    """Processes where there are no GPUs."""
+    nodes: Count
+    hours: Length
+    config: dict[str, Any]
+    """Settings that it holds for."""
+    shards: str
+    """Digest of their manifest."""
+    step_s: Range
+    patches_per_s: Range
+    """Of all GPUs together."""
+    steps: Range
+    """In `hours`."""
+    samples: Range
+    epochs: Range
+    gpu_hours: Length
+    asked_hours: Range
+    """That `pretrain.steps` of `config` take."""
+    parts_s: dict[str, Length]
+    """Of a step, by what it does; reading is beside the others."""
+    limit: str
+    """What a step waits for or takes most of its time for, and what lifts that."""
+    disk_bytes: Length
+    """Of checkpoints and the network that a run leaves."""
+    shards_bytes: Length
+    read_bytes_per_s: Length
+    """From the store of the shards, all GPUs together."""
+    exchange_bytes_per_s: Length
+    """That a GPU gets from the others, on the average of a step."""
+    memory_bytes: Length | None
+    """Of a GPU, or of a process where there is none."""
+    memory_there_bytes: Length | None
+    measured: tuple[str, ...]
+    assumed: tuple[str, ...]
+    made: str
+    """When: UTC, ISO 8601."""
+    machine: Machine
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
     """`run.json`: who may read which labels, versions, machine, time."""
 
@@ -179,6 +236,8 @@ class PretrainRecord(RunRecord):
     """Of the objective, those that something was learnt from."""
     budget: dict[str, Any] = field(default_factory=dict)
     parameters: Count = 0
+    plan: RunPlan | None = None
+    """What `mixcl plan` had said of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

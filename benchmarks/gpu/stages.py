@@ -67,7 +67,7 @@ def _kernel(entries: list[str], tiny: bool) -> Iterator[Job]:
 
 
 def _step(entries: list[str], tiny: bool) -> Iterator[Job]:
-    sources = *PRODUCT, "benchmarks/gpu/step.py", "benchmarks/gpu/floors.py"
+    sources = *PRODUCT, "benchmarks/gpu/step.py"
     steps = TINY_STEPS if tiny else STEPS
     edges = [step.partition("-")[0] for step in steps]
     for wave, (step, edge) in enumerate(zip(steps, edges, strict=True)):

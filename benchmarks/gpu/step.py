@@ -12,14 +12,13 @@ from pathlib import Path
 from worker import work  # first, as it makes what follows importable
 
 # isort: split
-import floors
-import timing
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mixcl_dist.config import Config, load
 from mixcl_dist.pretraining import pretrain as product
+from mixcl_dist.profiling import floors
 from mixcl_dist.records import read_metrics
 
 SETTINGS = {
@@ -176,11 +175,10 @@ def beside_floors(figures: dict, config: Config) -> dict:
         return {"step_ms": figures["step_ms"], "teraflop": flop / 1e12, "text": f"{head}, no GPU to compare with"}
     torch.cuda.empty_cache()
     device = torch.device("cuda")
-    bandwidth = floors.bandwidth(device)
-    rate = 1e12 * timing.Matmul(timing.Stopwatch(device), torch.bfloat16).teraflops
-    floor = {part: 1e3 * work.seconds(rate, bandwidth) for part, work in works.items()}
-    figures |= {"floors_ms": floor, "teraflop": flop / 1e12, "matmul_teraflops": rate / 1e12}
-    figures |= {"bandwidth_tb": bandwidth / 1e12, "mfu": flop / rate / figures["step_ms"] * 1e3}
+    rates = floors.measured_rates(device)
+    floor = {part: 1e3 * work.seconds(rates) for part, work in works.items()}
+    figures |= {"floors_ms": floor, "teraflop": flop / 1e12, "matmul_teraflops": rates.flop / 1e12}
+    figures |= {"bandwidth_tb": rates.bandwidth / 1e12, "mfu": flop / rates.flop / figures["step_ms"] * 1e3}
     parts = [f"{part} {ms:.3g} (floor {floor.get(part, 0):.3g})" for part, ms in figures["parts_ms"].items()]
     text = (
         f"{head}, GPU busy {figures['busy_ms'] / figures['step_ms']:.0%}, MFU {figures['mfu']:.1%}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -11,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import Costs, Network, predict
-
 from mixcl_dist.config import load
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
+from mixcl_dist.profiling.exchange import measured_parts
+from mixcl_dist.profiling.scaling import Costs, Network, predict
 from mixcl_dist.records import METRICS, PretrainRecord, read_metrics
 
 PATCHES, POINTS, WIDTH, STEPS, LOG_EVERY = 2, 512, 32, 60, 5
@@ -62,7 +61,7 @@ def checks(folder: Path, counts: Sequence[int], rounds: int = 3) -> list[Check]:
 def check(folder: Path, ranks: int, name: str) -> Check:
     """A step of `ranks` ranks, predicted from as many processes that know nothing of each other, and measured."""
     alone, parameters = steps_alone(folder, ranks, name)
-    parts = measured_parts(ranks, parameters)
+    parts = measured_parts(ranks, ROWS, WIDTH, parameters, _environment())
     others = parts["loss_together"] - parts["loss_alone"] - 2 * parts["gather"]
     costs = Costs(
         compute_s=alone - parts["loss_alone"],
@@ -107,19 +106,6 @@ def step_together(folder: Path, ranks: int, name: str) -> float:
     launch = [*PRETRAIN, "launch", "local", "--processes", str(ranks), "--", *_pretrain(folder, run, ranks)[3:]]
     subprocess.run(launch, check=True, env=_environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return _seconds(run)
-
-
-def measured_parts(ranks: int, parameters: int) -> dict[str, float]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    program = [Path(__file__).with_name("parts.py"), ROWS, WIDTH, parameters]
-    done = subprocess.run(
-        [*torchrun, *map(str, program)],
-        check=True,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _pretrain(folder: Path, run: Path, ranks: int) -> list[str]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model import Contrast, Costs, Network, efficiency, most_ranks, predict
+from mixcl_dist.profiling.scaling import CURES, Contrast, Costs, Network, efficiency, most_ranks, predict
 
 #: An H100 at 4 patches of 96³, two views each: 7 TFLOP of convolutions at 100 TFLOP/s and what is around them; in the
 #: loss 770 FLOP and two exponentials for a pair of rows of 128 bfloat16 features, at 40 % of 800 TFLOP/s.
@@ -37,19 +37,6 @@ ROWS = (8192, 16384, 32768, 65536)
 STAGES = (1, 2, 3)
 LEAST = 0.8
 BAR = 0.15
-
-CURES = {
-    "sweeps": "every row meets every other row, so that a rank's work grows with their number; contrast within groups "
-    "of ranks, or with a sample of the columns, would keep it constant",
-    "embeddings": "all embeddings reach every rank; the ring hides this behind the sweeps where those take longer, "
-    "8-bit embeddings would halve it",
-    "integers": "identities and sets of all rows reach every rank; 8 bytes a row would do",
-    "gradients": "all gradients cross the network in float32, after the backward; bfloat16 would halve it, sending "
-    "them beside the backward hide it, and engine.accumulation_steps divides it",
-    "words": "many small collectives wait for the farthest rank; fewer would do",
-    "reading": "the store of the shards is at its end; data.cache on local disks after the first epoch, or a faster "
-    "store",
-}
 
 
 def main() -> int:

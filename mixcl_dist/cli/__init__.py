@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mixcl_dist.arguments import parse
 from mixcl_dist.cli.launching import add_launch
+from mixcl_dist.cli.profiling import add_profiling
 from mixcl_dist.cli.results import add_results
 from mixcl_dist.cli.shards import add_shards
 from mixcl_dist.cli.training import add_training
@@ -91,5 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     add_shards(verbs)
     add_training(verbs)
     add_results(verbs)
+    add_profiling(verbs)
     add_launch(verbs)
     return parser

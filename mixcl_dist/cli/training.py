@@ -22,6 +22,7 @@ def add_training(verbs: Any) -> None:
     add("--run", type=Path, required=True, metavar="RUN", help="folder of this run")
     add("--start", type=Path, metavar="RUN", help="begin with the network of this pre-training run, heads included")
     add("--resume", choices=["latest"], help="go on from its newest whole checkpoint, with its settings")
+    add("--plan", type=Path, metavar="PLAN.json", help="what `mixcl plan` says of it: the report tells what came of it")
 
     example = "mixcl probe runs/pretrained --data shards --recipe few_label"
     add = add_verb(verbs, "probe", _probe, "how good are a network's features, before any fine-tuning?", example)
@@ -83,19 +84,24 @@ def _pretrain(options: argparse.Namespace) -> int:
     from mixcl_dist.cluster.group import check_address, described
     from mixcl_dist.cluster.launch.job import REQUEUE
     from mixcl_dist.pretraining.pretrain import pretrain
+    from mixcl_dist.pretraining.summary import came_of_plan
+    from mixcl_dist.records import METRICS, PretrainRecord, RunPlan, read_metrics, told
     from mixcl_dist.run import Stopped
 
     check_address(described())
     if options.resume and (options.run / "config.yaml").exists():
         options.config.insert(0, options.run / "config.yaml")
-    resume = options.resume is not None
+    known = {"start": options.start, "resume": options.resume is not None}
     try:
-        pretrain(config_of(options), shards=options.data, run=options.run, start=options.start, resume=resume)
+        plan = RunPlan.read(options.plan) if options.plan else None
+        pretrain(config_of(options), shards=options.data, run=options.run, plan=plan, **known)
     except Stopped as stopped:
         if described().rank == 0:
             print(f"mixcl: {stopped}", file=sys.stderr)
         return REQUEUE
     if described().rank == 0:
+        for line in came_of_plan(told(PretrainRecord.load(options.run)), read_metrics(options.run / METRICS)):
+            print(line)
         print(f"pre-trained network in {options.run}; next: mixcl report {options.run}")
     return 0
 

@@ -9,12 +9,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.autograd.profiler import record_function
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.budget import budget_cases, check_development, readable, training_cases
@@ -23,10 +25,10 @@ from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described, told_by_first
 from mixcl_dist.cluster.installation import code_digest
 from mixcl_dist.cluster.stopping import stop_requests
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, replace, to_dict
+from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.data_shards.streaming.stream import Mixture, PatchStream
+from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
@@ -38,7 +40,7 @@ from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.saving import Saver
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
-from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError
+from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError, RunPlan
 from mixcl_dist.run import LOCK, Stopped, held, is_barely_begun, read_config
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
@@ -54,6 +56,11 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""
+FREE_OF_PLANS = (
+    "optimizer.", "pretrain.steps", "pretrain.seed", "pretrain.max_", "pretrain.rewind_factor", "checkpoint.keep",
+    "engine.timeout_s", "data.max_bad_fraction",
+)  # fmt: skip
+"""Settings that decide nothing of what a step takes."""
 SECTIONS = (
     "data", "network", "views", "rows", "objective", "optimizer", "budget", "engine", "checkpoint", "pretrain",
 )  # fmt: skip
@@ -74,13 +81,33 @@ class Diverged(RunError):
         self.can_go_on = can_go_on
 
 
-def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | None = None, resume: bool = False) -> None:
+@dataclass(frozen=True)
+class Watch:
+    """What a profiler has in a run."""
+
+    part: Callable[[str], AbstractContextManager] = record_function
+    """A block around each part of a step, named, and around the "step"; as it is, a range for torch.profiler."""
+    batches: Callable[[Iterable[Batch]], Iterator[Batch]] = iter
+    """What the steps take their batches from, of the stream."""
+
+
+def pretrain(
+    config: Config,
+    *,
+    shards: Path | str,
+    run: Path,
+    start: Path | None = None,
+    resume: bool = False,
+    plan: RunPlan | None = None,
+    watch: Watch = Watch(),
+) -> None:
     """Pre-train a network on the patches in `shards` and leave everything in the folder `run`.
 
     It begins with the network of `start`, a finished pre-training run, heads included, or (None) with random weights;
     what the start has seen counts as seen by this run, too.
     `shards` is a folder or a URL. Labels are read only of the cases in the budget (`config.budget`); the run records
     who they are. With `resume` the newest whole checkpoint in `run` is continued exactly: same samples, same views.
+    The run records what a `plan` for it says, so that its report can tell what came of that.
     Between two logs nothing in a step waits for a GPU.
     Raises `RunError`, `ConfigError`, `EngineError`, `CheckpointError` or the stream's errors, each one line with the
     cure (`ToldError` on a rank that leaves it to rank 0), and `Stopped` where SIGTERM or SIGUSR1 came or
@@ -89,23 +116,27 @@ def pretrain(config: Config, *, shards: Path | str, run: Path, start: Path | Non
     first_rank = described().rank == 0
     most_s = 3600 * (config.pretrain.max_hours or math.inf)
     with held(run, "--run") if first_rank else nullcontext(), stop_requests(most_s) as requested:
-        _pretrain(config, shards=shards, run=run, start=start, resume=resume, stop_requested=requested)
+        _pretrain(config, shards, run, start, resume, plan, requested, watch)
 
 
 def _pretrain(
     config: Config,
-    *,
     shards: Path | str,
     run: Path,
     start: Path | None,
     resume: bool,
+    plan: RunPlan | None,
     stop_requested: Callable[[], bool],
+    watch: Watch,
 ) -> None:
     manifest = Manifest.load(shards)
     resume = resume and not is_barely_begun(run)  # killed before there was anything to go on with
     check_settings(config, manifest)
     _check_folder(config, manifest, run, resume)
     start = recorded_start(run, start) if resume else start
+    plan = plan or (PretrainRecord.load(run).plan if resume else None)
+    if plan is not None:
+        _check_plan(plan, config, manifest)
     label_cases = budgeted_labels(manifest, config.budget)
     seen, history = _history(config, shards, manifest, label_cases, run, start)
     torch.manual_seed(config.pretrain.seed)
@@ -121,14 +152,15 @@ def _pretrain(
         with Saver(run, config.checkpoint, engine, stream) as saver:
             first = saver.resume() if resume else 0
             trained = training_cases(manifest.cases, config.budget)
-            recorder = Recorder(run, config, manifest, trained, label_cases, engine, history)
+            facts = history | {"plan": plan}
+            recorder = Recorder(run, config, manifest, trained, label_cases, engine, facts)
             recorder.forget_after(first)
             if engine.rank == 0:
                 seen.save(run)
                 _say(f"{_lesson(config, label_cases)}; {arithmetic(engine.device)} on {engine.device.type}")
             for rewinds_left in reversed(range(1 + (MAX_REWINDS if config.pretrain.rewind_factor else 0))):
                 try:
-                    _train(config, engine, stream, recorder, saver, first, shards, stop_requested)
+                    _train(config, engine, stream, recorder, saver, first, shards, stop_requested, watch)
                     break
                 except Diverged as diverged:
                     if not (rewinds_left and diverged.can_go_on):
@@ -147,31 +179,38 @@ def _train(
     first: int,
     shards: Path | str,
     stop_requested: Callable[[], bool],
+    watch: Watch,
 ) -> None:
     """Take the steps after `first`, and save the last one."""
     group = engine.process_group if config.objective.contrast == "global" else None
-    batches = iter(stream)
+    batches, part = watch.batches(stream), watch.part
     network = cast(PretrainNetwork, engine.module).train()
-    for step in _steps(first, config, engine):
+    for step in _steps(first, config, engine, watch):
         is_due = functools.partial(_is_due, step, last=step == config.pretrain.steps)
         inspected = is_due(config.pretrain.gradient_norms_every)
         engine.doing(f"step {step}")
         for _ in range(config.engine.accumulation_steps):
-            with recorder.waiting():
+            with recorder.waiting(), part("wait"):
                 batch = next(batches)
-            draws = Draws(config.pretrain.seed, batch.slots, engine.device)
-            views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
-            where, size = views.patch_from_view, config.views.size
-            rows = sample_rows(where, size, batch.label, batch.candidate_bits, config.rows, draws, group)
+            with part("views"):
+                draws = Draws(config.pretrain.seed, batch.slots, engine.device)
+                views = make_views(batch.image, batch.spacing, config.views, config.network.window_hu, draws)
+            with part("rows"):
+                where, size = views.patch_from_view, config.views.size
+                rows = sample_rows(where, size, batch.label, batch.candidate_bits, config.rows, draws, group)
             if inspected and config.engine.zero_stage != 3:
-                recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
-            with recorder.computing():
+                with part("inspection"):
+                    recorder.inspect(gradient_norms(network, views, rows, config.objective, group))
+            with recorder.computing(), part("forward"):
                 output = engine(views.image, rows.voxel_index)
             if inspected:
                 recorder.inspect(spread(output.voxel, rows.present))
-            loss, terms = mixcl_loss(output, views, rows, config.objective, group)
-            engine.backward(loss)
-            engine.step()
+            with part("loss"):
+                loss, terms = mixcl_loss(output, views, rows, config.objective, group)
+            with part("backward"):
+                engine.backward(loss)
+            with part("optimizer"):
+                engine.step()
             recorder.add(loss, terms)
         ends = engine.any(stop_requested() or saver.failed)
         if is_due(config.pretrain.probe_every):
@@ -180,22 +219,26 @@ def _train(
             _share_bad_samples(stream, engine)
             recorder.log(step)
         if (ends or is_due(config.checkpoint.every)) and not recorder.count_skipped():
-            saver.save(step)  # but for weights that may have diverged
+            with part("checkpoint"):
+                saver.save(step)  # but for weights that may have diverged
         if recorder.skipped >= config.pretrain.max_skipped:
             raise _diverged(step, recorder.skipped, saver)
         if is_due(config.pretrain.sample_every):
-            recorder.pictures(step, batch, views)
+            with part("pictures"):
+                recorder.pictures(step, batch, views)
         if ends and step < config.pretrain.steps:
             saver.wait()
             raise Stopped(f"{saver.run}: stopped as asked, and saved at step {step}; go on with --resume latest")
     saver.wait()
 
 
-def _steps(first: int, config: Config, engine: Engine) -> Iterable[int]:
-    steps = range(first + 1, config.pretrain.steps + 1)
-    if engine.rank:
-        return steps
-    return progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
+def _steps(first: int, config: Config, engine: Engine, watch: Watch) -> Iterator[int]:
+    steps: Iterable[int] = range(first + 1, config.pretrain.steps + 1)
+    if engine.rank == 0:
+        steps = progress(steps, total=config.pretrain.steps, initial=first, desc="pretrain", unit="step")
+    for step in steps:
+        with watch.part("step"):
+            yield step
 
 
 def _lesson(config: Config, label_cases: Sequence[str]) -> str:
@@ -274,6 +317,21 @@ def _check_folder(config: Config, manifest: Manifest, run: Path, resume: bool) -
             raise RunError(
                 f"{run}: {', '.join(changed)} differs from the run's config.yaml; leave it out, or start anew"
             )
+
+
+def _check_plan(plan: RunPlan, config: Config, manifest: Manifest) -> None:
+    """Raise `RunError` where what a plan says is not of this run."""
+    here, problem = described(), ""
+    changed = differences(from_dict({**to_dict(config), **plan.config}), config)
+    if plan.shards != manifest.digest:
+        problem = "of other shards"
+    elif plan.gpus != here.world_size:
+        problem = f"of {plan.gpus} GPUs or processes, and these are {here.world_size}"
+    elif changed := [key for key in changed if not key.startswith(FREE_OF_PLANS)]:
+        problem = f"of another {', '.join(changed)}"
+    if problem:
+        cure = "leave out --plan, or plan again with mixcl plan"
+        raise told_by_first(RunError(f"--plan: is {problem}; {cure}"), here.rank)
 
 
 def recorded_start(run: Path, start: Path | None) -> Path | None:

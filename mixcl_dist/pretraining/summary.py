@@ -35,6 +35,27 @@ def told(facts: Mapping[str, Any], metrics: Metrics) -> str:
     return f"{taught}: {'; '.join(found)}." if (found := learnt(metrics)) else f"{taught}."
 
 
+def came_of_plan(facts: Mapping[str, Any], metrics: Metrics) -> list[str]:
+    """What `mixcl plan` had said, beside what came of it, a line each; empty without a plan, or before two logs.
+
+    It counts from the first log on, which has the start in it.
+    """
+    rows = [row for row in metrics if _is_number(row.get("samples")) and _is_number(row.get("seconds"))]
+    seconds = sum(row["seconds"] for row in rows[1:])
+    if "plan" not in facts or seconds <= 0:
+        return []
+    plan, patches = facts["plan"], rows[-1]["samples"] - rows[0]["samples"]
+    said, rate = plan["patches_per_s"], patches / seconds
+    where = "as planned" if said["low"] <= rate <= said["high"] else "outside of what was planned"
+    hours = patches / said["expected"] / 3600
+    return [
+        f"Planned {said['expected']:.3g} patches/s ({said['low']:.3g} to {said['high']:.3g}) on "
+        f"{_count(plan['gpus'], 'GPU or process', 'GPUs or processes')}; measured {rate:.3g} over {patches:,.0f} "
+        f"patches, {rate / said['expected'] - 1:+.0%}: {where}.",
+        f"These took {seconds / 3600:.3g} h, for which {hours:.3g} h were planned.",
+    ]
+
+
 def terms_on(metrics: Metrics) -> list[str]:
     """Terms that had a weight and something to say in some step; the label term needs label anchors."""
     return [name for name in TERMS if any(_is_number(row.get(name)) for row in metrics)]
@@ -99,8 +120,8 @@ def _change(metrics: Metrics, key: str, name: str) -> str | None:
     return f"{name} {fmean(values[:tenth]):.3g} → {fmean(values[-tenth:]):.3g}" if len(values) > 1 else None
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str, nouns: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -164,6 +164,7 @@ def pretraining_section(run: RunFolder, name: str) -> dict[str, Any]:
         "name": name,
         "facts": run.facts,
         "told": summary.told(run.facts, run.metrics),
+        "planned": summary.came_of_plan(run.facts, run.metrics),
         "warnings": _warnings(run),
         "summary": _summarise_losses(run.metrics, chance),
         "terms": summary.terms_on(run.metrics),

@@ -16,7 +16,7 @@ from mixcl_dist.cli.verbs import config_of
 from mixcl_dist.config import ConfigError
 
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
-         "doctor", "config show"]  # fmt: skip
+         "doctor", "config show", "benchmark", "plan"]  # fmt: skip
 
 
 def mixcl(*arguments):

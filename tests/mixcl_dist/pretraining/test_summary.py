@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from mixcl_dist.kernels import mixed_contrastive_loss
-from mixcl_dist.pretraining.summary import chance_levels, label_anchors, label_term_is_off, learnt, terms_on, told
+from mixcl_dist.pretraining.summary import (
+    came_of_plan,
+    chance_levels,
+    label_anchors,
+    label_term_is_off,
+    learnt,
+    terms_on,
+    told,
+)
 
 CONFIG = {"engine": {"accumulation_steps": 2}, "pretrain": {"batch_size": 12}, "rows": {"per_view_pair": 5}}
 
@@ -39,3 +47,14 @@ def test_a_label_term_without_anchors_is_off_and_one_without_weight_is_not_there
     without = [{"step": 1, "reconstruction": 0.1}]
     assert not label_term_is_off(without) and label_anchors(without) is None
     assert told({}, []) == "Nothing has been logged yet."
+
+
+def test_what_was_planned_is_held_against_what_was_logged_after_the_start():
+    plan = {"gpus": 4, "patches_per_s": {"expected": 10.0, "low": 9.0, "high": 11.0}}
+    slow_start = {"step": 10, "samples": 80, "seconds": 100.0}
+    steps = [slow_start, {"step": 20, "samples": 160, "seconds": 8.0}, {"step": 30, "samples": 240, "seconds": 12.0}]
+    rate, hours = came_of_plan({"plan": plan}, steps)
+    assert "on 4 GPUs or processes; measured 8 over 160 patches, -20%: outside of what was planned" in rate
+    assert hours == "These took 0.00556 h, for which 0.00444 h were planned."
+    assert "as planned" in came_of_plan({"plan": plan}, [slow_start, {"step": 20, "samples": 160, "seconds": 8.0}])[0]
+    assert came_of_plan({}, steps) == came_of_plan({"plan": plan}, [slow_start]) == []

@@ -24,6 +24,20 @@ GRADIENT_BYTES = 4
 VOLUMES = {0: 2, 1: 2, 2: 2, 3: 3}
 """Times that ZeRO sends a rank's share of all parameters: reduce and gather, at stage 3 gathered twice."""
 
+CURES = {
+    "sweeps": "every row meets every other row, so that a rank's work grows with their number; contrast within groups "
+    "of ranks, or with a sample of the columns, would keep it constant",
+    "embeddings": "all embeddings reach every rank; the ring hides this behind the sweeps where those take longer, "
+    "8-bit embeddings would halve it",
+    "integers": "identities and sets of all rows reach every rank; 8 bytes a row would do",
+    "gradients": "all gradients cross the network in float32, after the backward; bfloat16 would halve it, sending "
+    "them beside the backward hide it, and engine.accumulation_steps divides it",
+    "words": "many small collectives wait for the farthest rank; fewer would do",
+    "reading": "the store of the shards is at its end; data.cache on local disks after the first epoch, or a faster "
+    "store",
+}
+"""Part of a step → what lifts it."""
+
 Contrast = Literal["gather", "ring", "rank"]
 
 
@@ -92,12 +106,13 @@ class Step(NamedTuple):
         return max(others, key=lambda part: others[part])
 
 
-def predict(costs: Costs, network: Network, *, ranks: int, rows: int, stage: int, contrast: Contrast) -> Step:
+def predict(
+    costs: Costs, network: Network, *, ranks: int, rows: int, stage: int, contrast: Contrast, passes: int = 1
+) -> Step:
     """A step of `ranks` ranks of `rows` rows each, at a ZeRO stage, with embeddings gathered or on a ring, or
-    (`rank`) never sent, as `objective.contrast` rank has it."""
+    (`rank`) never sent, as `objective.contrast` rank has it; rows are met once in each of its backward `passes`."""
     own, other = rows**2 * costs.own_pair_s, rows**2 * costs.other_pair_s
-    block = rows * costs.width * costs.element_bytes
-    seen = 1 if contrast == "rank" else ranks
+    block, seen = _block(costs, rows), _seen(ranks, contrast)
     sweeps = own + (seen - 1) * other
     if contrast == "ring":  # a block arrives while the one before it is being swept
         hop = block / network.rate(ranks) + network.hop_s(ranks)
@@ -107,13 +122,29 @@ def predict(costs: Costs, network: Network, *, ranks: int, rows: int, stage: int
     shares = (ranks - 1) / ranks * costs.parameters * GRADIENT_BYTES / network.rate(ranks)
     return Step(
         compute=costs.compute_s,
-        sweeps=sweeps,
-        embeddings=embeddings,
-        integers=2 * all_gather_s(rows * INTEGER_BYTES, seen, network),
+        sweeps=passes * sweeps,
+        embeddings=passes * embeddings,
+        integers=passes * 2 * all_gather_s(rows * INTEGER_BYTES, seen, network),
         gradients=VOLUMES[stage] * (shares + network.hop_s(ranks) * (ranks > 1) * math.log2(max(ranks, 2))),
         words=SMALL_CALLS * network.hop_s(ranks) * math.ceil(math.log2(ranks)),
         reading=max(ranks * costs.patches * costs.sample_bytes / network.storage, 0.0),
     )
+
+
+def received_bytes(costs: Costs, *, ranks: int, rows: int, stage: int, contrast: Contrast, passes: int = 1) -> float:
+    """What a rank gets from the others in such a step: embeddings and integers of their rows, and gradients."""
+    of_rows = 2 * (_seen(ranks, contrast) - 1) * (_block(costs, rows) + rows * INTEGER_BYTES)
+    return passes * of_rows + VOLUMES[stage] * (ranks - 1) / ranks * costs.parameters * GRADIENT_BYTES
+
+
+def _block(costs: Costs, rows: int) -> float:
+    """Bytes of a rank's embeddings."""
+    return rows * costs.width * costs.element_bytes
+
+
+def _seen(ranks: int, contrast: Contrast) -> int:
+    """Ranks whose rows a rank meets."""
+    return 1 if contrast == "rank" else ranks
 
 
 def all_gather_s(block: float, ranks: int, network: Network) -> float:

@@ -6,15 +6,19 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from mixcl_dist import __version__
+from mixcl_dist.cluster.installation import code_digest
+from mixcl_dist.data_shards.versions import versions_of
 from mixcl_dist.records import Length, Record
+from mixcl_dist.run import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the checkout, where this package lies in one."""
 PACKAGES = ("torch", "triton", "numpy", "scipy", "blosc2", "webdataset", "monai", "deepspeed")
 
 
@@ -39,6 +43,7 @@ class Environment:
     python: str
     versions: dict[str, str]
     commit: str
+    """Of a checkout, with a plus where files differ from it; of an installed package its version and code."""
     clock_mhz: Length | None = None
     load_before: Length
     load_after: Length | None = None
@@ -66,40 +71,34 @@ class Result(Record):
 
 def environment() -> Environment:
     """This machine, now."""
-    model, clock = "unknown CPU", None
-    if Path("/proc/cpuinfo").exists():
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        told = {key.strip(): value.strip() for key, _, value in lines}
-        model, clock = told.get("model name", model), float(told.get("cpu MHz", 0)) or None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    here = machine()
     return Environment(
-        machine=f"{model}, {cores} cores",
-        card=_card(),
+        machine=f"{here.cpu}, {here.cores} cores",
+        card=here.gpu,
         python=platform.python_version(),
-        versions={name: found for name in PACKAGES if (found := _version(name))},
+        versions=versions_of(PACKAGES),
         commit=_commit(),
-        clock_mhz=clock,
+        clock_mhz=_clock_mhz(),
         load_before=os.getloadavg()[0],
         begun=datetime.now().astimezone().isoformat(timespec="seconds"),
         variables={name: value for name, value in sorted(os.environ.items()) if name.endswith("_NUM_THREADS")},
     )
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def ended(before: Environment) -> Environment:
+    """The same machine, after the measurement."""
+    return replace(before, load_after=os.getloadavg()[0])
 
 
-def _card() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _clock_mhz() -> float | None:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")), None)
 
 
 def _commit() -> str:
-    """Of the checkout, with a plus where files differ from it."""
+    if not (ROOT / ".git").exists():
+        return f"{__version__}, code {code_digest()}"
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)

@@ -7,11 +7,13 @@ input and output once, in 16 bits where the step computes in bfloat16; they say 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixcl_dist import constants
@@ -19,7 +21,17 @@ from mixcl_dist.config import Config
 from mixcl_dist.networks.heads import PretrainNetwork
 
 HALF, SINGLE = 2, 4  #: bytes
-COPY_BYTES = 2**30
+COPY_BYTES = 2**30  #: of a GPU; of a CPU an eighth
+GPU_MATMUL, CPU_MATMUL = 8192, 2048  #: rows and columns
+
+
+class Rates(NamedTuple):
+    """What a machine reaches at best."""
+
+    flop: float
+    """A second, of a product of matrices, bfloat16 on a GPU and float32 on a CPU."""
+    bandwidth: float
+    """Bytes a second, read and written, of a copy."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,12 @@ class Work:
     flop: float = 0.0
     bytes: float = 0.0
 
-    def seconds(self, rate: float, bandwidth: float) -> float:
-        return max(self.flop / rate, self.bytes / bandwidth)
+    def seconds(self, rates: Rates) -> float:
+        return max(self.flop / rates.flop, self.bytes / rates.bandwidth)
 
 
 def floors(config: Config) -> dict[str, Work]:
-    """By part, for one step of a configuration on one GPU; without a GPU, from shapes alone."""
+    """By part, for one step of a configuration on one rank; from shapes alone."""
     views, voxels = 2 * config.pretrain.batch_size, torch.Size(config.views.size).numel()
     rows = views * config.rows.per_view_pair
     forward, backward, parameters = network(config, views)
@@ -81,16 +93,18 @@ class _ConvolutionBytes(TorchDispatchMode):
         return result
 
 
-def bandwidth(device: torch.device, count: int = COPY_BYTES, rounds: int = 10) -> float:
-    """Bytes a second, read and written, of a large copy on a GPU: the best of some rounds."""
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
+def measured_rates(device: torch.device, seconds: float = 0.5) -> Rates:
+    """Of one large product and one large copy, some `seconds` each."""
+    is_gpu = device.type == "cuda"
+    dtype, size = (torch.bfloat16, GPU_MATMUL) if is_gpu else (torch.float32, CPU_MATMUL)
+    left, right, out = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
+    source = torch.ones(COPY_BYTES if is_gpu else COPY_BYTES // 8, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize(device)
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return 2 * count / best
+
+    def best(statement: str) -> float:
+        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+        return min(timer.blocked_autorange(min_run_time=seconds).times)
+
+    names = {"torch": torch, "left": left, "right": right, "out": out, "source": source, "target": target}
+    product = best("torch.matmul(left, right, out=out)")
+    return Rates(2 * size**3 / product, 2 * source.numel() / best("target.copy_(source)"))

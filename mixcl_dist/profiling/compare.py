@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from result import Figure, Result
 
-from mixcl_dist.records import write_atomic
+from mixcl_dist.profiling.result import Figure, Result
+from mixcl_dist.records import RunError, write_atomic
 
 BEYOND = 3.5
 TO_DEVIATIONS = 0.6745
 LEAST_SAMPLES = 3
+SMALLEST = 0.05
+"""Share of the median from which a change matters, unless another is asked for."""
 Verdict = Literal["better", "worse", "the same", "not told apart", "too few samples"]
 COLOURS = {"better": "#d6f5d6", "worse": "#f9d6d5"}
 
@@ -69,6 +71,14 @@ def kept(samples: Sequence[float]) -> np.ndarray:
     distances = np.abs(values - np.median(values))
     spread = np.median(distances)
     return values[TO_DEVIATIONS * distances <= BEYOND * spread] if spread else values
+
+
+def read(path: Path, benchmark: str) -> Result:
+    """A result to compare with one of `benchmark`; raises `RunError`."""
+    found = Result.read(path)
+    if found.benchmark != benchmark:
+        raise RunError(f"{path}: is of {found.benchmark}, not of {benchmark}; give another to compare with")
+    return found
 
 
 def worse(first: Result, other: Result, smallest: float) -> list[str]:
