@@ -34,6 +34,8 @@ SHAPE = (96, 96, 96)
 MEMBER = "ct.b2"
 POLL_SECONDS = 0.005
 SHUFFLE_BUFFER = 64
+BATCHES_IN_MEMORY = 4
+"""Of the stream at both sizes: two under way and two that the trainer may hold."""
 
 
 @dataclass
@@ -209,16 +211,21 @@ def samples(shards: Path) -> list[tuple[Path, str, Member]]:
 class Decoding(Contestant):
     """Decoding alone: pread from the page cache, digest and `decode_into` one array again and again, in N processes."""
 
+    @property
+    def arrays(self) -> int:
+        """That a process fills in turn."""
+        return 1
+
     def epoch(self) -> Iterator[torch.Tensor]:
         image = np.empty((1, *SHAPE), np.int16)
-        for _ in _decode(samples(self.shards), image[0]):
+        for _ in _decode(samples(self.shards), image):
             yield torch.from_numpy(image)
 
     def endless(self) -> Iterator[int]:
         context = multiprocessing.get_context("spawn")
         done = context.Array("q", self.workers, lock=False)
         processes = [
-            context.Process(target=_decode_for_ever, args=(self.shards, done, number), daemon=True)
+            context.Process(target=_decode_for_ever, args=(self.shards, done, number, self.arrays), daemon=True)
             for number in range(self.workers)
         ]
         for process in processes:
@@ -235,9 +242,17 @@ class Decoding(Contestant):
                 process.kill()
 
 
-def _decode(places: Iterable[tuple[Path, str, Member]], image: np.ndarray) -> Iterator[None]:
+class DecodingIntoBatches(Decoding):
+    """The same into as many arrays as batches are made of, which no core's cache holds."""
+
+    @property
+    def arrays(self) -> int:
+        return -(-BATCHES_IN_MEMORY * self.batch_size // self.workers)
+
+
+def _decode(places: Iterable[tuple[Path, str, Member]], images: np.ndarray) -> Iterator[None]:
     files: dict[Path, int] = {}
-    for path, key, member in places:
+    for image, (path, key, member) in zip(cycle(images), places, strict=False):
         if path not in files:
             files[path] = os.open(path, os.O_RDONLY)
         payload = os.pread(files[path], member.size, member.offset)
@@ -247,16 +262,18 @@ def _decode(places: Iterable[tuple[Path, str, Member]], image: np.ndarray) -> It
         yield
 
 
-def _decode_for_ever(shards: Path, done: Any, number: int) -> None:
+def _decode_for_ever(shards: Path, done: Any, number: int, arrays: int) -> None:
     everything = samples(shards)
     first = number * len(everything) // len(done)
-    for _ in _decode(cycle(everything[first:] + everything[:first]), np.empty(SHAPE, np.int16)):
+    images = np.empty((arrays, *SHAPE), np.int16)
+    for _ in _decode(cycle(everything[first:] + everything[:first]), images):
         done[number] += 1
 
 
 CONTESTANTS = {
     "PatchStream": Ours,
     "decoding alone": Decoding,
+    "decoding into batches": DecodingIntoBatches,
     "webdataset, blosc2": WebDataset,
     "webdataset, blosc2, into the batch": IntoSharedBatch,
     "webdataset, npz": WebDatasetNpz,
