@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,10 @@ from mixcl_dist.profiling.result import Figure, Result, ended, environment
 from mixcl_dist.records import RunError
 
 FOLDER = Path(__file__).resolve().parent
+GATES = (
+    ("launches/run.py", "--check"),
+    ("kernel/builds.py", "--only", "sm_90", "bf16", "128", "narrow"),  # what a training launches; all take minutes
+)
 
 
 class Benchmark(NamedTuple):
@@ -47,7 +52,7 @@ def of_launches(out: Path) -> dict[str, Figure]:
     figures = {}
     with (out / "launches.csv").open() as file:
         for row in csv.DictReader(file):
-            for kind in ("launches", "waits"):
+            for kind in ("launches", "waits", "bytes"):
                 figures[f"{row['stage']}: {kind}"] = Figure(
                     unit=kind, better="less", samples=(float(row[kind]),), exact=True
                 )
@@ -75,12 +80,34 @@ def of_kernel(out: Path) -> dict[str, Figure]:
     figures = {}
     for line in (out / "results.jsonl").read_text().splitlines():
         row = json.loads(line)
-        for name, spread in row.items():  # median, least and greatest of its rounds
-            if name.endswith("_ms") and isinstance(spread, list) and len(spread) == 3:
-                label = " ".join(str(row[key]) for key in ("name", "mix", "rows", "width", "dtype") if key in row)
-                figures[f"{label}: {name.removesuffix('_ms')}"] = Figure(
-                    unit="ms", better="less", samples=tuple(map(float, spread))
-                )
+        label = " ".join(str(row[key]) for key in ("name", "mix", "rows", "width", "dtype") if key in row)
+        for name, laps in row.get("laps_ms", {}).items():
+            figures[f"{label}: {name}"] = Figure(unit="ms", better="less", samples=tuple(laps))
+    return figures
+
+
+def of_views(out: Path) -> dict[str, Figure]:
+    return {
+        f"{row['name']}, {row['work']}, {row['patch']}³ to {row['view']}³, {row['device']}": Figure(
+            unit="patches/s", better="more", samples=tuple(row["patches_per_second"])
+        )
+        for row in json.loads((out / "results.json").read_bytes())["timings"]
+    }
+
+
+def of_scaling(out: Path) -> dict[str, Figure]:
+    """Computed, not measured, so any difference is one."""
+    return {
+        name: Figure(unit="efficiency", better="more", samples=(value,), exact=True)
+        for name, value in json.loads((out / "scaling.json").read_bytes()).items()
+    }
+
+
+def of_tune(out: Path) -> dict[str, Figure]:
+    figures = {}
+    for name, runs in json.loads((out / "results.json").read_bytes())["runs"].items():
+        for key, unit in (("overhead_s", "s a trial"), ("memory_growth_mb", "MB")):
+            figures[f"{name}: {key}"] = Figure(unit=unit, better="less", samples=tuple(run[key] for run in runs))
     return figures
 
 
@@ -94,14 +121,17 @@ def said_of_step(out: Path) -> str:
 
 BENCHMARKS = {
     "kernel": Benchmark("the loss: right, how fast, how much memory, against what", "kernel/run.py", of_kernel),
-    "launches": Benchmark("launches and host waits of a step, counted on a CPU", "launches/run.py", of_launches, ()),
-    "shards": Benchmark("volumes a minute into shards, beside MONAI", "shards/build.py", of_shards, ("--rounds", "3")),
+    "launches": Benchmark("launches, waits and memory of a step, counted on a CPU", "launches/run.py", of_launches, ()),
+    "scaling": Benchmark("efficiency at 8 to 1,024 GPUs, predicted", "scaling/run.py", of_scaling, ()),
+    "shards": Benchmark("volumes a minute into shards, beside MONAI", "shards/build.py", of_shards),
     "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_step, said=said_of_step),
     "stream": Benchmark("patches a second to the trainer, beside other loaders", "stream/run.py", of_stream),
+    "tune": Benchmark("what a trial costs the driver of a study", "tune/run.py", of_tune, ("--trials", "8")),
+    "views": Benchmark("two views of a patch, beside MONAI and others", "views/run.py", of_views),
 }
 ELSEWHERE = {
-    "scaling": "benchmarks/scaling/", "tune": "benchmarks/tune/", "ranks": "benchmarks/ranks/",
-    "gpu": "benchmarks/gpu/run.py", "variants": "benchmarks/variants/run.py", "table": "mixcl table",
+    "ranks": "benchmarks/ranks/", "gpu": "benchmarks/gpu/run.py", "variants": "benchmarks/variants/run.py",
+    "table": "mixcl table",
 }  # fmt: skip
 """Those that keep a form of result of their own."""
 
@@ -114,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb == "list":
             return _list()
         if options.verb == "gate":
-            return subprocess.run([sys.executable, FOLDER / "launches" / "run.py", "--check"]).returncode
+            return _gate()
         if options.verb == "compare":
             return _compare(options.results, options.smallest, options.page)
         return _measure(options, own)
@@ -129,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="what there is")
-    verbs.add_parser("gate", help="fail where a stage has come to make more launches or waits than committed")
+    verbs.add_parser("gate", help="fail where a stage has more launches, waits or bytes, or a kernel more instructions")
     side = verbs.add_parser("compare", help="results side by side; fail where a figure is worse than in the first")
     side.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     side.add_argument("--page", type=Path, help="an HTML page of them")
@@ -141,6 +171,16 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (side, *measured):
         verb.add_argument("--smallest", type=float, default=compare.SMALLEST, help="share that matters (%(default)s)")
     return parser
+
+
+def _gate() -> int:
+    """Every count, also after one that has grown; the exit code is 1 if one has."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    codes = [
+        subprocess.run([sys.executable, FOLDER / program, *arguments], env=variables).returncode
+        for program, *arguments in GATES
+    ]
+    return int(any(codes))
 
 
 def _list() -> int:

@@ -205,8 +205,8 @@ def time_block(session: Session, block: Block) -> None:
 
 
 def describe_timing(block: Block, laps: list[list[float]], matmul: list[float], memory: int | None) -> dict:
-    """Times in ms (median, least, greatest), rate, share of each round's matmul, and extra memory."""
-    forward, backward = zip(*laps, strict=True)
+    """Times in ms (every one, and median, least, greatest), rate, share of each round's matmul, and extra memory."""
+    forward, backward = map(list, zip(*laps, strict=True))
     both = [sum(lap) for lap in laps]
     flop = 6 * block.rows**2 * block.width
     return {
@@ -218,6 +218,7 @@ def describe_timing(block: Block, laps: list[list[float]], matmul: list[float], 
         "matmul_teraflops": statistics.median(matmul),
         "extra_memory_multiple": _multiple(memory, block),
         "rounds": len(laps),
+        "laps_ms": {"forward": forward, "backward": backward, "both": both},
     }
 
 
@@ -269,6 +270,7 @@ def contest_at(session: Session, baseline: Baseline, contest: Contest, errors: d
         speedup=timing.spread(t / o for t, o in zip(times["theirs"], times["ours"], strict=True)),
         extra_memory_multiple=_multiple(memory["theirs"], contest),
         rounds=len(times["ours"]),
+        laps_ms=times,
         **errors,
     )
     session.say(report.contest_text(record))

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import KernelInterface
 
 #: No kernel: allocation, metadata, and numbers that PyTorch wraps and keeps on the host.
@@ -33,6 +33,8 @@ QUIET = {
     "squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "detach_", "resize_", "set_", "scalar_tensor",
     "is_same_size", "record_stream", "is_pinned", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset",
 }  # fmt: skip
+#: Neither view by its schema nor new memory: what was given is given back.
+SAME_MEMORY = {"_unsafe_view", "_reshape_alias", "lift_fresh"}
 #: No kernel either, but a copy to or from the host, which waits.
 READ_OR_LIFTED = {"_local_scalar_dense", "lift_fresh", "_linalg_check_errors"}
 #: Kernels whose result has a size, or is checked, by contents.
@@ -42,10 +44,17 @@ SYNCHRONISING = {
 }  # fmt: skip
 
 
+class Total(NamedTuple):
+    launches: int
+    waits: int
+    bytes: int
+
+
 class LaunchCounter(TorchDispatchMode):
     """Counts within its `with` block, by stage and operator.
 
-    `launches` and `waits` map (stage, operator) to a number; `stage` names what its block belongs to.
+    `launches` and `waits` map (stage, operator) to a number, `bytes` to the size of the memory that was newly taken,
+    whether or not it was given back; `stage` names what its block belongs to.
     """
 
     def __init__(self) -> None:
@@ -53,6 +62,7 @@ class LaunchCounter(TorchDispatchMode):
         self._stage = ""
         self.launches: Counter[tuple[str, str]] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -62,13 +72,14 @@ class LaunchCounter(TorchDispatchMode):
         finally:
             self._stage = outer
 
-    def total(self, *stages: str) -> tuple[int, int]:
-        """Launches and waits of some stages, without any of all."""
-        launches, waits = (
-            sum(number for (stage, _), number in found.items() if not stages or stage in stages)
-            for found in (self.launches, self.waits)
+    def total(self, *stages: str) -> Total:
+        """Of some stages, without any of all."""
+        return Total(
+            *(
+                sum(number for (stage, _), number in found.items() if not stages or stage in stages)
+                for found in (self.launches, self.waits, self.bytes)
+            )
         )
-        return launches, waits
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +91,16 @@ class LaunchCounter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
             self._count(func, args, kwargs)
+            return self._weighed(func, func(*args, **kwargs))
         return func(*args, **kwargs)
+
+    def _weighed(self, func: torch._ops.OpOverload, result: Any) -> Any:
+        """The result, whose memory is counted if it is new."""
+        name = func._schema.name.partition("::")[2]
+        if not (func.is_view or func._schema.is_mutable or name in SAME_MEMORY):
+            made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+            self.bytes[self._stage, name] += sum(one.nbytes for one in made)
+        return result
 
     def _count(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
         name = func._schema.name.partition("::")[2]

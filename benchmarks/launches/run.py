@@ -1,7 +1,7 @@
-"""Launches and host waits of a training step, by stage, counted on a CPU: see `count.py` for what they mean.
+"""Launches, host waits and memory of a training step, by stage, counted on a CPU: see `count.py` for what they mean.
 
 python benchmarks/launches/run.py             the table, beside the committed one
-python benchmarks/launches/run.py --check     exit with 1 where a stage has come to make more of either
+python benchmarks/launches/run.py --check     exit with 1 where a stage has come to make or take more of any
 python benchmarks/launches/run.py --write     commit it to benchmarks/results/launches.csv
 python benchmarks/launches/run.py --operators "loss, N = 8,192"    which operators a stage is made of
 """
@@ -74,6 +74,8 @@ class Count(NamedTuple):
     stage: str
     launches: int
     waits: int
+    bytes: int
+    """Of memory newly taken, also where it was given back at once."""
     launches_before: int
     """At commit 0bc0912, before launches were counted at all."""
     waits_before: int
@@ -158,7 +160,7 @@ def table(counter: LaunchCounter) -> list[Count]:
     counts = []
     for stage, names in made_of.items():
         now = counter.total(*names)
-        counts.append(Count(stage, *now, *(before[stage][3:] if stage in before else now)))
+        counts.append(Count(stage, *now, *(before[stage][4:] if stage in before else now[:2])))
     return counts
 
 
@@ -176,10 +178,12 @@ def write_table(counts: list[Count], path: Path) -> None:
 
 
 def grown(counts: list[Count]) -> list[Count]:
-    """Stages that make more launches or waits than the committed table says."""
+    """Stages that make more launches or waits, or take more memory, than the committed table says."""
     committed = read_committed()
     return [
-        now for now in counts if now.launches > committed[now.stage].launches or now.waits > committed[now.stage].waits
+        now
+        for now in counts
+        if now.launches > (most := committed[now.stage]).launches or now.waits > most.waits or now.bytes > most.bytes
     ]
 
 
@@ -203,16 +207,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         counter = count(Path(folder))
     if options.operators:
-        for kind, found in (("launches", counter.launches), ("waits", counter.waits)):
+        for kind, found in (("launches", counter.launches), ("waits", counter.waits), ("bytes", counter.bytes)):
             for (stage, operator), number in found.most_common():
-                if stage == options.operators:
-                    print(f"{number:>6} {kind:<9} {operator}")
+                if stage == options.operators and number:
+                    print(f"{number:>12,} {kind:<9} {operator}")
         return 0
     counts = table(counter)
-    print(f"{'stage':<34} {'launches':>9} {'waits':>6} {'before':>15}")
+    print(f"{'stage':<34} {'launches':>9} {'waits':>6} {'bytes':>14} {'before':>15}")
     for row in counts:
         before = f"{row.launches_before:>9} {row.waits_before:>5}"
-        print(f"{row.stage:<34} {row.launches:>9} {row.waits:>6} {before} {verdict(row)}".rstrip())
+        print(f"{row.stage:<34} {row.launches:>9} {row.waits:>6} {row.bytes:>14,} {before} {verdict(row)}".rstrip())
     more = grown(counts)
     for row in more if options.check else ():
         print(f"{row.stage}: more than committed; see --operators '{row.stage}', or commit it with --write")

@@ -1,6 +1,6 @@
 """How far does pre-training scale? From what a step's parts cost to the efficiency at 8 to 1,024 GPUs.
 
-python benchmarks/scaling/run.py --out OUT                 OUT/scaling.md and OUT/scaling.png, in seconds
+python benchmarks/scaling/run.py --out OUT                 OUT/scaling.md, .json and .png, in seconds
 python benchmarks/scaling/run.py --check --out OUT         OUT/check.txt, too: predicted and real steps of 1, 2 and 4
                                                            ranks on this machine, which has to be idle; ten minutes
 
@@ -10,6 +10,8 @@ The costs of a GPU are no measurement: none has run this yet. They are what its 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +37,7 @@ NETWORKS = (
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROWS = (8192, 16384, 32768, 65536)
 STAGES = (1, 2, 3)
+CONTRASTS: tuple[Contrast, ...] = ("gather", "ring")
 LEAST = 0.8
 BAR = 0.15
 
@@ -48,8 +51,19 @@ def main() -> int:
     text = tables()
     print(text, end="")
     (given.out / "scaling.md").write_text(text)
+    (given.out / "scaling.json").write_text(json.dumps(efficiencies(), indent=1) + "\n")
     plot(given.out / "scaling.png")
     return check(given.out) if given.check else 0
+
+
+def efficiencies() -> dict[str, float]:
+    """Every cell of the tables at ZeRO 1, by name."""
+    return {
+        f"{network.name}, {rows:,} rows, {contrast}, {ranks} GPUs": efficiency(
+            GPU, network, ranks=ranks, rows=rows, stage=1, contrast=contrast
+        )
+        for network, rows, contrast, ranks in itertools.product(NETWORKS, ROWS, CONTRASTS, RANKS)
+    }
 
 
 def tables() -> str:

@@ -32,7 +32,8 @@ from mixcl_dist.data_shards.sources import Case, open_source, read_case
 from mixcl_dist.data_shards.volume import crop_to_body
 
 SHARED_CT = Path(__file__).resolve().parents[3] / "shared" / "ct"
-EVERY_OPENKBP = 8
+EVERY_OPENKBP = {False: 8, True: 60}
+"""By --quick."""
 PATCHES = {"ours, 96³": (96, 96, 96), "ours, 48³": (48, 48, 48)}
 SAVE = {"MONAI, np.savez": np.savez, "MONAI, np.savez_compressed": np.savez_compressed}
 
@@ -42,18 +43,19 @@ def main() -> None:
     parser.add_argument("--ct", type=Path, default=SHARED_CT, help="folder of real CT (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for build.json")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a few scans, 3 rounds; no figures to quote")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(options.ct, Path(folder), options.rounds)
+        result = measure(options.ct, Path(folder), 3 if options.quick else options.rounds, EVERY_OPENKBP[options.quick])
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "build.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
 
 
-def measure(ct: Path, folder: Path, rounds: int) -> dict:
+def measure(ct: Path, folder: Path, rounds: int, every: int) -> dict:
     cases = [case for name in ("openkbp", "torso") for case in open_source(ct / name).cases]
-    cases = [case for n, case in enumerate(cases) if n % EVERY_OPENKBP == 0 or case.dataset == "torso"]
+    cases = [case for n, case in enumerate(cases) if n % every == 0 or case.dataset == "torso"]
     listed = folder / "cases" / "dataset.json"
     listed.parent.mkdir()
     listed.write_text(json.dumps({"labels": {}, "training": [{"image": str(case.files[0])} for case in cases]}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def counted(benchmark):
         above = x > 2
         with benchmark.LaunchCounter() as counter:
             program(x, above)
-        return counter.total()
+        return counter.total()[:2]
 
     return count
 
@@ -106,7 +105,7 @@ def test_an_operator_of_the_project_counts_as_on_a_gpu_and_computes_as_here(benc
     ones = torch.ones(4)
     with benchmark.LaunchCounter() as counter:
         result = _operator(ones)
-    assert counter.total() == (3, 0) and counter.launches["", "triton"] == 2
+    assert counter.total() == (3, 0, 16) and counter.launches["", "triton"] == 2
     torch.testing.assert_close(result, torch.full((4,), 4.0))
 
 
@@ -118,33 +117,44 @@ def test_stages_are_counted_apart(benchmark):
             x.add(1).add(1).sum().item()
         x.add(1)
     x.add(1)
-    assert counter.total("outer") == (2, 0) and counter.total("inner") == (3, 1)
-    assert counter.total() == (5, 1)
+    assert counter.total("outer") == (2, 0, 24) and counter.total("inner") == (3, 1, 28)
+    assert counter.total() == (5, 1, 52)
 
 
-@pytest.mark.slow
-def test_no_stage_makes_more_launches_or_waits_than_the_committed_table_says():
-    """In a process of its own: what other tests leave alive decides whether autograd copies a gradient or takes it."""
-    command = [sys.executable, FOLDER / "run.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("program", "taken"),
+    [
+        (lambda x: x.mul_(2).view(5, 2).T[1:], 0),  # in place, then views
+        (lambda x: torch.empty(7), 28),
+        (lambda x: x + 1, 40),
+        (lambda x: x.T.reshape(10), 40),  # a copy
+        (lambda x: x.view(2, 5).sort(), 40 + 80),  # values, and where they were
+        (lambda x: torch.nn.functional.softmax(x * 2, dim=-1).sum(), 40 + 40 + 4),
+    ],
+)
+def test_memory_counts_where_it_is_newly_taken(benchmark, program, taken):
+    x = torch.ones(2, 5)
+    with benchmark.LaunchCounter() as counter:
+        program(x)
+    assert counter.total().bytes == taken
 
 
 def test_a_stage_that_makes_more_is_named(benchmark):
     counts = list(benchmark.read_committed().values())
     assert benchmark.grown(counts) == []
-    worse = counts[3]._replace(launches=counts[3].launches + 1)
-    assert benchmark.grown([*counts[:3], worse, *counts[4:]]) == [worse]
+    for what in ("launches", "waits", "bytes"):
+        worse = counts[3]._replace(**{what: getattr(counts[3], what) + 1})
+        assert benchmark.grown([*counts[:3], worse, *counts[4:]]) == [worse]
 
 
 def test_a_step_that_is_measured_waits_for_nothing_either(benchmark, tmp_path, monkeypatch):
     monkeypatch.setitem(benchmark.SETTINGS, "pretrain.gradient_norms_every", str(benchmark.COUNTED_STEP))
     counter = benchmark.count(tmp_path)
-    launches, waits = counter.total(benchmark.BOOKKEEPING)
+    launches, waits, _ = counter.total(benchmark.BOOKKEEPING)
     assert launches > benchmark.read_committed()[benchmark.BOOKKEEPING].launches and waits == 0
 
 
 @pytest.mark.parametrize(("launches", "waits", "said"), [(600, 0, "met"), (601, 0, "MISSED"), (600, 1, "MISSED")])
 def test_bars_are_met_or_missed(benchmark, launches, waits, said):
-    count = benchmark.Count("pre-training step", launches, waits, 2090, 21)
+    count = benchmark.Count("pre-training step", launches, waits, 0, 2090, 21)
     assert benchmark.verdict(count).startswith(said)

@@ -19,13 +19,6 @@ def build(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_the_usual_builds_use_tensor_cores_and_spill_nothing():
-    run = build("sm_90", "bf16", "128", "narrow")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "3 builds" in run.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "hip"])
 def test_no_build_of_the_table_spills_or_has_grown(architecture):
     run = build(architecture)
