@@ -174,7 +174,8 @@ class TorchIO(Contestant):
 
         config, room = self.config, (self.patch - self.view) / 2
         self._image = torchio.ScalarImage
-        self._scale = torchio.RescaleIntensity(out_min_max=(-1, 1), in_min_max=WINDOW_HU)
+        to_range = torchio.RescaleIntensity(out_min_max=(-1, 1), in_min_max=WINDOW_HU)
+        self._scale = torchio.Compose([torchio.Clamp(*WINDOW_HU), to_range])
         affine = torchio.RandomAffine(
             scales=config.scale, degrees=config.rotation_deg, translation=room, isotropic=True
         )

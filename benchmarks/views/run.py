@@ -1,7 +1,7 @@
 """Two random views of a patch: how fast are ours beside MONAI, TorchIO and batchgeneratorsv2?
 
     benchmarks/views/environment.sh PEERS                        once: TorchIO and batchgeneratorsv2, some MB
-    python benchmarks/views/run.py --out OUT --peers PEERS       ten minutes; a GPU is measured, too, where there is one
+    python benchmarks/views/run.py --out OUT --peers PEERS       five minutes; on a GPU, too, where there is one
     python benchmarks/views/run.py --quick                       a phantom's patches: does everything work here?
 
 A view is a crop of the patch, turned, scaled and moved at random, then blurred, coarsened, given noise and a shift, and
