@@ -15,10 +15,12 @@ from typing import Annotated
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.cluster.errors import ClusterError
+
 SEAL = "checkpoint.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ClusterError):
     """A checkpoint that is missing or broken; the message is one line with the cure."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.cluster.errors import ClusterError
 from mixcl_dist.cluster.group import Group, ToldError, described, told_by_first
 from mixcl_dist.cluster.snapshot import MODULE, STATE, Part, Snapshot, Snapshots
 from mixcl_dist.cluster.watchdog import CURE, Watchdog
@@ -33,7 +34,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam and AdamW keep of every parameter."""
 
 
-class EngineError(ValueError):
+class EngineError(ClusterError):
     """Ranks that do not fit together, or a state that cannot be taken up; the message is one line with the cure."""
 
 

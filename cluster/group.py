@@ -9,15 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from mixcl_dist.cluster.errors import ClusterError
+
 PORTS = range(20_000, 30_000)
 """Below those that systems give away by themselves."""
 
 
-class GroupError(ValueError):
+class GroupError(ClusterError):
     """A group that is described in part or wrongly; the message is one line that names the variables."""
 
 
-class ToldError(ValueError):
+class ToldError(ClusterError):
     """What ends all ranks alike, on one that leaves it to rank 0 to say so."""
 
 

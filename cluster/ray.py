@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mixcl_dist.cluster.errors import ClusterError
 from mixcl_dist.cluster.installation import code_digest
 
 ANSWER_S = 10
@@ -27,7 +28,7 @@ QUIET = {
 }
 
 
-class ClusterError(ValueError):
+class RayError(ClusterError):
     """A cluster that cannot be joined, or cannot do what is asked of it; the message is one line with the cure."""
 
 
@@ -39,7 +40,7 @@ def connection(
 
     `address` is "auto", "host:port", or "local" for a Ray of one's own with `cpus` cores (None: all). `option` is what
     the user calls the address; `variables` are set in the environment of every worker.
-    Raises `ClusterError` where there is no cluster.
+    Raises `RayError` where there is no cluster.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -59,7 +60,8 @@ def connection(
         )
     except (OSError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise ClusterError(f"{option} {address}: {problem}; start Ray there, or leave {option} out") from None
+        cure = "here by ray start --head" if address == "auto" else f"there, or leave {option} out"
+        raise RayError(f"{option} {address}: {problem}; start Ray {cure}") from None
     try:
         if threading.current_thread() is threading.main_thread():  # Ray's own handler dumps stacks
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -69,7 +71,7 @@ def connection(
 
 
 def check_resources(wanted: Mapping[str, tuple[str, float]], *, on_one_machine: bool = False) -> None:
-    """Raise `ClusterError` where what is wanted would be waited for for ever: `wanted` is the option → Ray's name of a
+    """Raise `RayError` where what is wanted would be waited for for ever: `wanted` is the option → Ray's name of a
     resource and its amount, of memory in GB; in the whole cluster, or all of it on one machine."""
     import ray
 
@@ -80,13 +82,13 @@ def check_resources(wanted: Mapping[str, tuple[str, float]], *, on_one_machine: 
         most = max(amounts, default=0) if on_one_machine else sum(amounts)
         if amount > most:
             who = f"the largest of {len(have)} machines" if on_one_machine and len(have) > 1 else "Ray"
-            raise ClusterError(f"{option} {amount:g}: {who} has {most:g}; lower it or join a larger cluster")
+            raise RayError(f"{option} {amount:g}: {who} has {most:g}; lower it or join a larger cluster")
     if on_one_machine and not any(all(one.get(name, 0) >= n for name, n in wanted.values()) for one in have):
-        raise ClusterError(f"{', '.join(wanted)}: no one machine has them together; lower one of them")
+        raise RayError(f"{', '.join(wanted)}: no one machine has them together; lower one of them")
 
 
 def check_shared(written: Path, read: Sequence[Path]) -> None:
-    """Raise `ClusterError` unless every machine has this one's code of this package, and sees what this one writes to
+    """Raise `RayError` unless every machine has this one's code of this package, and sees what this one writes to
     `written`, a folder, and all of `read`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -102,10 +104,10 @@ def check_shared(written: Path, read: Sequence[Path]) -> None:
             unseen, code = ray.get(look.options(scheduling_strategy=there).remote(str(probe.resolve()), token, paths))
             where = node["NodeManagerHostname"]
             if code != code_digest():
-                raise ClusterError(f"machine {where}: has other code of this package; install the same version on all")
+                raise RayError(f"machine {where}: has other code of this package; install the same version on all")
             if unseen:
                 cure = "give paths on a file system that all machines share"
-                raise ClusterError(f"{unseen}: is not the same on machine {where}; {cure}")
+                raise RayError(f"{unseen}: is not the same on machine {where}; {cure}")
     finally:
         probe.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.cluster.errors import ClusterError
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
 AT_ONCE = 500
@@ -43,7 +44,7 @@ class TrialsConfig:
     """How often a trial that failed, or whose machine was lost, is started again."""
 
 
-class SearchError(ValueError):
+class SearchError(ClusterError):
     """A search space that cannot be read; the message is one line with the cure."""
 
 
@@ -112,7 +113,7 @@ def run_trials(
     Every `AT_ONCE` trials are a new Tune experiment in `storage`, which keeps memory and time a trial constant, and
     leaves earlier ones as they are: restoring one would bring back its resources and limits, the very things to change
     after a crash. Machines of a cluster must see the folder `storage` and the paths `read` as this one does. Raises
-    `ClusterError` where they do not, where there is no cluster, or where it could never run a trial; `SearchError`
+    `RayError` where they do not, where there is no cluster, or where it could never run a trial; `SearchError`
     where trials do not report the metric by which they are to be stopped; `KeyboardInterrupt` where the user ends it.
     """
     variables = {"OMP_NUM_THREADS": str(config.cpus)}

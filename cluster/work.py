@@ -22,7 +22,7 @@ def on_ray(address: str, *, written: Path, read: Sequence[Path]) -> Iterator[Cal
     raises comes out. `address` is "auto", "host:port", or "local" for a Ray of one's own.
 
     Every machine must see the folder `written` and the paths `read` as this one does, on a shared file system: raises
-    `ClusterError`, with the machine's name, where one does not.
+    `RayError`, with the machine's name, where one does not.
     """
     with connection(address, option="--ray"):
         check_shared(Path(written), read)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mixcl_dist.data_shards.errors import DataError
+
 IGNORED = 255
 """In a label: a voxel of which nobody knows the class."""
 MAX_CLASSES = IGNORED - 1
@@ -17,7 +19,7 @@ WORD_BITS = 63
 """Of an int64 word of a candidate set; the sign stays free, so that words are ordered as their bits are."""
 
 
-class CatalogueError(ValueError):
+class CatalogueError(DataError):
     """Classes that do not fit one catalogue; the message is one line with the cure."""
 
 

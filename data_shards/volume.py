@@ -16,6 +16,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from mixcl_dist.data_shards.errors import DataError
+
 AIR_HU = -1024
 BODY_HU = -500
 """Above this a voxel is tissue rather than air; lung lies below and is enclosed by what lies above."""
@@ -27,7 +29,7 @@ _COUNTED = 1 << 20
 """Voxels that are counted at once; each takes eight bytes meanwhile."""
 
 
-class CaseError(ValueError):
+class CaseError(DataError):
     """A case that cannot be used; `str()` is one line: where, what is wrong, what to do about it."""
 
     def __init__(self, what: str, *, where: Path, cure: str) -> None:

@@ -1,5 +1,12 @@
-"""What the application refuses."""
+"""What is refused: `REFUSALS` is all of it, whichever room says so."""
+
+from mixcl_dist.cluster.errors import ClusterError
+from mixcl_dist.data_shards.errors import DataError
 
 
 class MixclError(ValueError):
     """Something that whoever called can mend; the message is one line: what, where, and the cure."""
+
+
+REFUSALS = (MixclError, DataError, ClusterError)
+"""One base class for each room that refuses; any other exception is a defect."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mixcl_dist.cluster.errors import ClusterError
+
 REQUEUE = 75
 """Exit code of a run that was told to stop, has saved its state and is to be started again (EX_TEMPFAIL)."""
 PORT = 29511
@@ -17,7 +19,7 @@ ID_VARIABLE = "MIXCL_JOB"
 """Names, to its processes, the job that they belong to."""
 
 
-class LaunchError(ValueError):
+class LaunchError(ClusterError):
     """A job that cannot be started as asked; the message is one line with the cure."""
 
 

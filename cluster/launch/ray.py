@@ -15,7 +15,7 @@ def run(job: Job, main: Callable[[Sequence[str]], int], *, address: str, failure
 
     All machines must see the folder of the run, and its shards, as this one does. Where a process or a machine is lost,
     all processes are started again, at most `failures` times, and go on from the newest checkpoint.
-    Raises `ClusterError` where the cluster cannot do it, `LaunchError` where it was tried and failed.
+    Raises `RayError` where the cluster cannot do it, `LaunchError` where it was tried and failed.
     """
     if job.command[0] != "pretrain":
         raise LaunchError(f"{job.command[0]} has no run for Ray to keep; start it by mixcl launch hosts, or srun")

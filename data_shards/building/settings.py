@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.data_shards.errors import DataError
+
 Progress = Callable[[int, int, str], None]
 """Called with how many are done, of how many, and of what ("case" or "shard")."""
 
@@ -55,5 +57,5 @@ class BuildConfig:
         return json.loads(json.dumps(settings))
 
 
-class BuildError(ValueError):
+class BuildError(DataError):
     """A build that cannot begin or go on; the message is one line with the cure."""

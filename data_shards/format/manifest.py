@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mixcl_dist.data_shards.errors import DataError
 from mixcl_dist.data_shards.format.shard import ANEW
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.storage.publishing import publish
@@ -35,7 +36,7 @@ _TABLE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-class ManifestError(ValueError):
+class ManifestError(DataError):
     """A folder that cannot be used as shards; the message is one line with the cure."""
 
 

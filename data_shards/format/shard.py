@@ -20,6 +20,7 @@ from typing import Annotated, BinaryIO, NamedTuple
 import xxhash
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mixcl_dist.data_shards.errors import DataError
 from mixcl_dist.data_shards.format.codec import digest
 from mixcl_dist.data_shards.storage.publishing import publish
 
@@ -33,7 +34,7 @@ _MemberName = Annotated[str, Field(pattern=r"^[a-z0-9]+(\.[a-z0-9]+)*$")]
 _CHUNK = 1 << 20
 
 
-class ShardError(ValueError):
+class ShardError(DataError):
     """A shard or sample that is not what was written; the message is one line that names it."""
 
 

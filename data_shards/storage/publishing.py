@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from mixcl_dist.data_shards.errors import DataError
+
 ORPHANS_END_S = 10.0
 """How long the children of a killed holder, which have its lock, may take to end."""
 
@@ -45,11 +47,8 @@ def remove_unpublished(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class HeldError(BlockingIOError):
-    """A lock that another process holds, or that a machine left behind; `str()` says who it is and what to do."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class HeldError(DataError):
+    """A lock that another process holds, or that a machine left behind."""
 
 
 class Holder(NamedTuple):

@@ -12,13 +12,15 @@ from typing import Annotated, NamedTuple
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
+from mixcl_dist.data_shards.errors import DataError
+
 _MAX_GAP = 1 << 16
 """Bytes read and thrown away rather than asked around: tar headers and small members lie between payloads."""
 _MAX_BLOCK = 1 << 23
 """Bytes beyond which neighbouring spans are read apart, side by side and with less to repeat after a failure."""
 
 
-class StorageError(ValueError):
+class StorageError(DataError):
     """Bytes that cannot be had; the message is one line that names the file, without credentials."""
 
 
@@ -103,7 +105,8 @@ class Store(ABC):
         if isinstance(content, StorageError):
             return content
         if len(content) < span.end - block.start:
-            return StorageError(f"{self.path(span.file)}: ends before byte {span.end}; it was cut off or replaced")
+            what = f"ends before byte {span.end}, cut off or replaced"
+            return StorageError(f"{self.path(span.file)}: {what}; copy it again")
         return memoryview(content)[span.start - block.start : span.end - block.start]
 
 

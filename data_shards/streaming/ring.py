@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixcl_dist.data_shards.errors import DataError
 from mixcl_dist.data_shards.streaming.reader import RowRead, SampleReader, Wanted
 
 HELD = 2
@@ -32,7 +33,7 @@ ROWS_AHEAD = 4
 """Rows for each worker that are under way while the trainer works."""
 
 
-class StreamError(ValueError):
+class StreamError(DataError):
     """A stream that cannot be set up or go on as asked; the message is one line with the cure."""
 
 

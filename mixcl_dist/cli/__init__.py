@@ -22,6 +22,7 @@ from mixcl_dist.cli.shards import add_shards
 from mixcl_dist.cli.training import add_training
 from mixcl_dist.cli.verbs import add_verbs
 from mixcl_dist.cluster.group import ToldError
+from mixcl_dist.errors import REFUSALS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"mixcl: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except ValueError as error:
-        # What this project refuses is one line; any other ValueError is a defect and keeps its traceback.
-        if not type(error).__module__.startswith("mixcl_dist."):
-            raise
+    except REFUSALS as error:  # any other exception is a defect and keeps its traceback
         if not isinstance(error, ToldError):
             print(f"mixcl: {error}", file=sys.stderr)
         return 2

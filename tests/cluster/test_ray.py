@@ -11,15 +11,25 @@ import pytest
 import ray
 
 from mixcl_dist.cluster import ray as door
-from mixcl_dist.cluster.ray import ClusterError, check_resources, check_shared, connection
+from mixcl_dist.cluster.ray import RayError, check_resources, check_shared, connection
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "no-such-host.invalid:6379"])
 def test_without_a_cluster_there_it_says_so(address):
     told = rf"trials\.address {address}: .*; start Ray there, or leave trials\.address out"
-    with pytest.raises(ClusterError, match=told), connection(address, option="trials.address"):
+    with pytest.raises(RayError, match=told), connection(address, option="trials.address"):
         pass
     assert not ray.is_initialized()
+
+
+def test_where_no_ray_runs_here_it_says_what_starts_one(monkeypatch):
+    def nobody(**options):
+        raise ConnectionError("Could not find any running Ray instance.\nPlease specify the one to connect to")
+
+    monkeypatch.setattr(ray, "init", nobody)
+    told = "--address auto: Could not find any .*; start Ray here by ray start --head$"
+    with pytest.raises(RayError, match=told), connection("auto", option="--address"):
+        pass
 
 
 def test_a_silent_address_is_given_up(monkeypatch):
@@ -30,7 +40,7 @@ def test_a_silent_address_is_given_up(monkeypatch):
         port = silent.getsockname()[1]
         waiting = [socket.create_connection(("127.0.0.1", port))]  # the queue is full: more get no answer
         begin = time.monotonic()
-        with pytest.raises(ClusterError, match="timed out"), connection(f"127.0.0.1:{port}", option="--ray"):
+        with pytest.raises(RayError, match="timed out"), connection(f"127.0.0.1:{port}", option="--ray"):
             pass
         assert time.monotonic() - begin < 10
         waiting[0].close()
@@ -49,7 +59,7 @@ def test_what_no_one_machine_has_is_refused_though_the_cluster_has_it(monkeypatc
         ({"trials.memory_gb": ("memory", 9)}, "trials.memory_gb 9: the largest of 2 machines has 8"),
         ({"trials.gpus": ("GPU", 1), "trials.cpus": ("CPU", 4)}, "trials.gpus, trials.cpus: no one machine has them"),
     ]:
-        with pytest.raises(ClusterError, match=said):
+        with pytest.raises(RayError, match=said):
             check_resources(wanted, on_one_machine=True)
 
 
@@ -57,10 +67,10 @@ def test_what_no_one_machine_has_is_refused_though_the_cluster_has_it(monkeypatc
 def test_a_machine_with_other_code_is_refused_and_so_is_one_that_sees_other_files(tmp_path, monkeypatch):
     with connection("local", option="--ray", cpus=1):
         check_shared(tmp_path, [tmp_path])
-        with pytest.raises(ClusterError, match=r"/nowhere: is not the same on machine .*; give paths on a file system"):
+        with pytest.raises(RayError, match=r"/nowhere: is not the same on machine .*; give paths on a file system"):
             check_shared(tmp_path, [Path("/nowhere")])
         monkeypatch.setattr(door, "code_digest", lambda: "of this machine")
-        with pytest.raises(ClusterError, match=r"machine .*: has other code of this package; install the same version"):
+        with pytest.raises(RayError, match=r"machine .*: has other code of this package; install the same version"):
             check_shared(tmp_path, [])
 
 
@@ -69,6 +79,6 @@ def test_a_connection_is_ended_and_reports_no_usage():
         assert ray.get(ray.remote(lambda: os.environ["COLOUR"]).remote()) == "blue"
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
         check_resources({"trials.cpus": ("CPU", 1)})
-        with pytest.raises(ClusterError, match=r"trials\.gpus 1: Ray has 0; lower it"):
+        with pytest.raises(RayError, match=r"trials\.gpus 1: Ray has 0; lower it"):
             check_resources({"trials.gpus": ("GPU", 1)})
     assert not ray.is_initialized()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mixcl_dist.cluster.ray import ClusterError
+from mixcl_dist.cluster.ray import RayError
 from mixcl_dist.cluster.trials import EarlyStopping, Outcome, SearchError, TrialsConfig, draw, run_trials
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:ray.*")
@@ -53,7 +53,7 @@ def none(trial, report):
 
 
 def test_a_trial_that_no_machine_can_run_is_refused(tmp_path):
-    with pytest.raises(ClusterError, match=r"trials\.cpus 100000: Ray has \d+"):
+    with pytest.raises(RayError, match=r"trials\.cpus 100000: Ray has \d+"):
         run_trials(
             lambda trial, report: {}, [{"id": "a"}], storage=tmp_path, config=TrialsConfig(cpus=100_000), ended=print
         )

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from mixcl_dist.cluster.ray import ClusterError
+from mixcl_dist.cluster.ray import RayError
 from mixcl_dist.cluster.work import on_ray
 
 
@@ -60,14 +60,14 @@ class TestOnOneCluster:
 
 def test_a_path_that_a_machine_does_not_have_is_refused(tmp_path):
     told = r"gone: is not the same on machine .*; give paths on a file system"
-    with pytest.raises(ClusterError, match=told), on_ray("local", written=tmp_path, read=[tmp_path / "gone"]):
+    with pytest.raises(RayError, match=told), on_ray("local", written=tmp_path, read=[tmp_path / "gone"]):
         pass
     assert not ray.is_initialized() and list(tmp_path.iterdir()) == []
 
 
 def test_without_a_ray_there_it_says_so(tmp_path):
     told = r"--ray 127.0.0.1:1: .*start Ray there"
-    with pytest.raises(ClusterError, match=told), on_ray("127.0.0.1:1", written=tmp_path, read=[]):
+    with pytest.raises(RayError, match=told), on_ray("127.0.0.1:1", written=tmp_path, read=[]):
         pass
 
 
@@ -105,7 +105,7 @@ def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
         time.sleep(10)
         driver = [sys.executable, "-c", LOOK_AROUND, f"127.0.0.1:{port}", str(out)]
         done = subprocess.run(driver, env=environment, capture_output=True, text=True)
-        assert re.search("ClusterError: .*out: is not the same on machine", done.stderr), (done.stdout, done.stderr)
+        assert re.search("RayError: .*out: is not the same on machine", done.stderr), (done.stdout, done.stderr)
     finally:
         parents = [psutil.Process(node.pid) for node in nodes]
         started = parents + [child for parent in parents for child in parent.children(recursive=True)]

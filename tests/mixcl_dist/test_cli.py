@@ -14,6 +14,7 @@ from mixcl_dist.arguments import parse
 from mixcl_dist.cli import results
 from mixcl_dist.cli.verbs import config_of
 from mixcl_dist.config import ConfigError
+from mixcl_dist.errors import REFUSALS
 
 VERBS = ["shards build", "shards inspect", "shards verify", "pretrain", "finetune", "tune", "report", "export", "demo",
          "doctor", "config show", "benchmark", "plan"]  # fmt: skip
@@ -133,8 +134,9 @@ def test_an_error_of_the_project_is_one_line_and_a_defect_keeps_its_traceback(sh
 
         monkeypatch.setattr(results, "_report", verb)
 
-    fail(ConfigError("said in one line"))
-    assert shown("report", "run") == (2, "", "mixcl: said in one line\n")
+    for refusal in (ConfigError, *REFUSALS):
+        fail(refusal("said in one line"))
+        assert shown("report", "run") == (2, "", "mixcl: said in one line\n")
     fail(ValueError("a defect"))
     with pytest.raises(ValueError, match="a defect"):
         shown("report", "run")

@@ -25,7 +25,7 @@ def test_a_file_cut_off_while_open_is_noticed(folder):
     store = open_store(folder)
     read(store, SPAN)
     os.truncate(folder / "a.tar", 4999)
-    assert "a.tar: ends before byte 5000; it was cut off or replaced" in str(failure(store))
+    assert "a.tar: ends before byte 5000, cut off or replaced; copy it again" in str(failure(store))
     assert read(store, Span("a.tar", 1000, 4999)) == [CONTENT[1000:4999]]
 
 

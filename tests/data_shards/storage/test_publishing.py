@@ -94,7 +94,7 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
             print("ready", flush=True)
             time.sleep(60)
     """
-    with ready(held, lock), pytest.raises(BlockingIOError), exclusive(lock):
+    with ready(held, lock), pytest.raises(HeldError), exclusive(lock):
         raise AssertionError("it was not held")
     with exclusive(lock):
         pass
