@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.finetuning.cases import Cases
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
-from mixcl_dist.finetuning.foreign import Foreign, open_foreign
+from mixcl_dist.finetuning.foreign import open_foreign
 from mixcl_dist.finetuning.interrupted import UNFINISHED, Learning
 from mixcl_dist.finetuning.marginal import marginal_loss
 from mixcl_dist.finetuning.scoring import (
@@ -118,51 +119,23 @@ def _finetune(
     label_cases = budgeted(task, config.budget)
     known = KnownScans(run.parent)
     alike = check_split(task.cases, label_cases, task.held_out, known)
-    seen = _own(task, label_cases, known)
-    start_saw: dict[str, list[str]] = {}
-    apart: list[Shared] = []
+    history = _History(_own(task, label_cases, known))
     if start is not None:
         config = like(config, start)
-        start_saw, apart = check_start(start, task, label_cases, known, config.budget.distinct_patients)
-        seen = seen.merged(seen_by(start))
+        saw, apart = check_start(start, task, label_cases, known, config.budget.distinct_patients)
+        history = _History(history.seen.merged(seen_by(start)), start, saw, apart)
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     reading = Cases(task, cache)
     volumes, unshown = _training_volumes(config, task, reading, label_cases)
-    if unshown:
-        print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)
     torch.manual_seed(config.budget.seed)
-    network = initial_network(config, start, len(task.classes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = FinetuneRecord(
-        name=run.name,
-        finished=None,
-        arithmetic=arithmetic(device),
-        start=None if start is None else str(start.resolve()),
-        start_name=start_name(start),
-        training_cases=tuple(scan.name for scan in seen.scans),
-        label_cases=tuple(label_cases),
-        fraction=config.budget.fraction,
-        scans=config.budget.scans,
-        seed=config.budget.seed,
-        validation_cases=tuple(case.name for case in task.validation),
-        scored=scored,
-        scored_cases=tuple(case.name for case in cases),
-        classes=task.classes,
-        unshown_classes=tuple(unshown),
-        start_saw={name: tuple(classes) for name, classes in start_saw.items()},
-        distinct_patients=tuple((*one.pair, one.distance or 0.0) for one in apart),
-        spacing_mm=config.finetune.spacing_mm,
-    )
+    network = initial_network(config, start, len(task.classes)).to(device)
+    facts = _facts(run.name, config, task, history, label_cases, unshown)
+    names = tuple(case.name for case in cases)
+    facts = dataclasses.replace(facts, scored=scored, scored_cases=names, arithmetic=arithmetic(device))
     record = Run.create(run, config, facts)
-    seen.save(run)
     known.save()
-    if alike:
-        record.warn("split", alike)
-    if start is not None and start.is_file():
-        _tell_foreign(open_foreign(start, config.network.window_hu), record)
-    if apart:
-        record.warn("distinct_patients", told_apart(apart))
-    network.to(device)
+    _tell(record, config, history, alike, unshown)
     watch = _watch(config, task, reading, unshown, run, device)
     network = _train(network, config, volumes, record, watch, device, resume=resume, report=report)
     _save(network, config, task, run)
@@ -182,10 +155,53 @@ def _finetune(
     return dice
 
 
-def _tell_foreign(start: Foreign, record: Run) -> None:
-    """Say what was taken over of the checkpoint of others, and that nobody knows what it has seen."""
-    start.record().save(record.path)
-    record.warn("start", f"{start.told()}; which scans it has seen is not known, scored ones may be among them")
+@dataclass(frozen=True)
+class _History:
+    """What a trial and its start have seen."""
+
+    seen: Seen
+    start: Path | None = None
+    start_saw: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Cases of the task, under whatever name → classes whose labels the start read of them."""
+    apart: Sequence[Shared] = ()
+    """What only looks like a case of the task, as a person says."""
+
+
+def _facts(
+    name: str, config: Config, task: Task, history: _History, label_cases: Sequence[str], unshown: Sequence[str]
+) -> FinetuneRecord:
+    """What `run.json` tells of the data, the budget and the start."""
+    return FinetuneRecord(
+        name=name,
+        start=None if history.start is None else str(history.start.resolve()),
+        start_name=start_name(history.start),
+        training_cases=tuple(scan.name for scan in history.seen.scans),
+        label_cases=tuple(label_cases),
+        fraction=config.budget.fraction,
+        scans=config.budget.scans,
+        seed=config.budget.seed,
+        validation_cases=tuple(case.name for case in task.validation),
+        classes=task.classes,
+        unshown_classes=tuple(unshown),
+        start_saw={name: tuple(classes) for name, classes in history.start_saw.items()},
+        distinct_patients=tuple((*one.pair, one.distance or 0.0) for one in history.apart),
+        spacing_mm=config.finetune.spacing_mm,
+    )
+
+
+def _tell(record: Run, config: Config, history: _History, alike: str | None, unshown: Sequence[str]) -> None:
+    """Keep what was seen beside the run, and warn of what whoever reads its scores must know."""
+    history.seen.save(record.path)
+    if unshown:
+        print(f"finetune: no labelled case shows {', '.join(unshown)}: left out of the mean", file=sys.stderr)
+    if alike:
+        record.warn("split", alike)
+    if history.start is not None and history.start.is_file():
+        foreign = open_foreign(history.start, config.network.window_hu)
+        foreign.record().save(record.path)
+        record.warn("start", f"{foreign.told()}; which scans it has seen is not known, scored ones may be among them")
+    if history.apart:
+        record.warn("distinct_patients", told_apart(history.apart))
 
 
 def _own(task: Task, label_cases: Sequence[str], known: KnownScans) -> Seen:
