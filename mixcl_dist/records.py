@@ -29,6 +29,8 @@ FORMAT = 1
 UNTOLD = 1e100
 """Of no arithmetic here, and more than an axis can be drawn for."""
 RUN, METRICS, CURVE = "run.json", "metrics.jsonl", "curve.jsonl"
+ANEW = "move the folder away and make it again"
+"""What helps where a run or an export is damaged, whoever made it; what is whole in it is not lost."""
 Row = TypeVar("Row")
 
 
@@ -193,7 +195,7 @@ class RunRecord(Record):
     """`run.json`: who may read which labels, versions, machine, time."""
 
     FILE = RUN
-    CURE = "make the run again"
+    CURE = ANEW
 
     kind: Literal["pretrain", "finetune"]
     name: str
@@ -213,6 +215,11 @@ class RunRecord(Record):
     """Whose images were learnt from, by this run and those it started from."""
     label_cases: tuple[str, ...]
     """Whose labels were read."""
+
+    @property
+    def how_to_finish(self) -> str:
+        resume = {"pretrain": " with --resume latest", "finetune": ""}[self.kind]
+        return f"give its mixcl {self.kind} command again{resume}"
 
     @classmethod
     def _kind_of(cls, content: Mapping[str, Any]) -> type[Self]:
@@ -266,7 +273,7 @@ class NetworkRecord(Record):
     """`network.json`: what the weights beside it are of."""
 
     FILE = "network.json"
-    CURE = "make the run again"
+    CURE = ANEW
 
     architecture: Architecture
     filters: Annotated[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], Field(min_length=3, max_length=16)]
@@ -297,7 +304,7 @@ class NetworkRecord(Record):
             return
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != expected:
-                raise RunError(f"{file}: content differs from its digest in {self.FILE}; {self.CURE}, or copy it again")
+                raise RunError(f"{file}: content differs from its digest in {self.FILE}; copy it again, or {self.CURE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,7 +378,7 @@ class PredictionRecord(Record):
     """`prediction.json`: a network applied to the scans of a source."""
 
     FILE = "prediction.json"
-    CURE = "give another --out"
+    CURE = "predict again with another --out"
 
     kind: Literal["prediction"] = "prediction"
     model: str
@@ -515,7 +522,7 @@ class PlanRecord(Record):
     """`plan.json`: the question of a few-label table and all that is run to answer it."""
 
     FILE = "plan.json"
-    CURE = "remove it and give the same mixcl table command with another --out"
+    CURE = "give the same mixcl table command with another --out"
 
     kind: Literal["table"] = "table"
     name: str
@@ -547,10 +554,10 @@ def told(record: Any) -> dict[str, Any]:
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
     """The logged steps of `metrics.jsonl`, each with its finite numbers; raises `RunError`."""
-    rows = read_lines(file, dict[str, float | None], "remove the line, or make the run again")
+    rows = read_lines(file, dict[str, float | None], f"remove the line, or {ANEW}")
     for number, row in enumerate(rows, start=1):
         if not isinstance(step := row.get("step"), int | float) or step != int(step) or not 0 <= step < 2**53:
-            raise RunError(f"{file}: line {number}: step is {_shown(step)}; remove the line, or make the run again")
+            raise RunError(f"{file}: line {number}: step is {_shown(step)}; remove the line, or {ANEW}")
     return [
         {key: int(n) if key == "step" else n for key, n in row.items() if n is not None and abs(n) < UNTOLD}
         for row in rows
@@ -559,7 +566,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 
 def read_curve(file: Path) -> list[CurvePoint]:
     """Raises `RunError`."""
-    return read_lines(file, CurvePoint, "remove the line, or fine-tune again")
+    return read_lines(file, CurvePoint, f"remove the line, or {ANEW}")
 
 
 def read_lines(file: Path, kind: type[Row], cure: str) -> list[Row]:
@@ -614,7 +621,7 @@ def _bytes_of(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        raise RunError(f"{file}: no such file; is this a run's folder?") from None
+        raise RunError(f"{file}: no such file; give the folder of a finished run") from None
     except OSError as error:
         raise RunError(f"{file}: {error.strerror}; give a folder that you may read") from None
 

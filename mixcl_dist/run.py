@@ -24,6 +24,7 @@ from mixcl_dist.config import Config, ConfigError, load, to_yaml
 from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive
 from mixcl_dist.data_shards.versions import versions_of
 from mixcl_dist.records import (
+    ANEW,
     METRICS,
     Machine,
     RunError,
@@ -187,7 +188,7 @@ def read_config(folder: Path) -> Config:
         return load(folder / CONFIG)
     except ConfigError as error:
         text = str(error).removeprefix(f"{folder / CONFIG}: ")
-        raise RunError(f"{folder / CONFIG}: {text}; mend it, or make the run again") from None
+        raise RunError(f"{folder / CONFIG}: {text}; mend it, or {ANEW}") from None
 
 
 def machine() -> Machine:

@@ -25,7 +25,7 @@ from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.format.fingerprint import NEAR
 from mixcl_dist.data_shards.sources import Case, CaseError
 from mixcl_dist.progress import progress
-from mixcl_dist.records import RunError, write_atomic
+from mixcl_dist.records import ANEW, RunError, write_atomic
 
 FILE = "seen.npz"
 """In a run's folder."""
@@ -68,7 +68,7 @@ class Seen:
             classes = arrays["classes"].tolist()
             return cls(tuple(scans), tuple(frozenset(np.compress(row, classes).tolist()) for row in arrays["labels"]))
         except UNREADABLE:
-            raise RunError(f"{run / FILE}: does not tell which scans the run has seen; train it again") from None
+            raise RunError(f"{run / FILE}: does not tell which scans the run has seen; {ANEW}") from None
 
 
 class Shared(NamedTuple):

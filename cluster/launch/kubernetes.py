@@ -99,7 +99,8 @@ def apply(text: str) -> str:
         raise LaunchError("there is no kubectl here; install it, or look at the manifests with --dry-run")
     done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, capture_output=True, text=True)
     if done.returncode:
-        raise LaunchError(f"kubectl: {' '.join(done.stderr.split())}; see kubectl config current-context")
+        cure = "mend that, or choose another cluster by kubectl config use-context"
+        raise LaunchError(f"kubectl: {' '.join(done.stderr.split())}; {cure}")
     return done.stdout
 
 

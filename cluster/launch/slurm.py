@@ -87,6 +87,7 @@ def submit(text: str, folder: Path) -> str:
         raise LaunchError("there is no sbatch here; log in to a node of the cluster, or look at it with --dry-run")
     done = subprocess.run(["sbatch", "--parsable"], input=text, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        reason = done.stderr.strip().splitlines()[0].removeprefix("sbatch: error: ")
-        raise LaunchError(f"sbatch: {reason}; give the options that this site knows")
+        reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[0]
+        cure = "give the options that this site knows, as sinfo and its guide tell them"
+        raise LaunchError(f"sbatch: {reason.removeprefix('sbatch: error: ')}; {cure}")
     return done.stdout.strip().partition(";")[0]

@@ -247,6 +247,10 @@ async def _get_gs(connection: Any, address: str, wanted: tuple[int, int] | None)
     return await _get_by(connection.session, connection.url(address), headers, wanted)
 
 
+def _trust_by(variable: str) -> str:
+    return f"check the server's certificate, or name the file of its authority in {variable}"
+
+
 async def _get_by(
     session: aiohttp.ClientSession, url: yarl.URL | str, headers: dict[str, str], wanted: tuple[int, int] | None
 ) -> _Answer:
@@ -258,7 +262,7 @@ async def _get_by(
         async with session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=None)) as response:
             return await _checked(response, wanted)
     except aiohttp.ClientSSLError as error:
-        raise _RefusedError(f"no trusted connection ({type(error).__name__}); check the server's certificate") from None
+        raise _RefusedError(f"no trusted connection ({type(error).__name__}); {_trust_by('SSL_CERT_FILE')}") from None
     except aiohttp.ClientConnectorError as error:
         number = error.os_error.errno or 0
         if number == socket.EAI_NONAME:
@@ -286,7 +290,8 @@ async def _checked(response: aiohttp.ClientResponse, wanted: tuple[int, int] | N
         raise _failure(response.status)
     if wanted is None:
         if response.content_length is None and "Transfer-Encoding" not in headers:
-            raise _RefusedError("the server does not say how long it is, and a cut would pass unseen")
+            what = "the server does not say how long it is, so that a cut would pass unseen"
+            raise _RefusedError(f"{what}; serve the shards from one that does")
         return _Answer(await response.read(), _identity(headers))
     if response.status != 206:
         raise _RefusedError("the server ignores ranges; serve the shards from one that supports them")
@@ -327,7 +332,7 @@ async def _get_s3(connection: Any, address: str, wanted: tuple[int, int] | None)
             return _Answer(b"", None)
         raise _failure(status, error.response.get("Error", {}).get("Code", "")) from None
     except boto.SSLError:
-        raise _RefusedError("no trusted connection; check the server's certificate") from None
+        raise _RefusedError(f"no trusted connection; {_trust_by('AWS_CA_BUNDLE')}") from None
     except (boto.IncompleteReadError, boto.FlexibleChecksumError, aiohttp.ClientPayloadError):
         raise _PassingError("the body was cut") from None
     except (boto.HTTPClientError, boto.ConnectionError, aiohttp.ClientError, ConnectionError) as error:

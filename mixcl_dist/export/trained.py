@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
 from mixcl_dist.errors import MixclError
 from mixcl_dist.networks import architectures
-from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord, told
+from mixcl_dist.records import ANEW, DiceRecord, NetworkRecord, RunRecord, told
 from mixcl_dist.run import RunError
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
@@ -52,7 +52,7 @@ class Trained:
     @property
     def description(self) -> NetworkRecord:
         """What `mixcl predict` reads of an export."""
-        known: dict[str, Any] = {"spacing_mm": self.spacing_mm, "classes": self.classes}
+        known: dict[str, Any] = {"spacing_mm": self.spacing_mm, "classes": self.classes if self.is_segmentation else ()}
         if self.is_segmentation:
             known |= {"patch_size": tuple(self.patch_size), "sliding_overlap": self.config.finetune.sliding_overlap}
         return NetworkRecord.of(self.network, {}, **known)
@@ -97,13 +97,13 @@ def open_trained(run: Path, licence: str | None = None) -> Trained:
     record, config = RunRecord.load(run), _used_settings(run / "config.yaml")
     file = run / ("model.safetensors" if record.kind == "finetune" else "network.safetensors")
     if not file.is_file():
-        raise ExportError(f"{file}: no network yet; let the run finish (mixcl {record.kind} … --run {run})")
+        raise ExportError(f"{file}: no network yet; {record.how_to_finish}")
     described, dice = NetworkRecord.load(run), DiceRecord.load_if_there(run)
     described.check(file)
     try:
         stored = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{file}: cannot be read ({error}); the run must be made again") from None
+        raise ExportError(f"{file}: cannot be read ({error}); {ANEW}") from None
     config = _described(config, described, run)
     public = architectures.classifier_names(config.network)
     trained = Trained(
@@ -133,9 +133,9 @@ def _used_settings(file: Path) -> Config:
     try:
         tree = yaml.safe_load(file.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{file}: cannot be read ({' '.join(str(error).split())}); the run must be made again") from None
+        raise RunError(f"{file}: cannot be read ({' '.join(str(error).split())}); {ANEW}") from None
     if not isinstance(tree, dict) or not all(isinstance(tree.get(section, {}), dict) for section in _USED):
-        raise RunError(f"{file}: holds no sections of settings; the run must be made again")
+        raise RunError(f"{file}: holds no sections of settings; {ANEW}")
     return from_dict(
         {
             section: {key: tree[section][key] for key in keys if key in tree.get(section, {})}
@@ -156,4 +156,4 @@ def _check(trained: Trained, file: Path) -> None:
         name for name, shape in expected.items() if shape != trained.weights[name].shape
     )
     if wrong:
-        raise ExportError(f"{file}: {wrong[0]} does not fit network.json; the run must be made again")
+        raise ExportError(f"{file}: {wrong[0]} does not fit network.json; {ANEW}")

@@ -77,10 +77,10 @@ def open_model(folder: Path) -> Model:
 def _of_run(run: Path) -> Model:
     record = RunRecord.load(run)
     if record.kind != "finetune":
-        cure = f"fine-tune it first: mixcl finetune --data SOURCE --from {run} --run RUN"
+        cure = f"fine-tune it first: mixcl finetune --data SOURCE --from {run} --scans N --run RUN"
         raise RunError(f"{run}: is a pre-training, which segments nothing; {cure}")
     if not (run / DiceRecord.FILE).is_file():
-        raise RunError(f"{run}: has not finished; fine-tune again")
+        raise RunError(f"{run}: has not finished; {record.how_to_finish}")
     return _model(record.name, run / WEIGHTS["finetune"], NetworkRecord.load(run), read_config(run).finetune)
 
 
@@ -90,7 +90,8 @@ def _model(name: str, weights: Path, description: NetworkRecord, settings: Finet
         raise RunError(f"{weights}: no such file; {description.CURE}")
     description.check(weights)
     if not description.classes:
-        raise RunError(f"{weights.parent}: a network without classes, which segments nothing; fine-tune it first")
+        cure = "fine-tune the run that it is of, and export that"
+        raise RunError(f"{weights.parent}: a network without classes, which segments nothing; {cure}")
     return Model(
         name=name,
         weights=weights,

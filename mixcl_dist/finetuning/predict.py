@@ -221,7 +221,7 @@ def _predict_case(work: _Work, case: Case) -> CaseError | None:
     except CaseError as problem:
         return problem
     except (MemoryError, torch.OutOfMemoryError):
-        cure = "give fewer --workers, or a machine with more"
+        cure = f"{'give fewer --workers, or ' if work.workers > 1 else ''}take a machine with more"
         return CaseError("takes more memory than there is", where=case.files[0], cure=cure)
     return None
 

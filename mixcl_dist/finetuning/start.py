@@ -12,7 +12,7 @@ from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.finetuning.foreign import Foreign, open_foreign
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.records import NetworkRecord, RunError, RunRecord
+from mixcl_dist.records import ANEW, NetworkRecord, RunError, RunRecord
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 
@@ -27,8 +27,7 @@ def like(config: Config, start: Path) -> Config:
         return _like_foreign(config, open_foreign(start, config.network.window_hu))
     record = RunRecord.load(start)
     if record.finished is None:
-        again = {"pretrain": f"go on with mixcl pretrain --run {start} --resume latest", "finetune": "fine-tune again"}
-        raise RunError(f"{start}: has not finished; {again[record.kind]}")
+        raise RunError(f"{start}: has not finished; {record.how_to_finish}")
     trained = NetworkRecord.load(start)
     overrides = {f"network.{key}": getattr(trained, key) for key in ("architecture", "filters", "window_hu")}
     if config.finetune.spacing_mm is None:
@@ -95,5 +94,5 @@ def initial_network(config: Config, start: Path | None, n_classes: int) -> Segme
         NetworkRecord.load(start).check(weights)
         prefix = "backbone." if weights.name == WEIGHTS["finetune"] else ""
         problem = f"does not fit {start / 'network.json'}"
-        load_weights(network.backbone, weights, problem=problem, cure="train it again", prefix=prefix)
+        load_weights(network.backbone, weights, problem=problem, cure=ANEW, prefix=prefix)
     return network

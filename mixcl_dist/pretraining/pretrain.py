@@ -40,7 +40,7 @@ from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.saving import Saver
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
-from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError, RunPlan
+from mixcl_dist.records import ANEW, NetworkRecord, PretrainRecord, RunError, RunPlan
 from mixcl_dist.run import LOCK, Stopped, held, is_barely_begun, read_config
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
@@ -292,7 +292,7 @@ def check_settings(config: Config, manifest: Manifest) -> None:
             known = ", ".join(manifest.classes)
             raise ConfigError(f"budget.classes: {name} is none of the shards' classes; choose among {known}")
     if not training_cases(manifest.cases, config.budget):
-        raise ConfigError("the shards hold no training case; build them with build.splits training,unlabelled")
+        raise ConfigError("the shards hold no training case; build them with --build.splits training,unlabelled")
     if not learnt_terms(config, budgeted_labels(manifest, config.budget)):
         raise ConfigError("objective: voxel_label alone has a weight, but no labels may be read; give --budget.scans")
 
@@ -366,14 +366,14 @@ def _history(
 
 def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
     """Begin with the network that a finished pre-training run left in `start`; raises `RunError`."""
-    if PretrainRecord.load(start).finished is None:
-        raise RunError(f"{start}: holds no finished pre-training run; give one as --start, or finish it")
+    if (record := PretrainRecord.load(start)).finished is None:
+        raise RunError(f"{start}: has not finished; {record.how_to_finish}, or give another --start")
     theirs, ours = read_config(start).network, config.network
     fields = [field.name for field in dataclasses.fields(ours)]
     if changed := [f"network.{name}" for name in fields if getattr(theirs, name) != getattr(ours, name)]:
         raise RunError(f"{start}: differs in {', '.join(changed)}; give the same settings, or another --start")
     NetworkRecord.load(start).check(start / WHOLE_NETWORK)
-    load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure="pre-train the start again")
+    load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure=ANEW)
 
 
 def _micro_batch_size(config: Config, world_size: int) -> int:

@@ -112,7 +112,7 @@ def _refuse_seen(
         alias = "" if name == seen_as else f"there {seen_as}, "
         how, otherwise = likeness(shared[0], distinct, f"SHARDS --against {shlex.quote(str(shards))}")
         raise RunError(
-            f"{path}: was pre-trained on development scan {name} ({alias}{how}); pre-train with budget.development "
+            f"{path}: was pre-trained on development scan {name} ({alias}{how}); pre-train with --budget.development "
             f"{','.join(development)}{otherwise}"
         )
 
@@ -171,7 +171,8 @@ def _judge(
     sample = _joined([_sample(fitted, *part) for part in _pyramids(backbone, fitted, window_hu)])
     mean, deviation = sample.features.mean(0), sample.features.std(0)
     if not torch.isfinite(mean).all() or (deviation > 1e-6).sum() < 2:
-        raise RunError("the features are not finite, or alike at every voxel: the network has collapsed")
+        cure = "pre-train with a lower --optimizer.learning_rate"
+        raise RunError(f"the features are not finite, or alike at every voxel (the network has collapsed); {cure}")
     scale = 1 / deviation.clamp_min(1e-6)
     standard = sample.standardised(mean, scale)
     weight, bias = _fit_linear(standard)

@@ -69,8 +69,8 @@ def _write(index: Path, html: str, numbers: Path, summary: dict[str, Any], rows:
         write_atomic(numbers.with_suffix(".json"), (json.dumps(as_json(summary), indent=1) + "\n").encode())
         write_atomic(index, html.encode())
     except OSError as error:
-        where = index.parent
-        raise RunError(f"{where}: {error.strerror}; the report needs room and a folder that you may write") from None
+        cure = "make room there for a folder that you may write"
+        raise RunError(f"{index.parent}: {error.strerror}; {cure}") from None
     return index
 
 

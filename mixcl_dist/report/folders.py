@@ -14,6 +14,7 @@ import numpy as np
 from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.data_shards.catalogue import sanitised
 from mixcl_dist.records import (
+    ANEW,
     CURVE,
     METRICS,
     CasePrediction,
@@ -191,9 +192,10 @@ def open_run(path: Path) -> RunFolder:
 
 def open_prediction(path: Path) -> PredictionFolder:
     record = PredictionRecord.read(own(path, PredictionRecord.FILE))
-    files = {name: own(path, f"cases/{_plain(name)}.json") for name in record.cases}
+    files = {name: own(path, f"cases/{_plain(name, path)}.json") for name in record.cases}
     cases = [CasePrediction.read(file) for file in files.values() if file.is_file()]
-    read = {case.case: _read_arrays(own(path, f"slices/{_plain(case.case)}.npz"), OVERLAY_ARRAYS) for case in cases}
+    slices = {case.case: own(path, f"slices/{_plain(case.case, path)}.npz") for case in cases}
+    read = {name: _read_arrays(file, OVERLAY_ARRAYS) for name, file in slices.items()}
     refused = [{"case": one.case, "problem": _pathless(one.problem)} for one in record.refused]
     facts = record.content() | {"data": bare(record.data), "refused": refused}
     return PredictionFolder(path, facts, cases, {name: found for name, found in read.items() if found})
@@ -204,10 +206,10 @@ def _pathless(text: str) -> str:
     return re.sub(r"(?<!\w)/\S+", "…", text)
 
 
-def _plain(name: str) -> str:
+def _plain(name: str, prediction: Path) -> str:
     """A case's name in a file's; raises `RunError` where it is none."""
     if sanitised(name) != name:
-        raise RunError(f"{name!a}: is no name of a case; predict again")
+        raise RunError(f"{prediction / PredictionRecord.FILE}: {name!a} is no name of a case; predict again")
     return name
 
 
@@ -331,7 +333,7 @@ def _read_arrays(path: Path, needed: Sequence[str]) -> Arrays | None:
         with np.load(path) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        raise RunError(f"{path}: not a whole .npz file; remove it or make the run again") from None
+        raise RunError(f"{path}: not a whole .npz file; remove it, or {ANEW}") from None
     if missing := [name for name in needed if name not in arrays]:
-        raise RunError(f"{path}: {missing[0]!r} is missing; remove the file or make the run again")
+        raise RunError(f"{path}: {missing[0]!r} is missing; remove the file, or {ANEW}")
     return arrays

@@ -86,7 +86,7 @@ def _seconds_left(lines: list[ledger.LedgerRecord], left: int) -> float | None:
 
 def _driver(study: Path) -> str | None:
     try:
-        host, pid = (study / LOCK).read_text().split()
+        host, pid, *_job = (study / LOCK).read_text().split()
     except (OSError, ValueError):
         return None
     return f"process {pid} of {host}"

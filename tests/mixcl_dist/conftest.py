@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from mixcl_dist import constants
+from mixcl_dist.cli import main
 from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
@@ -28,6 +30,13 @@ SMALL = {
     "finetune.steps": "4",
 }
 """Overrides that make every stage a matter of seconds."""
+BRIEF = {
+    "pretrain.steps": "1",
+    "finetune.steps": "2",
+    "finetune.batch_size": "1",
+    "data.workers": "0",
+    "budget.development": "abdomen_000,abdomen_001",
+}
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +63,41 @@ def data(tmp_path_factory) -> Path:
     """A data set to fine-tune on: four training cases, each annotated in part, and one validation case."""
     folder = tmp_path_factory.mktemp("data")
     return write_cohort(folder, training=4, validation=1, unlabelled=0, size=(36, 30, 36), spacing_mm=10.0)[0]
+
+
+def commands(runs: Path, shards: Path, data: Path) -> dict[str, list[str]]:
+    """Of the runs of `finished`, by name, below `runs`: a pre-training, and what is fine-tuned from it."""
+    settings = [word for key, value in (SMALL | BRIEF).items() for word in (f"--{key}", value)]
+    start = ["--from", str(runs / "pre"), "--scans", "2"]
+    return {
+        "pre": ["pretrain", "--data", str(shards), "--run", str(runs / "pre"), *settings],
+        "few": ["finetune", "--data", str(data), *start, "--run", str(runs / "few"), *settings],
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(shards, data, tmp_path_factory) -> Path:
+    """A folder with the two runs of `commands`."""
+    runs = tmp_path_factory.mktemp("finished")
+    for command in commands(runs, shards, data).values():
+        assert main(command) == 0
+    return runs
+
+
+@pytest.fixture
+def runs(finished, tmp_path) -> Path:
+    """The same, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "runs")
+
+
+@pytest.fixture
+def again(runs, shards, data):
+    """A function that gives the command of one of `runs` again, with further words."""
+
+    def give(name: str, *words: str) -> None:
+        assert main([*commands(runs, shards, data)[name], *words]) == 0
+
+    return give
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ import pytest
 
 from mixcl_dist import cli
 from mixcl_dist.arguments import parse
-from mixcl_dist.config import ConfigError, from_dict, load
-from mixcl_dist.data_shards.sources import CaseError
+from mixcl_dist.config import from_dict, load
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.manual import manual
 from mixcl_dist.networks.architectures import check_patches
 from mixcl_dist.pretraining.pretrain import check_settings
-from mixcl_dist.records import RunError
 from mixcl_dist.run import begin, held
 from mixcl_dist.studies.search import check_search
 from mixcl_dist.studies.table.plan import plan
+
+from .cures import refused
 
 
 @dataclass(frozen=True)
@@ -277,21 +277,12 @@ def filled(cured: Any, value: str) -> Any:
     return cured.replace("{}", value) if isinstance(cured, str) else cured
 
 
-def refused(check: Callable[[Any], None], given: Any, said: str) -> str:
-    """The value that the message gives, which is one line and says what it should."""
-    with pytest.raises((ConfigError, RunError, CaseError)) as error:
-        check(given)
-    found = re.search(said, str(error.value))
-    assert found and "\n" not in str(error.value), str(error.value)
-    return found[1] if found.groups() else ""
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_cure_that_is_said_helps(name, monkeypatch):
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     fault = FAULTS[name]
-    value = refused(fault.check, fault.given, fault.said)
+    value = refused(fault.said, fault.check, fault.given)
     fault.check(filled(fault.cured, value) if value else fault.cured)
 
 
@@ -321,14 +312,14 @@ def test_words_that_are_not_understood_can_be_said_so_that_they_are(name, capsys
 
 def test_a_file_of_settings_is_mended_as_it_is_said(tmp_path):
     file = tmp_path / "own.yaml"
-    refused(load, file, "give the path of a YAML file")
+    refused("give the path of a YAML file", load, file)
     file.write_text("budget: {scans: 1")
-    refused(load, file, "not valid YAML: .* line 1, column 18: .*; mend it there")
+    refused("not valid YAML: .* line 1, column 18: .*; mend it there", load, file)
     file.write_text("[budget]")
-    refused(load, file, "holds list, not sections; see `mixcl config show`")
+    refused("holds list, not sections; see `mixcl config show`", load, file)
     file.write_text(manual(load(), []))
     assert load(file) == load()
-    refused(lambda section: manual(load(), [], section), "budgets", "sections: .*budget.*")
+    refused("sections: .*budget.*", manual, load(), [], "budgets")
 
 
 def test_a_trial_s_budget_and_classes_are_mended_as_it_is_said(data):
@@ -336,16 +327,16 @@ def test_a_trial_s_budget_and_classes_are_mended_as_it_is_said(data):
         config = load(overrides=list(given.items()))
         return budgeted(open_task(data, config), config.budget)
 
-    refused(asked, {}, "nothing to learn from; give --scans or --labels")
+    refused("nothing to learn from; give --scans or --labels", asked, {})
     assert parse(cli._parser(), [*FINETUNE, "--scans", "1"]).overrides == [("budget.scans", "1")]
     assert len(asked({"budget.scans": "1"})) == 1
-    organ = refused(asked, {"budget.scans": "1", "finetune.classes": "x"}, r"choose among (\w+)")
+    organ = refused(r"choose among (\w+)", asked, {"budget.scans": "1", "finetune.classes": "x"})
     assert asked({"budget.scans": "1", "finetune.classes": organ})
 
 
 def test_a_folder_that_is_refused_is_free_by_what_is_said(tmp_path):
     (tmp_path / "note.txt").touch()
-    refused(begin, tmp_path, "holds other files; give an empty or new folder")
+    refused("holds other files; give an empty or new folder", begin, tmp_path)
     begin(tmp_path / "new")
     lock = tmp_path / "new" / ".lock"
     lock.write_text("elsewhere 17")
@@ -354,7 +345,7 @@ def test_a_folder_that_is_refused_is_free_by_what_is_said(tmp_path):
         with held(folder, "--run"):
             pass
 
-    path = refused(work, tmp_path / "new", "if it runs no more, delete (.*), or give another --run$")
+    path = refused("if it runs no more, delete (.*), or give another --run$", work, tmp_path / "new")
     assert path == str(lock)
     lock.unlink()
     work(tmp_path / "new")

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -306,7 +307,9 @@ def test_only_the_text_after_the_last_line_is_a_killed_writers(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1}]
     file.write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(RunError, match=r"metrics.jsonl: line 1: cannot be read .*; remove the line, or make the run"):
+    with pytest.raises(
+        RunError, match=r"metrics.jsonl: line 1: cannot be read .*; remove the line, or move the folder away"
+    ):
         read_metrics(file)
 
 
@@ -365,5 +368,57 @@ def test_committed_results_of_earlier_versions_are_still_read():
 def test_a_run_of_another_kind_is_not_taken_for_it(tmp_path):
     RECORDS[1].save(tmp_path)
     assert RunRecord.load(tmp_path) == RECORDS[1]
-    with pytest.raises(RunError, match=r"run.json: kind is 'finetune', not pretrain; make the run again"):
+    with pytest.raises(RunError, match=r"run.json: kind is 'finetune', not pretrain; move the folder away"):
         PretrainRecord.load(tmp_path)
+
+
+def follow(said: str, file: Path) -> None:
+    """Do to a file what a message says."""
+    if number := re.search(r": line (\d+): .* remove the line", said):
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[: int(number[1]) - 1] + lines[int(number[1]) :]))
+    elif "; remove it and " in said:
+        file.unlink()
+    else:
+        assert said.endswith("; move the folder away and make it again"), said
+        file.parent.rename(file.parents[2] / "away")
+
+
+TRIAL = "trials/scratch-0.5-s0"
+
+
+@pytest.mark.parametrize("name", ["study.json", "ledger.jsonl", f"{TRIAL}/run.json", f"{TRIAL}/dice.json"])
+def test_a_study_is_mended_as_it_is_said_and_comes_to_its_end(
+    name, runs, small_config, shards, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study_module, "run_trials", _at_once)
+    monkeypatch.setattr("mixcl_dist.report.figures._svg", lambda *arguments: "")
+    there = shutil.copytree(runs, tmp_path / "runs")
+    file, made = there / "study" / name, verbs(there, small_config, shards, data)
+    file.write_text("{\n")
+    follow(refusal(made["report study"]), file)
+    assert refusal(made["tune"]) is None and refusal(made["report study"]) is None
+    assert [trial.status for trial in StudyRecord.load(there / "study").trials] == ["done"]
+    assert (there / "study" / TRIAL / "dice.json").exists()
+
+
+@pytest.mark.parametrize("name", ["ledger.jsonl", "trial/mixcl-n1-s0/dice.json", "plan.json"])
+def test_a_table_is_mended_as_it_is_said_and_comes_to_its_end(
+    name, runs, small_config, shards, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mixcl_dist.report.figures._svg", lambda *arguments: "")
+    there = shutil.copytree(runs, tmp_path / "runs")
+    file, out = there / "table" / name, there / "table"
+    file.write_text("{\n")
+    said = refusal(lambda: write_report(out))
+    if name == "plan.json":
+        assert said.endswith("; give the same mixcl table command with another --out")
+        out = there / "other"
+    else:
+        follow(said, file)
+    settings = FORM | STEPS | STUDY | {"pretrain.steps": 1, "table": TABLE, "budget.fraction": 0.0}
+    ending = run_table(
+        replace(small_config, settings), data=data, shards=shards, out=out, workers=4, command=_stand_in(there)
+    )
+    assert (ending.done, ending.failed) == (ending.planned, ())
+    assert write_report(out).exists()

@@ -100,5 +100,5 @@ def test_time_adds_up_over_interruptions(tmp_path):
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("finetune: {sliding_overlap: \"$__import__('os').getcwd()\"}")
-    with pytest.raises(RunError, match=r"config.yaml: finetune.sliding_overlap = .*; mend it, or make the run again"):
+    with pytest.raises(RunError, match=r"config.yaml: finetune.sliding_overlap = .*; mend it, or move the folder away"):
         read_config(tmp_path)

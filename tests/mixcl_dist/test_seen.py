@@ -249,7 +249,7 @@ def test_a_run_that_does_not_tell_is_refused_in_one_line(tmp_path):
     for content in (None, b"", b"PK broken"):
         if content is not None:
             (tmp_path / "seen.npz").write_bytes(content)
-        with pytest.raises(RunError, match=r"seen.npz: does not tell .*train it again"):
+        with pytest.raises(RunError, match=r"seen.npz: does not tell .*make it again"):
             Seen.load(tmp_path)
 
 

@@ -290,7 +290,11 @@ def test_existing_folder_is_refused_and_left_alone(pretrained, tmp_path):
     ("to", "break_run", "message"),
     [
         ("bundle", lambda run: None, "fine-tune it first"),
-        ("monai", lambda run: (run / "network.safetensors").unlink(), "no network yet; let the run finish"),
+        (
+            "monai",
+            lambda run: (run / "network.safetensors").unlink(),
+            "no network yet; give its mixcl pretrain command again",
+        ),
         ("monai", lambda run: (run / "network.safetensors").write_bytes(b"cut"), "cannot be read"),
         ("monai", lambda run: (run / "network.json").write_text("{}"), "'architecture' is missing"),
         ("monai", lambda run: change(run, filters=[4, 6, 8, 12]), "does not fit network.json"),

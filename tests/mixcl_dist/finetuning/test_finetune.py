@@ -287,7 +287,7 @@ def test_a_class_that_no_labelled_case_shows_is_named_and_left_out_of_the_mean(c
 def test_weights_that_do_not_fit_are_refused_in_one_line(config, tmp_path):
     start = pretrained(tmp_path / "pretrained", config)
     other = replace(config, {"network.filters": [6, 8, 8]})
-    with pytest.raises(RunError, match="train it again") as refusal:
+    with pytest.raises(RunError, match="move the folder away and make it again") as refusal:
         initial_network(other, start, 2)
     assert "\n" not in str(refusal.value)
 
@@ -341,7 +341,7 @@ def test_doubtful_and_never_learnt_classes_become_background(tmp_path):
     ("facts", "said"),
     [
         ({"kind": "study", "finished": "2026-01-01"}, "kind is 'study', not pretrain or finetune"),
-        ({"kind": "finetune", "finished": None}, "has not finished; fine-tune again"),
+        ({"kind": "finetune", "finished": None}, "has not finished; give its mixcl finetune command again"),
         ({"kind": "pretrain", "finished": None}, "has not finished"),
     ],
 )
