@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mixcl_dist.errors import RunError
 from mixcl_dist.profiling import compare
 from mixcl_dist.profiling.result import Figure, Result, ended, environment
-from mixcl_dist.records import RunError
 
 FOLDER = Path(__file__).resolve().parent
 GATES = (

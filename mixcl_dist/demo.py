@@ -13,11 +13,13 @@ from subprocess import Popen
 
 from mixcl_dist.config import Config, to_yaml
 from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import check_sizes
 from mixcl_dist.progress import ProgressReport, progress
-from mixcl_dist.records import RunError, read_metrics, write_atomic
+from mixcl_dist.records import read_metrics
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.run import machine
 from mixcl_dist.studies.study import run_study

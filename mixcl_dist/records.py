@@ -1,41 +1,29 @@
 """The JSON files of runs, studies and tables: what each holds, its one writer and its one reader.
 
-A reader takes nothing on trust: what is missing, of another type, out of its bounds, not finite, cut short or of a
-newer version is refused in one line that names the file, the key and the cure. A writer writes null for a number that
-is not finite. A field with a default may be missing, as older versions did not write it.
+A reader takes nothing on trust (see `jsonfiles`). A field with a default may be missing, as older versions did not
+write it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
 from mixcl_dist.cluster.trials import TrialsConfig
 from mixcl_dist.config import Architecture, FinetuneConfig, NetworkConfig, StudyConfig, TableConfig, from_dict
-from mixcl_dist.data_shards.storage.publishing import publish
-from mixcl_dist.errors import MixclError
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import FORMAT, STRICT, plain, read_json, read_lines, shown, write_json
 
-FORMAT = 1
-"""Version of all these files; a file that names none is of the first."""
 UNTOLD = 1e100
 """Of no arithmetic here, and more than an axis can be drawn for."""
 RUN, METRICS, CURVE = "run.json", "metrics.jsonl", "curve.jsonl"
 ANEW = "move the folder away and make it again"
 """What helps where a run or an export is damaged, whoever made it; what is whole in it is not lost."""
-Row = TypeVar("Row")
-
-
-class RunError(MixclError):
-    """A run's, study's or table's folder, or a file in it, that cannot be used."""
 
 
 def _inside(path: str) -> str:
@@ -74,7 +62,7 @@ Labels = dict[str, Dice | None]
 class Record:
     """A JSON file in a folder."""
 
-    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
+    __pydantic_config__ = STRICT
 
     FILE: ClassVar[str]
     CURE: ClassVar[str]
@@ -99,7 +87,7 @@ class Record:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        return _parsed(cls._kind_of, _bytes_of(file), str(file), cls.CURE)
+        return read_json(file, cls._kind_of, cls.CURE)
 
     @classmethod
     def _kind_of(cls, content: Mapping[str, Any]) -> type[Self]:
@@ -108,7 +96,7 @@ class Record:
 
     def content(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return _plain(self)
+        return plain(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +215,7 @@ class RunRecord(Record):
         known = kinds.get(content.get("kind")) if isinstance(content.get("kind"), str) else None
         if known is None or not issubclass(known, cls):
             wanted = " or ".join(kind for kind, record in kinds.items() if issubclass(record, cls))
-            raise ValueError(f"kind is {_shown(content.get('kind'))}, not {wanted}")
+            raise ValueError(f"kind is {shown(content.get('kind'))}, not {wanted}")
         return known
 
 
@@ -549,7 +537,7 @@ class PlanRecord(Record):
 def told(record: Any) -> dict[str, Any]:
     """A record, or a part of one, as plain JSON values, without what it says nothing of."""
     kind = {"kind": record.kind} if isinstance(record, RunRecord) else {}
-    return kind | _plain(record, exclude_defaults=True)
+    return kind | plain(record, exclude_defaults=True)
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -557,7 +545,7 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     rows = read_lines(file, dict[str, float | None], f"remove the line, or {ANEW}")
     for number, row in enumerate(rows, start=1):
         if not isinstance(step := row.get("step"), int | float) or step != int(step) or not 0 <= step < 2**53:
-            raise RunError(f"{file}: line {number}: step is {_shown(step)}; remove the line, or {ANEW}")
+            raise RunError(f"{file}: line {number}: step is {shown(step)}; remove the line, or {ANEW}")
     return [
         {key: int(n) if key == "step" else n for key, n in row.items() if n is not None and abs(n) < UNTOLD}
         for row in rows
@@ -567,106 +555,3 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
 def read_curve(file: Path) -> list[CurvePoint]:
     """Raises `RunError`."""
     return read_lines(file, CurvePoint, f"remove the line, or {ANEW}")
-
-
-def read_lines(file: Path, kind: type[Row], cure: str) -> list[Row]:
-    """A JSON value of every line; none where there is no file. What follows the last end of line was left by a killed
-    process, and out. Raises `RunError`."""
-    if not file.exists():
-        return []
-    *lines, _unfinished = _bytes_of(file).split(b"\n")
-    return [_parsed(lambda _: kind, line, f"{file}: line {number}", cure) for number, line in enumerate(lines, start=1)]
-
-
-def append_line(file: Path, value: Any) -> None:
-    """Add a JSON value to a file of lines; raises `RunError` where there is no room for it."""
-    with _named(file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(finite(value)) + "\n")
-
-
-def write_lines(file: Path, values: Iterable[Any]) -> None:
-    write_atomic(file, "".join(json.dumps(finite(value)) + "\n" for value in values).encode())
-
-
-def write_json(file: Path, value: Any) -> None:
-    write_atomic(file, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_atomic(file: Path, content: bytes) -> None:
-    """Publish a file whole or not at all; raises `RunError` where there is no room for it."""
-    with _named(file), publish(file) as stream:
-        stream.write(content)
-
-
-def finite(value: Any) -> Any:
-    """`value` with null for every number in it that is not finite, which JSON does not know."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """What the system says of a file that cannot be written, in one line with the cure."""
-    try:
-        yield
-    except OSError as error:
-        cure = "make room there, or give a folder that you may write, and give the command again"
-        raise RunError(f"{file}: {error.strerror or error}; {cure}") from None
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise RunError(f"{file}: no such file; give the folder of a finished run") from None
-    except OSError as error:
-        raise RunError(f"{file}: {error.strerror}; give a folder that you may read") from None
-
-
-def _parsed(kind_of: Callable[[Any], type[Row]], text: bytes, where: str, cure: str) -> Row:
-    try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-        if isinstance(content, dict) and isinstance(version := content.get("format"), int) and version > FORMAT:
-            cure = f"read it with that, or {cure}"
-            raise ValueError(f"is of format {version}, written by a newer mixcl-dist")
-        kind: Any = kind_of(content if isinstance(content, dict) else {})
-        return _adapter(kind).validate_json(text)
-    except ValidationError as error:
-        raise RunError(f"{where}: {_first(error)}; {cure}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RunError(f"{where}: cannot be read ({' '.join(str(error).split())}); {cure}") from None
-    except ValueError as error:
-        raise RunError(f"{where}: {' '.join(str(error).split())}; {cure}") from None
-
-
-def _plain(record: Any, exclude_defaults: bool = False) -> dict[str, Any]:
-    kind: Any = type(record)
-    return _adapter(kind).dump_python(record, mode="json", exclude_defaults=exclude_defaults)
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    own = hasattr(kind, "__pydantic_config__") or is_dataclass(kind)
-    return TypeAdapter(kind, config=None if own else Record.__pydantic_config__)
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong with a file, with the key."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{key!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key} is {_shown(first['input'])}: {message}" if key else message
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"holds {name}, which is no JSON")

@@ -23,17 +23,9 @@ from mixcl_dist.cluster.launch.job import ID_VARIABLE
 from mixcl_dist.config import Config, ConfigError, load, to_yaml
 from mixcl_dist.data_shards.storage.publishing import HeldError, exclusive
 from mixcl_dist.data_shards.versions import versions_of
-from mixcl_dist.records import (
-    ANEW,
-    METRICS,
-    Machine,
-    RunError,
-    RunRecord,
-    append_line,
-    read_metrics,
-    write_atomic,
-    write_lines,
-)
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import append_line, write_atomic, write_lines
+from mixcl_dist.records import ANEW, METRICS, Machine, RunRecord, read_metrics
 
 PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "monai", "ray", "numpy")
 CONFIG = "config.yaml"

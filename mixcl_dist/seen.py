@@ -24,8 +24,10 @@ from mixcl_dist.data_shards.building.spool import stamp_of
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.format.fingerprint import NEAR
 from mixcl_dist.data_shards.sources import Case, CaseError
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.progress import progress
-from mixcl_dist.records import ANEW, RunError, write_atomic
+from mixcl_dist.records import ANEW
 
 FILE = "seen.npz"
 """In a run's folder."""

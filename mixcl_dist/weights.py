@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixcl_dist.records import RunError
+from mixcl_dist.errors import RunError
 
 
 def load_weights(module: nn.Module, file: Path, *, problem: str, cure: str, prefix: str = "") -> None:

@@ -27,8 +27,9 @@ from machines import Machines, machines, missing
 
 from mixcl_dist.config import load
 from mixcl_dist.data_shards.building.build import build
+from mixcl_dist.errors import RunError
 from mixcl_dist.phantom import write_cohort
-from mixcl_dist.records import METRICS, PretrainRecord, RunError, read_metrics
+from mixcl_dist.records import METRICS, PretrainRecord, read_metrics
 from mixcl_dist.run import machine
 
 TIMEOUT_S = 15

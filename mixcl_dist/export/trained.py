@@ -13,10 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
-from mixcl_dist.errors import MixclError
+from mixcl_dist.errors import MixclError, RunError
 from mixcl_dist.networks import architectures
 from mixcl_dist.records import ANEW, DiceRecord, NetworkRecord, RunRecord, told
-from mixcl_dist.run import RunError
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 

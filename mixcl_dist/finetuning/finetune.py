@@ -24,6 +24,7 @@ from mixcl_dist.config import Config, FinetuneConfig
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.volume import Volume
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.cases import Cases
 from mixcl_dist.finetuning.crops import CropBatch, Crops, LabelledVolume
 from mixcl_dist.finetuning.foreign import open_foreign
@@ -39,23 +40,12 @@ from mixcl_dist.finetuning.scoring import (
 )
 from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
+from mixcl_dist.jsonfiles import append_line, write_atomic, write_lines
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
-from mixcl_dist.records import (
-    CURVE,
-    CurvePoint,
-    DiceRecord,
-    FinetuneRecord,
-    NetworkRecord,
-    RunError,
-    Scores,
-    append_line,
-    read_curve,
-    write_atomic,
-    write_lines,
-)
+from mixcl_dist.records import CURVE, CurvePoint, DiceRecord, FinetuneRecord, NetworkRecord, Scores, read_curve
 from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, told_apart

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from mixcl_dist.config import Architecture, ConfigError, NetworkConfig
+from mixcl_dist.errors import RunError
 from mixcl_dist.networks.architectures import expected
 from mixcl_dist.networks.plain_unet import plain_unet_names
-from mixcl_dist.records import Record, RunError, Spacing
+from mixcl_dist.records import Record, Spacing
 
 WRAPPERS = ("network_weights", "state_dict", "model", "net", "network", "student")
 """Keys of a checkpoint under which its weights may lie."""

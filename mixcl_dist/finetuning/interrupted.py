@@ -11,9 +11,10 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.crops import Crops
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.records import RunError, write_atomic
 
 UNFINISHED = "unfinished.pt"
 

@@ -19,7 +19,7 @@ from mixcl_dist import __version__
 from mixcl_dist.data_shards.catalogue import sanitised
 from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.volume import Grid
-from mixcl_dist.records import write_atomic
+from mixcl_dist.jsonfiles import write_atomic
 
 STEPS = 65535
 """A probability is stored as so many parts of one, in uint16."""

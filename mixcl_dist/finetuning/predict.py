@@ -35,6 +35,7 @@ from mixcl_dist.data_shards.sources import Case, CaseError, open_source, read_im
 from mixcl_dist.data_shards.storage.publishing import remove_unpublished
 from mixcl_dist.data_shards.versions import versions_of
 from mixcl_dist.data_shards.volume import Grid, Volume, shown
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.model import Model, open_model
 from mixcl_dist.finetuning.outputs import Probabilities, write_nifti, write_seg
 from mixcl_dist.finetuning.scoring import (
@@ -48,10 +49,11 @@ from mixcl_dist.finetuning.scoring import (
     surfaces_per_class,
 )
 from mixcl_dist.finetuning.task import Task
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.progress import progress
-from mixcl_dist.records import CasePrediction, PredictionRecord, Refused, RunError, write_atomic
+from mixcl_dist.records import CasePrediction, PredictionRecord, Refused
 from mixcl_dist.run import PACKAGES, held, machine, now
 
 CASES_SHOWN = 12

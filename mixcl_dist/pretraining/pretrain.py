@@ -29,6 +29,7 @@ from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, fr
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream
+from mixcl_dist.errors import RunError
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
@@ -40,7 +41,7 @@ from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.saving import Saver
 from mixcl_dist.pretraining.views import make_views
 from mixcl_dist.progress import progress
-from mixcl_dist.records import ANEW, NetworkRecord, PretrainRecord, RunError, RunPlan
+from mixcl_dist.records import ANEW, NetworkRecord, PretrainRecord, RunPlan
 from mixcl_dist.run import LOCK, Stopped, held, is_barely_begun, read_config
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE

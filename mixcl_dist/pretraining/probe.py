@@ -26,12 +26,13 @@ from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.format.manifest import CASES_FILE, Manifest
 from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.streaming.reader import SampleReader, Wanted
+from mixcl_dist.errors import RunError
 from mixcl_dist.intensity import normalise
 from mixcl_dist.networks.architectures import build_backbone, check_patches
 from mixcl_dist.networks.backbone import Backbone
 from mixcl_dist.networks.heads import voxels_of
 from mixcl_dist.precision import autocast
-from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores, RunError
+from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores
 from mixcl_dist.seen import Seen, likeness, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 

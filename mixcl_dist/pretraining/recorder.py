@@ -21,6 +21,8 @@ from mixcl_dist.config import Config
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.architectures import build_backbone
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.precision import arithmetic
@@ -28,7 +30,7 @@ from mixcl_dist.pretraining.alarms import alarms
 from mixcl_dist.pretraining.diagnostics import effective_rank
 from mixcl_dist.pretraining.probe import Patches, probe, read_patches
 from mixcl_dist.pretraining.views import Views
-from mixcl_dist.records import NetworkRecord, PretrainRecord, RunError, ShardsRecord, write_atomic
+from mixcl_dist.records import NetworkRecord, PretrainRecord, ShardsRecord
 from mixcl_dist.run import Run
 
 PATCHES_SHOWN = 4

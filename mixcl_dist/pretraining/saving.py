@@ -16,8 +16,8 @@ from mixcl_dist.cluster.engine import Engine
 from mixcl_dist.cluster.group import told_by_first
 from mixcl_dist.cluster.snapshot import weights_of
 from mixcl_dist.data_shards.streaming.stream import PatchStream
+from mixcl_dist.errors import RunError
 from mixcl_dist.pretraining.recorder import BACKBONE, backbone_of
-from mixcl_dist.records import RunError
 
 
 class Saver:

@@ -17,8 +17,9 @@ from typing import Literal
 
 import numpy as np
 
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.profiling.result import Figure, Result
-from mixcl_dist.records import RunError, write_atomic
 
 BEYOND = 3.5
 TO_DEVIATIONS = 0.6745

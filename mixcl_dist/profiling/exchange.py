@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import distributed
 
+from mixcl_dist.errors import RunError
 from mixcl_dist.kernels import mixed_contrastive_loss
 from mixcl_dist.precision import row_dtype
-from mixcl_dist.records import RunError
 
 ROUNDS = 7
 

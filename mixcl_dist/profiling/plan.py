@@ -25,6 +25,7 @@ from mixcl_dist.budget import training_cases
 from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.inspection.rate import read_rate
+from mixcl_dist.errors import RunError
 from mixcl_dist.kernels.distributed import RING_ABOVE
 from mixcl_dist.precision import row_dtype
 from mixcl_dist.pretraining.pretrain import SECTIONS, check_settings
@@ -32,7 +33,7 @@ from mixcl_dist.profiling.exchange import measured_parts
 from mixcl_dist.profiling.result import Result
 from mixcl_dist.profiling.scaling import CURES, Contrast, Costs, Network, Step, predict, received_bytes
 from mixcl_dist.profiling.step import ONCE, WHOLE
-from mixcl_dist.records import Range, RunError, RunPlan
+from mixcl_dist.records import Range, RunPlan
 from mixcl_dist.run import machine, now
 
 FIFTHS = 5

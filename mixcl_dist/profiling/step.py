@@ -27,10 +27,11 @@ from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.group import described
 from mixcl_dist.config import Config, replace
 from mixcl_dist.data_shards.streaming.stream import Batch, PatchStream
+from mixcl_dist.errors import RunError
 from mixcl_dist.pretraining.pretrain import Watch, pretrain
 from mixcl_dist.profiling import floors
 from mixcl_dist.profiling.result import Figure, Result, ended, environment
-from mixcl_dist.records import PretrainRecord, RunError
+from mixcl_dist.records import PretrainRecord
 
 WARM = 2  #: steps, which allocate what later ones use again
 LEAST, MOST = 3, 2000  #: steps that are timed

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mixcl_dist.records import RunError, write_atomic
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.report import page
 from mixcl_dist.report.folders import (
     PredictionFolder,

@@ -13,6 +13,7 @@ import numpy as np
 
 from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.data_shards.catalogue import sanitised
+from mixcl_dist.errors import RunError
 from mixcl_dist.records import (
     ANEW,
     CURVE,
@@ -24,7 +25,6 @@ from mixcl_dist.records import (
     PlannedItem,
     PlanRecord,
     PredictionRecord,
-    RunError,
     RunRecord,
     StartRecord,
     StudyRecord,

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Required
 from pydantic import AfterValidator, ConfigDict
 from typing_extensions import TypedDict
 
-from mixcl_dist.records import Count, Dice, Length, TrialRecord, finite, read_lines, told
+from mixcl_dist.jsonfiles import finite, read_lines
+from mixcl_dist.records import Count, Dice, Length, TrialRecord, told
 
 
 def _as_time(text: str) -> str:

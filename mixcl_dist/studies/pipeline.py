@@ -13,8 +13,10 @@ from typing import Any
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.config import Config, from_dict, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.pretraining.pretrain import check_settings
-from mixcl_dist.records import RunError, RunRecord, write_atomic
+from mixcl_dist.records import RunRecord
 from mixcl_dist.studies.ledger import digest_of
 from mixcl_dist.studies.search import SEARCHED
 from mixcl_dist.studies.table import programs

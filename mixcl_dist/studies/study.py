@@ -16,10 +16,11 @@ from tqdm import tqdm
 from mixcl_dist.cluster.trials import Outcome, run_trials
 from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.start import like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.networks.architectures import check_size
-from mixcl_dist.records import DiceRecord, FinetuneRecord, RunError, StartRecord, StudyRecord, TrialRecord
+from mixcl_dist.records import DiceRecord, FinetuneRecord, StartRecord, StudyRecord, TrialRecord
 from mixcl_dist.run import held, machine, now, read_config
 from mixcl_dist.seen import KnownScans, Shared, check_split, leak, one_patient, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of, read

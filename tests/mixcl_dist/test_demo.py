@@ -20,7 +20,8 @@ from PIL import Image
 
 from mixcl_dist.config import load
 from mixcl_dist.demo import _pretrain, demo
-from mixcl_dist.records import RunError, StudyRecord
+from mixcl_dist.errors import RunError
+from mixcl_dist.records import StudyRecord
 
 pytestmark = pytest.mark.timeout(3600)
 CPU_SECONDS = 720

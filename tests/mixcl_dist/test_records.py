@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import math
 import random
@@ -17,11 +16,11 @@ from typing import Any
 import pytest
 
 from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
-from mixcl_dist.data_shards.storage import publishing
-from mixcl_dist.errors import MixclError
+from mixcl_dist.errors import MixclError, RunError
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.start import initial_network, like
+from mixcl_dist.jsonfiles import append_line, write_json
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.pretraining.probe import probe_run
 from mixcl_dist.records import (
@@ -33,16 +32,12 @@ from mixcl_dist.records import (
     ProbeRecord,
     ProbeScans,
     ProbeScores,
-    RunError,
     RunRecord,
     Scores,
     StudyRecord,
     TrialRecord,
-    append_line,
     read_curve,
     read_metrics,
-    write_atomic,
-    write_json,
 )
 from mixcl_dist.report import study_table, table_text, write_report
 from mixcl_dist.studies import ledger
@@ -329,20 +324,6 @@ def test_one_flipped_byte_of_the_weights_is_refused_by_every_verb_that_loads_the
             said = refusal(verbs(tmp_path / "runs", small_config, shards, data)[name])
             assert said.startswith(f"{path}: content differs from its digest in network.json; "), name
         path.write_bytes(whole)
-
-
-@pytest.mark.parametrize("write", [write_atomic, lambda file, content: append_line(file, {"step": 1})])
-def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, write):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    write_atomic(tmp_path / "old.json", b"old")
-    monkeypatch.setattr(publishing.os, "fsync", full)
-    monkeypatch.setattr("mixcl_dist.records.json.dumps", full)
-    with pytest.raises(RunError, match=r"old.json: No space left on device; make room there, .* give the command"):
-        write(tmp_path / "old.json", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
-    assert (tmp_path / "old.json").read_bytes() == b"old"
 
 
 def test_a_pretraining_that_was_killed_before_its_first_record_is_begun_by_the_same_command(

@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixcl_dist.config import Config, load, to_yaml
-from mixcl_dist.records import FinetuneRecord, PretrainRecord, RunError, RunRecord, read_metrics
+from mixcl_dist.errors import RunError
+from mixcl_dist.records import FinetuneRecord, PretrainRecord, RunRecord, read_metrics
 from mixcl_dist.run import Run, held, read_config
 
 

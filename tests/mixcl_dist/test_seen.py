@@ -21,11 +21,11 @@ from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.format.fingerprint import fingerprint, voxel_digest
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.data_shards.volume import CaseError, Volume, resample
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.start import check_start
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.phantom import draw_torso, write_cohort
-from mixcl_dist.records import RunError
 from mixcl_dist.seen import KnownScans, Seen, check_split, leak, shared_scans
 from mixcl_dist.studies.study import run_study
 from mixcl_dist.studies.table.runner import run_table

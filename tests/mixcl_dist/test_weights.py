@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixcl_dist.run import RunError
+from mixcl_dist.errors import RunError
 from mixcl_dist.weights import load_weights
 
 

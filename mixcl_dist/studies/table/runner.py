@@ -20,10 +20,12 @@ from mixcl_dist.config import Config, ConfigError, NetworkConfig, replace, to_di
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
+from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
+from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.pretraining.pretrain import check_settings
-from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord, RunError, write_atomic
+from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord
 from mixcl_dist.run import CONFIG, begin, held, machine, now
 from mixcl_dist.seen import KnownScans, Seen, check_split, likeness, one_patient, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of

@@ -19,11 +19,12 @@ from mixcl_dist.config import Config, replace
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import open_source, read_case
 from mixcl_dist.data_shards.volume import to_ras
+from mixcl_dist.errors import RunError
 from mixcl_dist.export import export
 from mixcl_dist.finetuning import finetune as trials
 from mixcl_dist.finetuning.predict import _is_sided, predict
 from mixcl_dist.phantom import CLASSES
-from mixcl_dist.records import CasePrediction, DiceRecord, PredictionRecord, RunError
+from mixcl_dist.records import CasePrediction, DiceRecord, PredictionRecord
 
 SMALL = {
     "network.filters": [4, 8, 8],

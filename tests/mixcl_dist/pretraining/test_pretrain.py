@@ -20,11 +20,12 @@ from mixcl_dist.config import BudgetConfig, ConfigError, replace
 from mixcl_dist.config import load as load_config
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.errors import RunError
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.pretraining import pretrain as loop
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.pretrain import budgeted_labels, pretrain
-from mixcl_dist.records import PretrainRecord, RunError, read_metrics
+from mixcl_dist.records import PretrainRecord, read_metrics
 from mixcl_dist.run import held
 from mixcl_dist.seen import Seen
 

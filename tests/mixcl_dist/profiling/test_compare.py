@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mixcl_dist.errors import RunError
 from mixcl_dist.profiling import compare, result
-from mixcl_dist.records import RunError
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ import pytest
 from mixcl_dist import cli
 from mixcl_dist.config import ConfigError, replace
 from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.errors import RunError
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.profiling import plan
 from mixcl_dist.profiling.plan import Cluster, Measured
-from mixcl_dist.records import PretrainRecord, RunError, RunPlan
+from mixcl_dist.records import PretrainRecord, RunPlan
 
 ALONE = {"loss_alone": 0.01, "loss_together": 0.01, "gather": 1e-5, "reduce": 1e-5, "gather_number": 1e-5}
 TOGETHER = {"loss_alone": 0.01, "loss_together": 0.03, "gather": 0.002, "reduce": 0.003, "gather_number": 0.001}

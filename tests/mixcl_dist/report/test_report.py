@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mixcl_dist.records import RunError
+from mixcl_dist.errors import RunError
 from mixcl_dist.report import slices, write_report
 from mixcl_dist.report.folders import open_study
 from mixcl_dist.report.results import study_results

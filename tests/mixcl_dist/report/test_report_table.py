@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from mixcl_dist.config import from_dict, to_dict, to_yaml
-from mixcl_dist.records import write_json
+from mixcl_dist.jsonfiles import write_json
 from mixcl_dist.report import table_text, write_report
 from mixcl_dist.report.folders import open_table
 from mixcl_dist.report.page import probe_figures

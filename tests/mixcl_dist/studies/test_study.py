@@ -19,11 +19,12 @@ from mixcl_dist.cluster.trials import Outcome
 from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.errors import RunError
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.task import open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.records import DiceRecord, PretrainRecord, RunError, StudyRecord
+from mixcl_dist.records import DiceRecord, PretrainRecord, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.studies import study as study_module

@@ -19,7 +19,7 @@ from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import open_source
-from mixcl_dist.records import RunError
+from mixcl_dist.errors import RunError
 from mixcl_dist.report import table_text, write_report
 from mixcl_dist.studies import ledger
 from mixcl_dist.studies.table import runner
@@ -43,7 +43,8 @@ STORAGE = tuple(f"data_shards/storage/{name}.py" for name in ("__init__", "store
 
 APART = {
     "config.py": "its values are in the digest",
-    **dict.fromkeys(("run.py", "records.py", "errors.py", "progress.py"), TELL),
+    **dict.fromkeys(("run.py", "records.py", "jsonfiles.py", "progress.py"), TELL),
+    **dict.fromkeys(("errors.py", "data_shards/errors.py", "cluster/errors.py"), TELL),
     **dict.fromkeys((f"pretraining/{name}.py" for name in ("recorder", "alarms", "diagnostics")), TELL),
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
