@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from mixcl_dist.config import BudgetConfig, ConfigError
+from mixcl_dist.config import ConfigError
 from mixcl_dist.data_shards.catalogue import sanitised
+from mixcl_dist.settings import BudgetConfig
 
 
 class LabelledCase(Protocol):

@@ -15,9 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field
 
 from mixcl_dist.cluster.trials import TrialsConfig
-from mixcl_dist.config import Architecture, FinetuneConfig, NetworkConfig, StudyConfig, TableConfig, from_dict
+from mixcl_dist.config import from_dict
 from mixcl_dist.errors import RunError
 from mixcl_dist.jsonfiles import FORMAT, STRICT, plain, read_json, read_lines, shown, write_json
+from mixcl_dist.settings import Architecture, FinetuneConfig, NetworkConfig, StudyConfig, TableConfig
 
 UNTOLD = 1e100
 """Of no arithmetic here, and more than an axis can be drawn for."""

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixcl_dist.config import ViewsConfig
 from mixcl_dist.intensity import rescale
 from mixcl_dist.pretraining import views as ours
 from mixcl_dist.pretraining.draws import Draws
+from mixcl_dist.settings import ViewsConfig
 
 DEGRADATIONS = ("blur", "low_resolution", "noise", "shift", "mask")
 WINDOW_HU = (-1000.0, 1000.0)

@@ -43,7 +43,7 @@ def messages(package: Path) -> list[Message]:
     for module in modules:
         for call, names in module.calls(constants):
             error = _name(call.func)
-            if error == "ValueError" and module.file.stem == "config":
+            if error == "ValueError" and module.file.stem in ("config", "settings"):
                 error = "ConfigError"  # which it becomes, with the setting's name before it
             if error in classes and (text := _message(call, names)):
                 found.add(Message(error, text, module.file.as_posix()))

@@ -12,10 +12,11 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
+from mixcl_dist.config import Config, ConfigError, from_dict, replace
 from mixcl_dist.errors import MixclError, RunError
 from mixcl_dist.networks import architectures
 from mixcl_dist.records import ANEW, DiceRecord, NetworkRecord, RunRecord, told
+from mixcl_dist.settings import NetworkConfig
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
 

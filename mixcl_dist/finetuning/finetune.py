@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mixcl_dist.config import Config, FinetuneConfig
+from mixcl_dist.config import Config
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.sources import Case
 from mixcl_dist.data_shards.volume import Volume
@@ -49,6 +49,7 @@ from mixcl_dist.records import CURVE, CurvePoint, DiceRecord, FinetuneRecord, Ne
 from mixcl_dist.run import Run, held
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, told_apart
+from mixcl_dist.settings import FinetuneConfig
 
 GRADIENT_NORM = 1.0
 Watch = Callable[[int, float, SegmentationNetwork], float | None]

@@ -16,11 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixcl_dist.config import Architecture, ConfigError, NetworkConfig
+from mixcl_dist.config import ConfigError
 from mixcl_dist.errors import RunError
 from mixcl_dist.networks.architectures import expected
 from mixcl_dist.networks.plain_unet import plain_unet_names
 from mixcl_dist.records import Record, Spacing
+from mixcl_dist.settings import Architecture, NetworkConfig
 
 WRAPPERS = ("network_weights", "state_dict", "model", "net", "network", "student")
 """Keys of a checkpoint under which its weights may lie."""

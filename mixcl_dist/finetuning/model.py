@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from mixcl_dist.config import FinetuneConfig, NetworkConfig
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.start import WEIGHTS
 from mixcl_dist.networks.architectures import named_here, weights_file
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord
 from mixcl_dist.run import read_config
+from mixcl_dist.settings import FinetuneConfig, NetworkConfig
 from mixcl_dist.weights import load, read_weights
 
 BUNDLED = Path("models", "model.pt")

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from mixcl_dist.budget import budget_cases, check_development
-from mixcl_dist.config import BudgetConfig, Config, ConfigError
+from mixcl_dist.config import Config, ConfigError
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.data_shards.sources import Case, CaseError, Source, open_source
 from mixcl_dist.data_shards.sources.splits import how_to_split
+from mixcl_dist.settings import BudgetConfig
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mixcl_dist.config import ConfigError, NetworkConfig
+from mixcl_dist.config import ConfigError
 from mixcl_dist.networks import dynunet, resenc_unet, segresnet, swin_unetr
 from mixcl_dist.networks.backbone import Backbone
+from mixcl_dist.settings import NetworkConfig
 
 _OF = {
     "dynunet": dynunet,

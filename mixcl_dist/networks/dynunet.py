@@ -8,8 +8,8 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
-from mixcl_dist.config import NetworkConfig
 from mixcl_dist.networks import backbone
+from mixcl_dist.settings import NetworkConfig
 
 CLASS = "monai.networks.nets.DynUNet"
 IMPORTED: tuple[str, ...] = ()

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mixcl_dist.config import NetworkConfig
 from mixcl_dist.constants import constant, lattice
 from mixcl_dist.networks.architectures import build_backbone
 from mixcl_dist.precision import autocast, row_dtype
+from mixcl_dist.settings import NetworkConfig
 
 
 class NetworkOutput(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixcl_dist.config import ConfigError, NetworkConfig
+from mixcl_dist.config import ConfigError
 from mixcl_dist.networks import backbone
+from mixcl_dist.settings import NetworkConfig
 
 CLASS = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 IMPORTED = ("conv_op", "norm_op", "nonlin")

@@ -9,8 +9,8 @@ from monai.networks.nets import SwinUNETR
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mixcl_dist.config import NetworkConfig
 from mixcl_dist.networks import backbone
+from mixcl_dist.settings import NetworkConfig
 
 CLASS = "monai.networks.nets.SwinUNETR"
 IMPORTED: tuple[str, ...] = ()

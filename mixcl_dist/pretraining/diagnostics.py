@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 
-from mixcl_dist.config import ObjectiveConfig
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.rows import Rows
 from mixcl_dist.pretraining.views import Views
+from mixcl_dist.settings import ObjectiveConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from mixcl_dist.config import ObjectiveConfig
 from mixcl_dist.constants import constant
 from mixcl_dist.kernels import mixed_contrastive_loss
 from mixcl_dist.networks.heads import NetworkOutput
 from mixcl_dist.pretraining.rows import Rows
 from mixcl_dist.pretraining.views import Views
+from mixcl_dist.settings import ObjectiveConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

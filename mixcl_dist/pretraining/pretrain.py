@@ -25,7 +25,7 @@ from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described, told_by_first
 from mixcl_dist.cluster.installation import code_digest
 from mixcl_dist.cluster.stopping import stop_requests
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, differences, from_dict, replace, to_dict
+from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream
@@ -46,6 +46,7 @@ from mixcl_dist.run import LOCK, Stopped, held, is_barely_begun, read_config
 from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
 from mixcl_dist.seen import Seen
+from mixcl_dist.settings import BudgetConfig
 from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from mixcl_dist.config import RowsConfig
 from mixcl_dist.constants import constant, lattice
 from mixcl_dist.data_shards.catalogue import IGNORED, WORD_BITS
 from mixcl_dist.pretraining.draws import Draws
+from mixcl_dist.settings import RowsConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from mixcl_dist.config import ViewsConfig
 from mixcl_dist.constants import constant
 from mixcl_dist.intensity import rescale
 from mixcl_dist.pretraining.draws import Draws
+from mixcl_dist.settings import ViewsConfig
 
 MASKED_VALUE = -1.0  # air: no tissue inside a body looks like a cube of it, and outside there is nothing to restore
 IDENTITY = ((1, 0, 0), (0, 1, 0), (0, 0, 1))

@@ -9,8 +9,9 @@ from itertools import pairwise
 import pytest
 
 from mixcl_dist.budget import budget_cases, check_development
-from mixcl_dist.config import BudgetConfig, ConfigError, load
+from mixcl_dist.config import ConfigError, load
 from mixcl_dist.data_shards.sources import open_source
+from mixcl_dist.settings import BudgetConfig
 
 ORGANS = ("liver", "spleen", "aorta", "larynx")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
+from mixcl_dist.config import Config, replace, to_yaml
 from mixcl_dist.errors import MixclError, RunError
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
@@ -40,6 +40,7 @@ from mixcl_dist.records import (
     read_metrics,
 )
 from mixcl_dist.report import study_table, table_text, write_report
+from mixcl_dist.settings import NetworkConfig
 from mixcl_dist.studies import ledger
 from mixcl_dist.studies import study as study_module
 from mixcl_dist.studies.study import run_study

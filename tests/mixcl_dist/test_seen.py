@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mixcl_dist import seen as seen_module
-from mixcl_dist.config import BudgetConfig, load, replace
+from mixcl_dist.config import load, replace
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.building.dedup import Scan, scans_of_shards
 from mixcl_dist.data_shards.building.processes import in_this_process
@@ -27,6 +27,7 @@ from mixcl_dist.finetuning.start import check_start
 from mixcl_dist.finetuning.task import budgeted, open_task
 from mixcl_dist.phantom import draw_torso, write_cohort
 from mixcl_dist.seen import KnownScans, Seen, check_split, leak, shared_scans
+from mixcl_dist.settings import BudgetConfig
 from mixcl_dist.studies.study import run_study
 from mixcl_dist.studies.table.runner import run_table
 

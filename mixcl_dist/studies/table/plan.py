@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mixcl_dist.config import ArmConfig, Config, ConfigError, FoldConfig, StageConfig, TableConfig, replace
+from mixcl_dist.config import Config, ConfigError, replace
+from mixcl_dist.settings import ArmConfig, FoldConfig, StageConfig, TableConfig
 
 RANDOM = "random"
 """The baseline that no stage makes: a network with random weights."""

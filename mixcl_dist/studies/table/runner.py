@@ -16,7 +16,7 @@ from subprocess import Popen
 from typing import Any
 
 from mixcl_dist.budget import training_cases
-from mixcl_dist.config import Config, ConfigError, NetworkConfig, replace, to_dict, to_yaml
+from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
@@ -28,6 +28,7 @@ from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord
 from mixcl_dist.run import CONFIG, begin, held, machine, now
 from mixcl_dist.seen import KnownScans, Seen, check_split, likeness, one_patient, shared_scans
+from mixcl_dist.settings import NetworkConfig
 from mixcl_dist.studies.ledger import Ledger, digest_of
 from mixcl_dist.studies.table import programs
 from mixcl_dist.studies.table.plan import Item, plan

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 from scipy import ndimage
 
-from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
+from mixcl_dist.config import Config, replace, to_yaml
 from mixcl_dist.data_shards.volume import Volume, to_ras
 from mixcl_dist.export import export
 from mixcl_dist.finetuning import scoring
 from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.settings import NetworkConfig
 
 SPACING_MM = (3.0, 3.0, 4.0)
 PATCH = (24, 24, 16)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mixcl_dist.config import NetworkConfig, load
+from mixcl_dist.config import load
 from mixcl_dist.export import export, nnunet
 from mixcl_dist.records import ANEW
+from mixcl_dist.settings import NetworkConfig
 
 from ..cures import refused
 

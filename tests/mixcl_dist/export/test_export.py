@@ -24,12 +24,13 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
 from safetensors.torch import load_file, save_file
 
-from mixcl_dist.config import Config, NetworkConfig, replace, to_yaml
+from mixcl_dist.config import Config, replace, to_yaml
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.export import ExportError, export
 from mixcl_dist.finetuning import scoring
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.settings import NetworkConfig
 
 FILTERS = (4, 6, 8, 10)
 CLASSES = ["liver", "left_kidney"]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixcl_dist.budget import budget_cases
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, load, replace
+from mixcl_dist.config import Config, ConfigError, load, replace
 from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
 from mixcl_dist.errors import RunError
@@ -26,6 +26,7 @@ from mixcl_dist.phantom import CLASSES
 from mixcl_dist.records import DiceRecord
 from mixcl_dist.report import write_report
 from mixcl_dist.seen import KnownScans, Seen
+from mixcl_dist.settings import BudgetConfig
 
 SMALL = {
     "network.filters": [4, 8, 8],

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mixcl_dist.config import Config, ConfigError, FinetuneConfig, NetworkConfig, replace
+from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.finetuning.finetune import _optimizer, finetune
 from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.settings import FinetuneConfig, NetworkConfig
 
 SMALL = {
     "network.filters": [4, 8, 8],

@@ -9,13 +9,14 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR
 
-from mixcl_dist.config import Config, NetworkConfig, replace
+from mixcl_dist.config import Config, replace
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.foreign import open_foreign
 from mixcl_dist.finetuning.start import like
 from mixcl_dist.networks import architectures
 from mixcl_dist.records import NetworkRecord, RunRecord
+from mixcl_dist.settings import NetworkConfig
 
 WINDOW = (-1000.0, 1000.0)
 MONAI = {"orientation": "RAS", "axes": "xyz", "spacing_mm": [1.5, 1.5, 2.0], "window_hu": [-500.0, 500.0]}

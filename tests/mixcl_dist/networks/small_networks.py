@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mixcl_dist.config import NetworkConfig
+from mixcl_dist.settings import NetworkConfig
 
 FILTERS = (4, 6, 8)
 

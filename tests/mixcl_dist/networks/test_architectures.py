@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixcl_dist.config import Config, ConfigError, NetworkConfig, from_dict, replace
+from mixcl_dist.config import Config, ConfigError, from_dict, replace
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
@@ -18,6 +18,7 @@ from mixcl_dist.networks import architectures
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import pretrain
+from mixcl_dist.settings import NetworkConfig
 
 SMALL = {
     "dynunet": (4, 6, 8),

@@ -15,9 +15,9 @@ from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 
-from mixcl_dist.config import NetworkConfig
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.phantom import draw_torso
+from mixcl_dist.settings import NetworkConfig
 
 CROP, STEPS = 16, 40
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from monai.networks.nets import DynUNet
 from torch import nn
 
-from mixcl_dist.config import ConfigError, NetworkConfig
+from mixcl_dist.config import ConfigError
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.networks.heads import PretrainNetwork
+from mixcl_dist.settings import NetworkConfig
 
 from .small_networks import FILTERS, config, voxels
 

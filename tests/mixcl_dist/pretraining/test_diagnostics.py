@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mixcl_dist.config import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.pretraining.diagnostics import SAMPLED_ROWS, effective_rank, gradient_norms, spread
 from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.rows import sample_rows
 from mixcl_dist.pretraining.views import make_views
+from mixcl_dist.settings import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
 
 TERMS = ("voxel_identity", "voxel_label", "crop_identity", "reconstruction")
 WEIGHTED = ObjectiveConfig(voxel_identity=0.5, voxel_label=2.0, crop_identity=0.25, reconstruction=3.0)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mixcl_dist.config import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
 from mixcl_dist.networks.heads import NetworkOutput, PretrainNetwork
 from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.objective import mixcl_loss
 from mixcl_dist.pretraining.rows import Rows, sample_rows
 from mixcl_dist.pretraining.views import Views, make_views
+from mixcl_dist.settings import NetworkConfig, ObjectiveConfig, RowsConfig, ViewsConfig
 
 OFF = {"voxel_identity": 0.0, "voxel_label": 0.0, "crop_identity": 0.0, "reconstruction": 0.0}
 UNLABELLED = [0b1111] * 4

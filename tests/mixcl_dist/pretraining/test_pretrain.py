@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mixcl_dist import cli
 from mixcl_dist.cluster.checkpoint import CheckpointError
-from mixcl_dist.config import BudgetConfig, ConfigError, replace
+from mixcl_dist.config import ConfigError, replace
 from mixcl_dist.config import load as load_config
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.format.manifest import Manifest
@@ -28,6 +28,7 @@ from mixcl_dist.pretraining.pretrain import budgeted_labels, pretrain
 from mixcl_dist.records import PretrainRecord, read_metrics
 from mixcl_dist.run import held
 from mixcl_dist.seen import Seen
+from mixcl_dist.settings import BudgetConfig
 
 from ..conftest import SMALL
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from mixcl_dist.cli import main
-from mixcl_dist.config import ConfigError, NetworkConfig, replace
+from mixcl_dist.config import ConfigError, replace
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.errors import RunError
 from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.pretraining.probe import Patches, probe, probe_run, read_patches
 from mixcl_dist.records import PretrainRecord, ProbeRecord, ProbeScans, read_metrics
+from mixcl_dist.settings import NetworkConfig
 
 WINDOW_HU = (-1000.0, 1000.0)
 DEVELOPMENT = ("abdomen_000", "abdomen_001", "renal_000", "renal_001")

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from mixcl_dist.config import RowsConfig, ViewsConfig
 from mixcl_dist.data_shards.catalogue import IGNORED, Catalogue
 from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.rows import Rows, sample_rows
 from mixcl_dist.pretraining.views import make_views
+from mixcl_dist.settings import RowsConfig, ViewsConfig
 
 PATCH, SIZE = (32, 28, 24), (20, 20, 16)
 LIVER, SPLEEN = 1, 2

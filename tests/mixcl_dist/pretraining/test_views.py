@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from mixcl_dist.config import ViewsConfig
 from mixcl_dist.intensity import normalise
 from mixcl_dist.pretraining.draws import Draws
 from mixcl_dist.pretraining.views import MASKED_VALUE, Views, _smoothing, make_views
+from mixcl_dist.settings import ViewsConfig
 
 WINDOW = (-1000.0, 1000.0)
 SPACING = (0.8, 1.0, 2.5)

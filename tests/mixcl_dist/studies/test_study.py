@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mixcl_dist.budget import budget_cases
 from mixcl_dist.cluster.trials import Outcome
-from mixcl_dist.config import BudgetConfig, Config, ConfigError, replace, to_dict
+from mixcl_dist.config import Config, ConfigError, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.errors import RunError
@@ -27,6 +27,7 @@ from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import DiceRecord, PretrainRecord, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
+from mixcl_dist.settings import BudgetConfig
 from mixcl_dist.studies import study as study_module
 from mixcl_dist.studies.pipeline import Pretrainings
 from mixcl_dist.studies.search import check_search
