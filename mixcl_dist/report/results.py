@@ -143,7 +143,7 @@ def _gain(summary: Interval) -> str:
 
 def points(value: float | None) -> str:
     """A Dice difference as signed percentage points."""
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+    return "–" if value is None else f"{100 * value:+z.1f}".replace("-", "−")
 
 
 def percent(fraction: float) -> str:

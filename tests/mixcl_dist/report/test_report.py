@@ -18,7 +18,7 @@ from scipy import stats
 from mixcl_dist.errors import RunError
 from mixcl_dist.report import slices, write_report
 from mixcl_dist.report.folders import open_study
-from mixcl_dist.report.results import study_results
+from mixcl_dist.report.results import points, study_results
 from mixcl_dist.studies.statistics import t_interval
 
 CLASSES = ["liver", "left_kidney"]
@@ -178,6 +178,10 @@ def test_headline_says_raised_only_where_the_interval_leaves_out_zero(study):
     few, more = json.loads((study / "report" / "report.json").read_text())["headline"]
     assert few.startswith("With 5 % of the labels (1 case), pre-training raised mean Dice from ")
     assert "raised" not in more and "includes 0: these trials cannot tell" in more and "3 pairs" in more
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus():
+    assert [points(value) for value in (-0.0001, 0.0001, -0.019, None)] == ["+0.0", "+0.0", "−1.9", "–"]
 
 
 def test_one_pair_has_no_interval_and_says_so(study):
