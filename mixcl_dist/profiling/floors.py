@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixcl_dist import constants
 from mixcl_dist.config import Config
 from mixcl_dist.networks.heads import PretrainNetwork
+from mixcl_dist.precision import has_bfloat16
 
 HALF, SINGLE = 2, 4  #: bytes
 COPY_BYTES = 2**30  #: of a GPU; of a CPU an eighth
@@ -29,7 +30,7 @@ class Rates(NamedTuple):
     """What a machine reaches at best."""
 
     flop: float
-    """A second, of a product of matrices, bfloat16 on a GPU and float32 on a CPU."""
+    """A second, of a product of matrices, in the numbers that a network is computed in (see `precision`)."""
     bandwidth: float
     """Bytes a second, read and written, of a copy."""
 
@@ -96,7 +97,7 @@ class _ConvolutionBytes(TorchDispatchMode):
 def measured_rates(device: torch.device, seconds: float = 0.5) -> Rates:
     """Of one large product and one large copy, some `seconds` each."""
     is_gpu = device.type == "cuda"
-    dtype, size = (torch.bfloat16, GPU_MATMUL) if is_gpu else (torch.float32, CPU_MATMUL)
+    dtype, size = torch.bfloat16 if has_bfloat16(device) else torch.float32, GPU_MATMUL if is_gpu else CPU_MATMUL
     left, right, out = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
     source = torch.ones(COPY_BYTES if is_gpu else COPY_BYTES // 8, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

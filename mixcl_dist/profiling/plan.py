@@ -337,16 +337,17 @@ def _memory(config: Config, cluster: Cluster, found: Measured) -> tuple[float | 
 
 def _told_measured(config: Config, cluster: Cluster, found: Measured) -> tuple[str, ...]:
     low, high = spread_of_fifths(found.step_s)
+    by = f"each of {found.ranks} ranks side by side, the slowest" if found.ranks > 1 else "one rank"
     lines = [
-        f"{len(found.step_s)} steps of {config.pretrain.batch_size // cluster.gpus} patches by each of {found.ranks} "
-        f"rank{'s' if found.ranks > 1 else ''} side by side: {1e3 * statistics.fmean(found.step_s):.4g} ms of the "
-        f"slowest ({1e3 * low:.4g} to {1e3 * high:.4g} in fifths), {1e3 * found.wait_s:.3g} ms of it waiting for data",
+        f"{len(found.step_s)} steps of {config.pretrain.batch_size // cluster.gpus} patches by {by}: "
+        f"{1e3 * statistics.fmean(found.step_s):.4g} ms ({1e3 * low:.4g} to {1e3 * high:.4g} in fifths), "
+        f"{1e3 * found.wait_s:.3g} ms of it waiting for data",
         "now and then: " + ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in found.now_and_then_s.items()),
         f"one thread reads the shards at {found.read_rate / 1e6:.4g} MB/s, which may be from memory",
     ]
     if found.ranks > 1:
         gather, reduce = (1e3 * found.exchange_s[name] for name in ("gather", "reduce"))
-        lines.append(f"between these ranks a gather of all rows takes {gather:.3g} ms, a sum of gradients {reduce:.3g}")
+        lines.append(f"between these ranks all rows are gathered in {gather:.3g} ms, gradients added in {reduce:.3g}")
     return tuple(lines)
 
 
