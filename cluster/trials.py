@@ -6,23 +6,35 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WrapValidator
 
 from mixcl_dist.cluster.errors import ClusterError
 from mixcl_dist.cluster.ray import check_resources, check_shared, connection
 
 AT_ONCE = 500
 """Trials of one Tune experiment, whose time and memory a trial grow with their number."""
+MEASURED = "measured"
 STEP = "step"
 """Figure of a report that says how far the trial is."""
 Figures = Mapping[str, float]
 Report = Callable[[Figures], None]
+
+
+def _gpus(value: Any, inner: Callable[[Any], float | str]) -> float | str:
+    try:
+        found = inner(value)
+    except ValueError:
+        found = math.nan
+    if isinstance(found, str) or found <= 1 or found.is_integer():
+        return found
+    raise ValueError("give 0, a share up to 1, a whole number, or measured")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
@@ -33,8 +45,9 @@ class TrialsConfig:
     """Ray cluster to join ("auto" or host:port); None starts Ray on this machine and ends it afterwards."""
     cpus: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 1
     """CPU cores of one trial."""
-    gpus: Annotated[float, Field(ge=0, le=10**6)] = 0.0
-    """GPUs of one trial; a share lets trials sit on one GPU together."""
+    gpus: Annotated[Annotated[float, Field(ge=0, le=10**6)] | Literal["measured"], WrapValidator(_gpus)] = 0.0
+    """GPUs of one trial; a share lets trials sit on one GPU together, each with no more than that share of its memory;
+    `measured` takes the share whose memory a few steps of a trial need, which are tried out first."""
     concurrent: Annotated[int, Field(ge=0, le=10**6, strict=True)] = 0
     """Most trials at once; 0 leaves it to the resources."""
     memory_gb: Annotated[float, Field(ge=0, le=10**6)] = 0.0
@@ -42,6 +55,11 @@ class TrialsConfig:
     sets no bound."""
     max_failures: Annotated[int, Field(ge=0, le=1000, strict=True)] = 1
     """How often a trial that failed, or whose machine was lost, is started again."""
+
+    @property
+    def gpu_share(self) -> float:
+        """GPUs of one trial as a number: one whole of which it is not known how much is needed."""
+        return 1.0 if isinstance(self.gpus, str) else self.gpus
 
 
 class SearchError(ClusterError):
@@ -116,30 +134,38 @@ def run_trials(
     `RayError` where they do not, where there is no cluster, or where it could never run a trial; `SearchError`
     where trials do not report the metric by which they are to be stopped; `KeyboardInterrupt` where the user ends it.
     """
-    variables = {"OMP_NUM_THREADS": str(config.cpus)}
-    if not config.gpus:
-        variables["CUDA_VISIBLE_DEVICES"] = ""  # else every trial that asked for none would take the first
-    source, curves = iter(trials), list(earlier)
-    with connection(config.address or "local", option="trials.address", variables=variables):
+    source, rule = iter(trials), _Rule(early, earlier) if early else None
+    with joined(config, storage, read):
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed trial's traceback is in its folder
-        check_resources(
-            {
-                "trials.cpus": ("CPU", config.cpus),
-                "trials.gpus": ("GPU", config.gpus),
-                "trials.memory_gb": ("memory", config.memory_gb),
-            },
-            on_one_machine=True,
-        )
-        if config.address:
-            check_shared(storage, read)
         while (first := next(source, None)) is not None:
-            some = _Some(first, source, curves, ended, reported, early, storage.resolve())
+            some = _Some(first, source, rule, ended, reported, storage.resolve())
             _experiment(function, some, config)
             gc.collect()  # Tune's trials refer to each other
             if some.problem:
                 raise SearchError(some.problem)
             if some.left:
                 raise KeyboardInterrupt  # Tune takes the signal and returns
+
+
+@contextmanager
+def joined(config: TrialsConfig, storage: Path, read: Sequence[Path]) -> Iterator[None]:
+    """A connection to a Ray that can run such trials, whose machines all see `storage` and `read`; raises
+    `ClusterError`."""
+    variables = {"OMP_NUM_THREADS": str(config.cpus)}
+    if not config.gpus:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # else every trial that asked for none would take the first
+    with connection(config.address or "local", option="trials.address", variables=variables):
+        check_resources(
+            {
+                "trials.cpus": ("CPU", config.cpus),
+                "trials.gpus": ("GPU", config.gpu_share),
+                "trials.memory_gb": ("memory", config.memory_gb),
+            },
+            on_one_machine=True,
+        )
+        if config.address:
+            check_shared(storage, read)
+        yield
 
 
 def _experiment(
@@ -152,7 +178,7 @@ def _experiment(
         report = lambda figures: tune.report({**figures, "reported": dict(figures)})  # noqa: E731
         tune.report({"returned": function(parameters["trial"], report), "over": True})
 
-    resources = {"cpu": config.cpus, "gpu": config.gpus, "memory": config.memory_gb * 1e9}
+    resources = {"cpu": config.cpus, "gpu": config.gpu_share, "memory": config.memory_gb * 1e9}
     tuner = tune.Tuner(
         tune.with_resources(trainable, {name: amount for name, amount in resources.items() if amount or name == "cpu"}),
         tune_config=tune.TuneConfig(
@@ -182,11 +208,11 @@ def _limit_memory(config: TrialsConfig) -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (int(config.memory_gb * 1e9), most))
-    if 0 < config.gpus < 1:
+    if 0 < config.gpu_share < 1:
         import torch
 
         if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(config.gpus)
+            torch.cuda.set_per_process_memory_fraction(config.gpu_share)
 
 
 class _Some:
@@ -196,14 +222,13 @@ class _Some:
         self,
         first: dict[str, Any],
         source: Iterator[dict[str, Any]],
-        curves: list[Sequence[Figures]],
+        rule: _Rule | None,
         ended: Callable[[Outcome], None],
         reported: Callable[[dict[str, Any], Figures], None],
-        early: EarlyStopping | None,
         storage: Path,
     ) -> None:
         self.storage = storage
-        self.source, self.curves, self.early = chain([first], islice(source, AT_ONCE - 1)), curves, early
+        self.source, self.rule = chain([first], islice(source, AT_ONCE - 1)), rule
         self.ended, self.reported = ended, reported
         self.left: dict[str, list[Figures]] = {}
         """Trials that have not ended → what they have reported."""
@@ -222,9 +247,7 @@ class _Some:
             self.reported(trial, figures)
 
     def end(self, outcome: Outcome) -> None:
-        curve = self.left.pop(outcome.trial["id"])
-        if self.early and curve:
-            self.curves.append(curve)
+        del self.left[outcome.trial["id"]]
         self.ended(outcome)
 
     def searcher(self) -> Any:
@@ -246,35 +269,31 @@ class _Some:
         return Source()
 
     def scheduler(self) -> Any:
-        """The rule of `early`, told of what was reported before: Tune's own forgets it with the experiment."""
         from ray.tune.schedulers import FIFOScheduler
 
-        if self.early is None:
+        if self.rule is None:
             return None
-        some, rule, metric = self, self.early.scheduler(), self.early.metric
-        for number, curve in enumerate(self.curves):
-            rule.on_trial_add(None, ended := _Ended(f"ended-{number}"))
-            for figures in curve:
-                rule.on_trial_result(None, ended, dict(figures))
+        some, rule = self, self.rule
 
-        class Rule(FIFOScheduler):
+        class Scheduler(FIFOScheduler):
             def on_trial_add(self, controller: Any, trial: Any) -> None:
-                rule.on_trial_add(controller, trial)
-                for figures in some.left[_trial_id(trial)]:  # it was let through then
-                    rule.on_trial_result(controller, trial, dict(figures))
+                name = _trial_id(trial)
+                rule.add(name, some.left[name])
 
             def on_trial_result(self, controller: Any, trial: Any, result: dict) -> str:
-                curve = some.left[_trial_id(trial)]
-                if metric in result and (not curve or result[STEP] > curve[-1][STEP]):
-                    return rule.on_trial_result(controller, trial, result)
+                name = _trial_id(trial)
+                curve = some.left[name]
+                if rule.metric in result and (not curve or result[STEP] > curve[-1][STEP]):
+                    return rule.judged(name, result)
                 if "over" in result and not curve:
-                    some.problem = f"trials report no {metric}, so none can be stopped by it; search without stopping"
+                    what = f"trials report no {rule.metric}"
+                    some.problem = f"{what}, so none can be stopped by it; search without stopping"
                 return self.CONTINUE
 
             def __reduce__(self):
                 return FIFOScheduler, ()
 
-        return Rule()
+        return Scheduler()
 
     def callback(self) -> Any:
         from ray import tune
@@ -302,9 +321,28 @@ class _Some:
         return Telling()
 
 
+class _Rule:
+    """Tune's own of `early`, which outlives its experiments, and knows what was reported before the first."""
+
+    def __init__(self, early: EarlyStopping, earlier: Iterable[Sequence[Figures]]) -> None:
+        self.metric, self._rule = early.metric, early.scheduler()
+        for number, curve in enumerate(earlier):
+            self.add(f"earlier-{number}", curve)
+
+    def add(self, name: str, curve: Sequence[Figures]) -> None:
+        """A trial that was let through at each point of its curve."""
+        self._rule.on_trial_add(None, _Named(name))
+        for figures in curve:
+            self.judged(name, figures)
+
+    def judged(self, name: str, figures: Figures) -> str:
+        """Whether a trial goes on."""
+        return self._rule.on_trial_result(None, _Named(name), {key: figures[key] for key in (STEP, self.metric)})
+
+
 @dataclass(frozen=True)
-class _Ended:
-    """Stands for a trial of an earlier experiment."""
+class _Named:
+    """Stands for a trial of Tune, which would keep its whole experiment."""
 
     trial_id: str
 

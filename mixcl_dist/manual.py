@@ -66,6 +66,8 @@ def _range(part: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
             return " or ".join(_range(choice, parts) for choice in choices)
         case {"enum": names}:
             return ", ".join(map(str, names))
+        case {"const": name}:
+            return str(name)
         case {"type": "integer" | "number"}:
             return _interval(part)
         case {"prefixItems": [first, *others]}:

@@ -125,8 +125,12 @@ def held(folder: Path, option: str) -> Iterator[None]:
     """Make the folder of a run, a study or a table, and let no other process work in it.
 
     One that is empty in the end is removed again. `option` is the one that another folder is given by. Raises
-    `RunError` where another process works in it, or where it cannot be made.
+    `RunError` where another process works in it, or where it is an address, or cannot be made.
     """
+    scheme, *rest = folder.parts or ("",)
+    if scheme.endswith(":") and rest:  # a URL, as a path has it
+        cure = "give a folder, on a file system that all machines see"
+        raise RunError(f"{option} {scheme}//{'/'.join(rest)}: what goes on there needs locks and renames; {cure}")
     made = not folder.exists()
     try:
         with ExitStack() as stack:

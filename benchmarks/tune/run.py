@@ -1,12 +1,13 @@
 """Benchmark the driver of a study: what does a trial cost beside its own time, and does that grow with their number?
 
-    python benchmarks/tune/run.py --out OUT                       10,000 trials of 0.1 s: hours on two cores
-    python benchmarks/tune/run.py --out OUT --trials 40           minutes
-    python benchmarks/tune/run.py --out OUT --trials 3000 --only study reusing
+    python benchmarks/tune/run.py --out OUT --trials 40                            minutes
+    python benchmarks/tune/run.py --out OUT --trials 1000 --only study reusing     minutes
+    python benchmarks/tune/run.py --out OUT --only study                           10,000 trials: half an hour
+    python benchmarks/tune/run.py --out OUT                                        hours, for plain `Tuner`
 
 Three contestants run the same trials, which sleep, on the same Ray with as many cores, each in a process of its own and
-one after the other: `run_trials` with the ledger that a study keeps, Ray Tune's own `Tuner` with an empty grid and the
-same function, and that with `reuse_actors`. The overhead of a trial is the wall time of all of them, after the first
+one after the other: a study's table with its ledger, Ray Tune's own `Tuner` with an empty grid and the same function,
+and that with `reuse_actors`. The overhead of a trial is the wall time of all of them, after the first
 that has ended, less the time slept by as many as run at once. Results are in ``results.json`` (seconds and resident
 memory of the driver as trials end), a table in ``summary.md``, a chart in ``overhead.png``.
 """
@@ -14,6 +15,7 @@ memory of the driver as trials end), a table in ``summary.md``, a chart in ``ove
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -26,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 CONTESTANTS = {
-    "study": "run_trials with a ledger",
+    "study": "a study of `mixcl tune`",
     "tuner": "Tuner",
     "reusing": "Tuner, reuse_actors",
 }
@@ -89,30 +91,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def study(options: argparse.Namespace, folder: Path, note: Any) -> None:
-    from mixcl_dist.cluster.trials import TrialsConfig, run_trials
-    from mixcl_dist.records import TrialRecord
-    from mixcl_dist.studies.ledger import Ledger
+    from mixcl_dist.cluster.trials import run_trials
+    from mixcl_dist.config import Config, replace
+    from mixcl_dist.studies.study import StudyTable
 
-    seconds, ledger = options.seconds, Ledger(folder / "ledger.jsonl")
-
-    def trials():
-        for number in range(options.trials):
-            name = f"scratch-1-s{number}"
-            row = TrialRecord(id=name, start="scratch", fraction=1.0, seed=number, run=f"trials/{name}")
-            ledger.add(name, "digest", "begun", trial=row)
-            yield {"id": name, "row": row}
+    seconds, seeds = options.seconds, list(range(options.trials))
+    settings = {"study.fractions": [1.0], "study.seeds": seeds, "trials.concurrent": options.cores}
+    config = replace(Config(), settings)
+    common: dict[str, Any] = {"fraction": 1.0, "start": None, "params": {}}
+    trials = [common | {"id": f"scratch-1-s{seed}", "seed": seed} for seed in seeds]
+    table = StudyTable.open(folder, config, folder, [], trials)
 
     def ended(outcome):
-        ledger.add(outcome.trial["id"], "digest", "done", trial=outcome.trial["row"])
+        table.ended(outcome)
         note()
 
     def sleep(trial, report):
         import time
 
         time.sleep(seconds)
-        return {}
+        return {"mean": 0.5, "class_mean": {"organ": 0.5}, "seconds": seconds}
 
-    run_trials(sleep, trials(), storage=folder / "tune", config=TrialsConfig(concurrent=options.cores), ended=ended)
+    with (folder / "log").open("w") as log, contextlib.redirect_stderr(log):
+        run_trials(sleep, table.proposals(), storage=folder / "tune", config=config.trials, ended=ended)
+    table.save()
 
 
 def tuner(options: argparse.Namespace, folder: Path, note: Any, reuse: bool = False) -> None:
@@ -175,7 +177,7 @@ def summary(found: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> str
     for name in sorted(best.keys() - {"study"}) if "study" in best else ():
         lines += [
             "",
-            f"Overhead of `run_trials` beside `{CONTESTANTS[name]}`, best runs: {best['study'] / best[name]:.2f}.",
+            f"Overhead of a study beside that of {CONTESTANTS[name]}, best runs: {best['study'] / best[name]:.2f}.",
         ]
     return "\n".join(lines) + "\n"
 

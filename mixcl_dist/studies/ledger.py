@@ -43,6 +43,8 @@ class LedgerRecord(TypedDict, total=False):
     """UTC, ISO 8601."""
     trial: TrialRecord
     """Of a study, its row."""
+    gpus: Length
+    """Of a study's probe, the share of a GPU that one trial needs."""
     step: Count
     """Of a study's partial record, to which `mean` belongs."""
 

@@ -9,6 +9,8 @@ from mixcl_dist.records import TrialRecord
 from mixcl_dist.studies import ledger
 
 LEDGER = "ledger.jsonl"
+PROBE = "probe"
+"""Item of the ledger that has the share of a GPU which was measured."""
 
 
 def fold(rows: Iterable[TrialRecord], lines: Iterable[ledger.LedgerRecord]) -> dict[str, TrialRecord]:

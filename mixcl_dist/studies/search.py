@@ -16,6 +16,8 @@ READ = ("finetune.", "network.")
 """Settings that a trial reads."""
 SEARCHED = ("pretrain.", "objective.", "optimizer.", "views.", "rows.")
 """Settings that pre-training alone reads."""
+WEIGHTY = ("network.", "finetune.patch_size", "finetune.batch_size", "finetune.spacing_mm", "finetune.classes")
+"""Settings that the memory of a trial depends on."""
 Space = Mapping[str, Mapping[str, Any]]
 
 
@@ -137,15 +139,27 @@ def _check_setting(config: Config, key: str, value: Any, read: tuple[str, ...]) 
 def points(config: Config) -> list[dict[str, Any]]:
     """The points of a search at random or on a grid, without settings whose `when` does not hold."""
     space = config.study.search
-    found: list[dict[str, Any]] = []
+    is_drawn = any(not set(one) & set(SETS) for one in space.values())  # and so no point comes again
+    found: dict[Any, dict[str, Any]] = {}
     for point in draw({key: _without_when(one) for key, one in space.items()}, config.study.samples, SEED):
         kept: dict[str, Any] = {}
         for key in space:
             if _holds(space[key], kept):
                 kept[key] = point[key]
-        if kept not in found or any(not set(one) & {"grid", "choice"} for one in space.values()):
-            found.append(kept)
-    return found
+        found.setdefault(len(found) if is_drawn else repr(kept), kept)
+    return list(found.values())
+
+
+def heaviest(config: Config) -> list[dict[str, Any]]:
+    """Points of which one takes as much memory as any of the search: all combinations of the settings that memory
+    depends on, of ranges their upper edge."""
+    weighty = {key: one for key, one in config.study.search.items() if key.startswith(WEIGHTY)}
+    space = {}
+    for key, one in weighty.items():
+        ((kind, values),) = _without_when(one).items()
+        kept = {key: value for key, value in one.items() if key == WHEN and set(value) <= weighty.keys()}
+        space[key] = {"grid": values if kind in SETS else [values[1] - (kind == "randint")]} | kept
+    return points(replace(config, {"study.search": space, "study.samples": 1}))
 
 
 def _without_when(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,12 +185,25 @@ def described(config: Config) -> str:
         lines[0] += f", for {' and '.join(study.objectives)}"
     if study.stopping != "none":
         lines.append(f"  stopped early by {study.stopping}, from step {study.grace_steps} of {config.finetune.steps}")
+        if (risen := _risen(config)) > study.grace_steps:
+            lines[-1] += f", though learning rates rise up to step {risen}: later, a search keeps more of what is best"
     for key, description in study.search.items():
         ((kind, values),) = _without_when(description).items()
         when = "".join(f", where {other} is {value}" for other, value in description.get(WHEN, {}).items())
         shown = " to ".join(map(str, values)) if kind in RANGES else ", ".join(map(str, values))
         lines.append(f"  {key}: {kind} {shown}{when}")
     return "\n".join(lines)
+
+
+def _risen(config: Config) -> int:
+    """Step by which every trial's learning rates have risen: before, it is judged by how they rise."""
+    highest = {}
+    for name in ("head_fraction", "warmup_fraction"):
+        searched = config.study.search.get(f"finetune.{name}", {"choice": [getattr(config.finetune, name)]})
+        ((_, values),) = _without_when(searched).items()
+        highest[name] = max(values)
+    head, warmup = highest.values()
+    return round(config.finetune.steps * (head + (1 - head) * warmup))
 
 
 class Tpe:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixcl_dist.cluster.trials import Outcome, run_trials
+from mixcl_dist.cluster import packing
+from mixcl_dist.cluster.trials import MEASURED, Outcome, TrialsConfig, run_trials
 from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.errors import RunError
@@ -25,14 +26,15 @@ from mixcl_dist.run import held, machine, now, read_config
 from mixcl_dist.seen import KnownScans, Shared, check_split, leak, one_patient, shared_scans
 from mixcl_dist.studies.ledger import Ledger, digest_of, read
 from mixcl_dist.studies.pipeline import Pretrainings, finetuning_part, run_pretraining
-from mixcl_dist.studies.rows import LEDGER, fold
-from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, points
+from mixcl_dist.studies.rows import LEDGER, PROBE, fold
+from mixcl_dist.studies.search import Tpe, check_search, described, early_stopping, heaviest, points
 from mixcl_dist.studies.statistics import Interval, is_decided, t_sequence
 from mixcl_dist.studies.table.runner import refuse_held_out
 from mixcl_dist.studies.trial import CACHE, result_of, run_trial, settings_of
 
 FINAL = ("done", "stopped", "barred")
 """Of trials that are not run again."""
+PROBE_STEPS = 5
 
 
 def run_study(
@@ -82,12 +84,13 @@ def _run_study(config: Config, *, data: Path, starts: Sequence[Path], study: Pat
         if pretrainings and table.unfinished:
             _pretrain(pretrainings, table, config)
         if table.unfinished:
+            run = functools.partial(run_trial, to_dict(config), data, study)
+            places: dict[str, Any] = {"storage": study / "tune", "read": [data, *starts]}
             run_trials(
-                functools.partial(run_trial, to_dict(config), data, study),
+                run,
                 table.proposals(),
-                storage=study / "tune",
-                read=[data, *starts],
-                config=config.trials,
+                **places,
+                config=_packed(run, places, table, config),
                 ended=table.ended,
                 reported=table.reported,
                 early=early_stopping(config),
@@ -119,6 +122,22 @@ def _pretrain(pretrainings: Pretrainings, table: StudyTable, config: Config) -> 
         )
 
 
+def _packed(run: Any, places: Mapping[str, Any], table: StudyTable, config: Config) -> TrialsConfig:
+    """The settings of trials, with the share of a GPU that a few steps of the heaviest need where it is not given."""
+    if config.trials.gpus != MEASURED:
+        return config.trials
+    probes = table.probes()
+    try:
+        memory = packing.measure(run, probes, **places, config=config.trials)
+    finally:
+        for probe in probes:
+            shutil.rmtree(table.folder_of(probe), ignore_errors=True)
+    table.ledger.add(PROBE, PROBE, "done", gpus=memory.share)
+    took, total = (f"{size / 1e9:.1f} GB" for size in (memory.peak + memory.beside, memory.total))
+    print(f"a trial takes {took} of a GPU's {total}: {memory.trials} share one", file=sys.stderr, flush=True)
+    return dataclasses.replace(config.trials, gpus=memory.share)
+
+
 def plan(
     config: Config,
     task: Task,
@@ -142,13 +161,13 @@ def plan(
             check_split(task.cases, label_cases, task.held_out, known)  # what looks alike, each trial says
             distinct = config.budget.distinct_patients
             lawful = _lawful_start(shared, task, label_cases, distinct) if starts else None
-            of_scratch: list[dict[str, Any]] = []
+            of_scratch = set[str]()
             for number, params in enumerate(drawn):
                 start = pretrainings.start(params, fraction, seed) if pretrainings else lawful
                 arms: dict[str, Path | None] = {"pretrained": start} if start else {}
-                if not (start and one_arm) and (part := finetuning_part(params)) not in of_scratch:
+                if not (start and one_arm) and (part := repr(finetuning_part(params))) not in of_scratch:
                     arms = {"scratch": None, **arms}
-                    of_scratch.append(part)
+                    of_scratch.add(part)
                 suffix = f"-p{number}" if config.study.search and not adaptive else ""
                 for arm, path in arms.items():
                     key = {"id": f"{arm}-{fraction:g}-s{seed}{suffix}", "fraction": fraction, "seed": seed}
@@ -165,7 +184,7 @@ class StudyTable:
         self._search = Tpe(config.study.search, config.study.objectives) if config.study.method == "tpe" else None
         self._trials = {trial["id"]: trial for trial in trials}
         self._of_all = digest_of(study, (), _without_machine(to_dict(config)), record.data)
-        self._ended = 0
+        self._ended, self._over = 0, set[str]()
         lines = read(study / LEDGER)
         newest = {line["item"]: line["digest"] for line in lines if "trial" in line}
         self.rows = fold((_row(trial) for trial in trials if not self._search), lines)
@@ -226,11 +245,24 @@ class StudyTable:
                 else:
                     yield self._propose(row)
         while self._search and len(self.rows) < self.planned:
-            (common, *_), number = self._trials.values(), len(self.rows)
+            common, number = next(iter(self._trials.values())), len(self.rows)
             name = f"{common['id'].partition('-p')[0]}-p{number}"
             trial = common | {"id": name, "params": self._search.propose(name, number)}
             self._trials[name] = trial
             yield self._propose(_row(trial))
+
+    def probes(self) -> list[dict[str, Any]]:
+        """A few steps of the trials that take most memory, each in a new folder of its own."""
+        trial = next(iter(self._trials.values()))
+        few = {"finetune.steps": PROBE_STEPS}
+        found = []
+        for number, heavy in enumerate(heaviest(self._config)):
+            found.append(trial | {"id": f"{PROBE}-{number}", "params": trial["params"] | heavy | few})
+            shutil.rmtree(self.folder_of(found[-1]), ignore_errors=True)
+        return found
+
+    def folder_of(self, trial: Mapping[str, Any]) -> Path:
+        return self._study / "trials" / trial["id"]
 
     def reported(self, trial: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         row, step, dice = self.rows[trial["id"]], int(figures["step"]), figures["dice"]
@@ -265,6 +297,7 @@ class StudyTable:
         has."""
         there = (self._study / row.run / DiceRecord.FILE).exists()
         if row.status in FINAL and digest == self._digest(row.id) and (there or row.status != "done"):
+            self._over.add(row.id)
             self._tell_search(row)
         elif there:
             self._refuse_another_trial(row)
@@ -297,6 +330,7 @@ class StudyTable:
 
     def _note(self, row: TrialRecord) -> None:
         self.rows[row.id] = row
+        self._over.add(row.id)
         self._write(row, row.status)
         self._tell_search(row)
 
@@ -310,7 +344,7 @@ class StudyTable:
             self._search.tell(row.id, row.params, figures, row.status == "stopped", row.reports)
 
     def _progress(self) -> str:
-        left = self.planned - sum(row.status in (*FINAL, "failed") for row in self.rows.values())
+        left = self.planned - len(self._over)
         seconds = (time.monotonic() - self._begin) / self._ended
         pace = f"{seconds:.0f} s/trial, {tqdm.format_interval(left * seconds)} left"
         return f"{self.planned - left}/{self.planned} trials, {pace}"

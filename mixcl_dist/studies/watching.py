@@ -14,12 +14,14 @@ from tqdm import tqdm
 from mixcl_dist.records import StudyRecord, TrialRecord
 from mixcl_dist.run import LOCK
 from mixcl_dist.studies import ledger
-from mixcl_dist.studies.rows import LEDGER, fold
+from mixcl_dist.studies.rows import LEDGER, PROBE, fold
 
 ENDS = ("done", "stopped", "failed")
 RECENT = 50
 """Ends of trials that the rate is measured on."""
 LOOK_EVERY_S = 2.0
+REST = 10
+"""Times as long as a look takes nothing is looked at: thousands of trials take a second of their machine's time."""
 SHOWN = 5
 
 
@@ -69,9 +71,16 @@ def standing(study: Path) -> Standing:
         rows=rows,
         planned=planned,
         seconds_left=_seconds_left(lines, planned - over),
-        gpus=running * (record.config.get("trials") or {}).get("gpus", 0.0),
+        gpus=running * _share(record, lines),
         driver=_driver(study),
     )
+
+
+def _share(record: StudyRecord, lines: list[ledger.LedgerRecord]) -> float:
+    """GPUs of a trial, as given or as the newest probe measured."""
+    given = (record.config.get("trials") or {}).get("gpus", 0.0)
+    measured = [line["gpus"] for line in lines if line["item"] == PROBE and "gpus" in line]
+    return given if isinstance(given, int | float) else (measured or [1.0])[-1]
 
 
 def _seconds_left(lines: list[ledger.LedgerRecord], left: int) -> float | None:
@@ -114,9 +123,10 @@ def _short(value: object) -> str:
 def watch(study: Path) -> None:
     """Show how a study stands until all its trials have ended, or nobody runs it; where output is no terminal, once."""
     while True:
+        begin = time.monotonic()
         now = standing(study)
         on_terminal = sys.stdout.isatty()
         print(("\033[H\033[J" if on_terminal else "") + text(now), flush=True)
         if not on_terminal or now.driver is None or not {"pending", "running"} & now.counts.keys():
             return
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(max(LOOK_EVERY_S, REST * (time.monotonic() - begin)))

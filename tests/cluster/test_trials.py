@@ -12,9 +12,19 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
+from mixcl_dist.cluster import trials as trials_module
 from mixcl_dist.cluster.ray import RayError
-from mixcl_dist.cluster.trials import EarlyStopping, Outcome, SearchError, TrialsConfig, draw, run_trials
+from mixcl_dist.cluster.trials import (
+    EarlyStopping,
+    Outcome,
+    SearchError,
+    TrialsConfig,
+    _limit_memory,
+    draw,
+    run_trials,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning:ray.*")
 
@@ -96,6 +106,21 @@ def test_a_trial_that_asks_for_more_memory_than_its_share_fails_alone(tmp_path):
     assert outcomes["small"].result == {"bytes": 10**7} and "MemoryError" in outcomes["large"].error
 
 
+@pytest.mark.parametrize(("gpus", "capped"), [(0.25, [0.25]), (1, []), (0, []), ("measured", [])])
+def test_trials_that_share_a_gpu_have_no_more_than_their_share_of_its_memory(monkeypatch, gpus, capped):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_to.append)
+    _limit_memory(TrialsConfig(gpus=gpus))
+    assert set_to == capped
+
+
+@pytest.mark.parametrize("gpus", [-1, 1.5, "measure", 1e9, float("nan"), None])
+def test_gpus_that_no_trial_can_have_are_refused(gpus):
+    with pytest.raises(ValueError, match="give 0, a share up to 1, a whole number, or measured"):
+        TrialsConfig(gpus=gpus)
+
+
 def test_a_trial_that_has_come_to_its_end_is_not_stopped_there():
     rule = EarlyStopping("asha", "dice", longest=9, grace=1, reduction=3).scheduler()
     for number in range(5):
@@ -105,7 +130,11 @@ def test_a_trial_that_has_come_to_its_end_is_not_stopped_there():
 
 
 @pytest.mark.slow
-def test_a_trial_that_falls_behind_is_stopped_also_by_those_that_ended_before(tmp_path):
+@pytest.mark.parametrize("at_once", [500, 1])
+def test_a_trial_that_falls_behind_is_stopped_also_by_those_that_ended_before(tmp_path, monkeypatch, at_once):
+    """In one experiment of Tune, and in an experiment for each."""
+    monkeypatch.setattr(trials_module, "AT_ONCE", at_once)
+
     def function(trial, report):
         for step in (1, 2, 3):
             report({"step": step, "dice": trial["dice"]})
@@ -114,15 +143,22 @@ def test_a_trial_that_falls_behind_is_stopped_also_by_those_that_ended_before(tm
     heard, outcomes = [], {}
     run_trials(
         function,
-        [{"id": "bad", "dice": 0.1}, {"id": "good", "dice": 0.9}, {"id": "passed", "dice": 0.1, "reported": [PASSED]}],
+        [
+            {"id": "bad", "dice": 0.1},
+            {"id": "good", "dice": 0.9},
+            {"id": "passed", "dice": 0.1, "reported": [PASSED]},
+            {"id": "fair", "dice": 0.8},
+            {"id": "late", "dice": 0.5},
+        ],
         storage=tmp_path / "tune",
         config=TrialsConfig(concurrent=1),
         ended=lambda outcome: outcomes.update({outcome.trial["id"]: outcome.result}),
         reported=lambda trial, figures: heard.append((trial["id"], figures["step"])),
         early=EarlyStopping("asha", "dice", longest=3, grace=1, reduction=3),
-        earlier=[[{"step": 1, "dice": 0.5}]],
+        earlier=[[{"step": 1, "dice": 0.2}]],
     )
     assert outcomes["bad"] is None and outcomes["good"] == {"steps": 3}
+    assert outcomes["late"] is None, "which the earlier trial alone would have let through"
     assert heard[:4] == [("bad", 1), ("good", 1), ("good", 2), ("good", 3)]
     assert heard[4] == ("passed", 2), "what it had reported is neither told nor judged again"
 

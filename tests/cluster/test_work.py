@@ -74,16 +74,27 @@ def test_without_a_ray_there_it_says_so(tmp_path):
 LOOK_AROUND = """
 import sys
 from pathlib import Path
-import ray
+from mixcl_dist.cluster.ray import RayError
+from mixcl_dist.cluster.trials import TrialsConfig, run_trials
 from mixcl_dist.cluster.work import on_ray
-with on_ray(sys.argv[1], written=Path(sys.argv[2]), read=[]):
-    print([node["Alive"] for node in ray.nodes()], "did a second one join?")
+
+address, out = sys.argv[1], Path(sys.argv[2])
+try:
+    with on_ray(address, written=out, read=[]):
+        print("a second one did not join")
+except RayError as error:
+    print(error)
+try:
+    options = {"storage": out / "study", "config": TrialsConfig(address=address), "ended": print}
+    run_trials(lambda trial, report: {}, [{"id": "one"}], **options)
+except RayError as error:
+    print(error)
 """
 
 
 @pytest.mark.slow
 def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
-    """A second Ray node in a name space where the folder is another disk."""
+    """A second Ray node in a name space where the folder is another disk: for work, and for the trials of a study."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no user name space to mount another disk in; sysctl kernel.unprivileged_userns_clone=1")
     ray_command = str(Path(sys.executable).with_name("ray"))
@@ -105,7 +116,8 @@ def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
         time.sleep(10)
         driver = [sys.executable, "-c", LOOK_AROUND, f"127.0.0.1:{port}", str(out)]
         done = subprocess.run(driver, env=environment, capture_output=True, text=True)
-        assert re.search("RayError: .*out: is not the same on machine", done.stderr), (done.stdout, done.stderr)
+        refused = re.findall("^(.*): is not the same on machine .*; give paths on a file system", done.stdout, re.M)
+        assert refused == [str(out), str(out / "study")], (done.stdout, done.stderr)
     finally:
         parents = [psutil.Process(node.pid) for node in nodes]
         started = parents + [child for parent in parents for child in parent.children(recursive=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,6 +46,14 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
         held(tmp_path / "file/run", "--run"),
     ):
         pass
+
+
+def test_a_bucket_is_no_folder_to_work_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = r"--study s3://bucket/studies/one: what goes on there needs locks and renames; give a folder"
+    with pytest.raises(RunError, match=told), held(Path("s3://bucket/studies/one"), "--study"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_was_killed_before_its_first_record_begins_again(tmp_path):

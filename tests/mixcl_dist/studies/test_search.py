@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mixcl_dist.config import Config, ConfigError, replace
-from mixcl_dist.studies.search import Tpe, check_search, described, points
+from mixcl_dist.studies.search import Tpe, check_search, described, heaviest, points
 
 ONE_CELL = {"study.fractions": [1.0], "study.seeds": [0], "budget.development": ["a"]}
 RATE = {"finetune.learning_rate": {"loguniform": [1e-4, 1e-2]}}
@@ -65,6 +65,21 @@ def test_settings_of_a_search_that_do_not_fit_together_are_refused(settings, sai
         check_search(config(**settings))
 
 
+def test_settings_of_pre_training_are_searched_where_it_is_run_but_not_by_tpe():
+    search = {"objective.voxel_label": {"uniform": [0.0, 1.0]}}
+    check_search(config(search=search, samples=4), pretrained_too=True)
+    told = "study.method tpe: pre-trainings are run before the first trial, .* search them at random or on a grid"
+    with pytest.raises(ConfigError, match=told):
+        check_search(config(search=RATE | search, method="tpe"), pretrained_too=True)
+
+
+@pytest.mark.parametrize("setting", [{"stopping": "pbt"}, {"method": "pbt"}])
+def test_population_based_training_is_refused(setting):
+    """Its trials would take over each other's checkpoints, so that none could be told by its settings alone."""
+    with pytest.raises(ConfigError, match=rf"study.{next(iter(setting))} = 'pbt': Input should be 'none|random'"):
+        config(**setting)
+
+
 def test_objectives_that_nobody_reports_are_refused():
     with pytest.raises(ConfigError, match=r"study.objectives.* = 'accuracy'"):
         config(objectives=["accuracy"])
@@ -82,6 +97,26 @@ def test_a_setting_is_drawn_only_where_its_condition_holds():
     ]
 
 
+def test_the_heaviest_points_are_those_of_the_settings_that_memory_depends_on():
+    search = RATE | {
+        "finetune.batch_size": {"randint": [1, 5]},
+        "network.architecture": {"choice": ["unet", "segresnet"]},
+        "finetune.spacing_mm": {"grid": [[2.0, 2.0, 2.0]], "when": {"network.architecture": "unet"}},
+        "finetune.patch_size": {"grid": [[32] * 3, [64] * 3], "when": {"finetune.learning_rate": 1e-4}},
+    }
+    found = heaviest(config(search=search, samples=50))
+    assert {point["finetune.batch_size"] for point in found} == {4} and len(found) == 4
+    assert all("finetune.learning_rate" not in point for point in found)
+    assert all(("finetune.spacing_mm" in point) == (point["network.architecture"] == "unet") for point in found)
+    assert heaviest(config(search=RATE)) == [{}]
+
+
+def test_of_many_draws_none_is_left_out_and_of_a_grid_each_point_is_there_once():
+    assert len(points(config(search=RATE, samples=2000))) == 2000
+    search = {"finetune.batch_size": {"choice": [1, 2]}}
+    assert sorted(point["finetune.batch_size"] for point in points(config(search=search, samples=50))) == [1, 2]
+
+
 def test_the_space_is_printed():
     text = described(config(method="tpe", samples=40, stopping="asha"))
     assert text.splitlines() == [
@@ -89,6 +124,15 @@ def test_the_space_is_printed():
         "  stopped early by asha, from step 250 of 300",
         "  finetune.learning_rate: loguniform 0.0001 to 0.01",
     ]
+
+
+def test_it_is_said_where_trials_would_be_judged_while_their_learning_rates_rise():
+    """The classifier learns alone for 30 of 300 steps; then the others' rate rises for up to half of the 270 left."""
+    search = {"finetune.warmup_fraction": {"uniform": [0.0, 0.5]}, "finetune.head_fraction": {"choice": [0.0, 0.1]}}
+    often = {"study.stopping": "asha", "finetune.curve_every": 5}
+    told = "from step {} of 300, though learning rates rise up to step 165"
+    early, late = (replace(config(search=search), often | {"study.grace_steps": steps}) for steps in (160, 165))
+    assert told.format(160) in described(early) and "though" not in described(late)
 
 
 SPACE = {

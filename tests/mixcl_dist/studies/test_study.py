@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 from safetensors.torch import save_file
 
 from mixcl_dist.budget import budget_cases
+from mixcl_dist.cluster.packing import GpuMemory
 from mixcl_dist.cluster.trials import Outcome
 from mixcl_dist.config import Config, ConfigError, replace, to_dict
 from mixcl_dist.data_shards.format.manifest import Manifest
@@ -24,15 +26,17 @@ from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.task import open_task
 from mixcl_dist.networks.heads import SegmentationNetwork
-from mixcl_dist.records import DiceRecord, PretrainRecord, StudyRecord
+from mixcl_dist.records import DiceRecord, FinetuneRecord, PretrainRecord, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
 from mixcl_dist.settings import BudgetConfig
 from mixcl_dist.studies import study as study_module
+from mixcl_dist.studies.ledger import Ledger
 from mixcl_dist.studies.pipeline import Pretrainings
 from mixcl_dist.studies.search import check_search
 from mixcl_dist.studies.study import plan, run_study
 from mixcl_dist.studies.trial import run_trial
+from mixcl_dist.studies.watching import standing
 
 SMALL = {
     "network.filters": [4, 8, 8],
@@ -255,6 +259,35 @@ def test_seeds_are_left_out_once_the_comparison_is_decided(config, data, start, 
     assert len(asked) == 8, "four seeds tell"
     assert [row.status for row in content.trials] == ["done"] * 8 + ["barred"] * 16 and content.finished
     assert "4 seeds tell: +0.200" in content.trials[-1].error and "left out" in capsys.readouterr().err
+
+
+def test_trials_share_a_gpu_as_the_probe_of_one_has_measured(config, data, at_once, monkeypatch, tmp_path, capsys):
+    probed, shares = [], []
+    run_trials = study_module.run_trials
+
+    def measure(function, probes, **options):
+        for probe in probes:
+            function(probe, lambda figures: None)
+            probed.append((probe["id"], FinetuneRecord.load(study / "trials" / probe["id"]).finished is not None))
+        return GpuMemory(peak=7 * 10**9, beside=5 * 10**8, total=80 * 10**9)
+
+    def trials_of_a_share(function, trials, *, config, **options):
+        shares.append(config.gpus)
+        run_trials(function, trials, **options)
+
+    monkeypatch.setattr(study_module.packing, "measure", measure)
+    monkeypatch.setattr(study_module, "run_trials", trials_of_a_share)
+    study = tmp_path / "study"
+    measured = replace(config, {"trials.gpus": "measured", "study.fractions": [1.0]})
+    content = run_study(measured, data=data, starts=[], study=study)
+    assert probed == [("probe-0", True)] and shares == [0.1111]
+    assert "a trial takes 7.5 GB of a GPU's 80.0 GB: 9 share one" in capsys.readouterr().err
+    assert [row.id for row in content.trials] == ["scratch-1-s0"] == [p.name for p in study.glob("trials/*-*")]
+    begun = dataclasses.replace(content.trials[0], status="running")
+    Ledger(study / "ledger.jsonl").add(begun.id, "x", "begun", trial=begun)
+    assert standing(study).gpus == 0.1111
+    run_study(measured, data=data, starts=[], study=study)
+    assert len(shares) == 1, "there is nothing left to be packed"
 
 
 PRETRAINED = {
