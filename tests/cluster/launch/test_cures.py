@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
+import sys
 
 import pytest
 import yaml
@@ -50,12 +50,11 @@ def site(tmp_path, monkeypatch):
     """A machine that has no programs but those that it is given."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    python = shutil.which("python3")
     monkeypatch.setenv("PATH", str(programs))
 
     def give(**source: str) -> None:
         for name, text in source.items():
-            (programs / name).write_text(f"#!{python}\n{text}")
+            (programs / name).write_text(f"#!{sys.executable}\n{text}")
             (programs / name).chmod(0o755)
 
     return give
