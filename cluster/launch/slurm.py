@@ -2,7 +2,9 @@
 
 Before its time is up, or before it is preempted, every rank gets SIGUSR1, saves and ends with `REQUEUE`; the script
 then asks for another turn, and each turn goes on from the newest checkpoint. So it does where a machine was lost, which
-the other ranks notice sooner than SLURM does. Any other failure ends the job.
+the other ranks notice sooner than SLURM does. Any other failure ends the job, and so does scancel. A rank whose step
+outlasts the warning still has SLURM's KillWait once time is up. The first rank that ends does not end the others, which
+do so by themselves: one that SLURM had ended a second before its own end would hide that there is another turn to ask.
 """
 
 from __future__ import annotations
@@ -73,10 +75,13 @@ def script(job: Job, allocation: Allocation, *, python: str = sys.executable) ->
 export {ID_VARIABLE}=slurm-$SLURM_JOB_ID
 export MASTER_ADDR=$(hostname)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-srun --kill-on-bad-exit=1 --wait=60 {container}sh -c {shlex.quote(line)}
+trap : TERM  # which ends this script, too, when its time is up
+srun --kill-on-bad-exit=0 --wait=60 {container}sh -c {shlex.quote(line)}
 code=$?
 lost_machine() {{ ! timeout {ANSWER_S} srun --overlap --ntasks-per-node=1 true; }}
-if [ $code = {REQUEUE} ] || {{ [ $code != 0 ] && lost_machine; }}; then scontrol requeue "$SLURM_JOB_ID"; fi
+cancelled() {{ ! scontrol show job "$SLURM_JOB_ID" | grep -qE 'JobState=RUNNING|Reason=TimeLimit'; }}
+unfinished() {{ [ $code = {REQUEUE} ] || {{ [ $code != 0 ] && lost_machine; }}; }}
+if unfinished && ! cancelled; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_the_script_asks_for_what_the_job_needs():
 def test_a_job_on_cpus_asks_for_no_gpu_and_a_container_is_the_steps():
     text = script(Job(JOB.command, nodes=2), Allocation(container="registry/mixcl:1"))
     assert "--gpus" not in text and "--time" not in text
-    assert "srun --kill-on-bad-exit=1 --wait=60 --container-image=registry/mixcl:1 sh -c" in text
+    assert "srun --kill-on-bad-exit=0 --wait=60 --container-image=registry/mixcl:1 sh -c" in text
 
 
 @pytest.mark.parametrize("wrong", [{"time": "soon"}, {"options": ("constraint=h100",)}])
@@ -40,27 +41,30 @@ def test_without_sbatch_it_says_so(monkeypatch, tmp_path):
 
 
 PYTHON = """#!/bin/sh
-# Stands in for `python -m mixcl_dist`: the first turn is told to stop, saves and asks for another.
+# Stands in for `python -m mixcl_dist`: the first turn is told to stop, saves and asks for another. It does not come to
+# that at another signal than {heeded}, as in a long step; rank 0 ends a second after the others.
 echo "$SLURM_PROCID of $SLURM_NTASKS at $MASTER_ADDR:$MASTER_PORT: $@" >> {folder}/ranks
 if [ -e {folder}/runs/a/run.json ]; then sleep 1; exit {code}; fi
-trap 'touch {folder}/saved.$SLURM_PROCID; exit {requeue}' USR1
+trap '' USR1
+trap 'touch {folder}/saved.$SLURM_PROCID; sleep $((SLURM_PROCID == 0)); exit {requeue}' {heeded}
 touch {folder}/begun.$SLURM_PROCID
 while true; do sleep 0.1; done
 """
 
 
-def job(slurm, folder, monkeypatch, code: int) -> str:
+def job(slurm, folder, monkeypatch, code: int, *, limit: str = "10", heeded: str = "USR1") -> str:
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     python = folder / "python"
-    python.write_text(PYTHON.format(folder=folder, code=code, requeue=REQUEUE))
+    python.write_text(PYTHON.format(folder=folder, code=code, requeue=REQUEUE, heeded=heeded))
     python.chmod(0o755)
     two = Job(("pretrain", "--data", "shards", "--run", str(folder / "runs" / "a")), nodes=2)
-    return submit(script(two, Allocation(time="10"), python=str(python)), folder)
+    return submit(script(two, Allocation(time=limit), python=str(python)), folder)
 
 
-def wait_for(*paths) -> None:
-    subprocess.run(["sh", "-c", 'for f; do until [ -e "$f" ]; do sleep 0.1; done; done', "_", *paths], timeout=60)
+def wait_for(*paths, seconds: float = 60) -> None:
+    wait = 'for f; do until [ -e "$f" ]; do sleep 0.1; done; done'
+    subprocess.run(["sh", "-c", wait, "_", *paths], timeout=seconds)
 
 
 @pytest.mark.cluster
@@ -76,6 +80,29 @@ def test_ranks_that_are_told_to_stop_get_another_turn(slurm, tmp_path, monkeypat
     assert [line.split()[0] for line in said] == ["0", "0", "1", "1"]
     assert len({line.split()[4] for line in said}) == 1, "all ranks meet in one place"
     assert sum(line.endswith("--resume latest") for line in said) == 2
+
+
+@pytest.mark.cluster
+def test_ranks_that_save_only_once_their_time_is_up_get_another_turn(slurm, tmp_path, monkeypatch):
+    """SLURM then ends the script itself, too."""
+    number = job(slurm, tmp_path, monkeypatch, code=0, limit="1", heeded="TERM")
+    wait_for(tmp_path / "begun.0", tmp_path / "begun.1")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "run.json").touch()
+    wait_for(tmp_path / "saved.0", tmp_path / "saved.1", seconds=240)  # SLURM looks at its clock every half minute
+    slurm.wait(number, "PENDING", seconds=90)
+    assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=120) == "COMPLETED"
+
+
+@pytest.mark.cluster
+def test_a_cancelled_job_gets_no_other_turn(slurm, tmp_path, monkeypatch):
+    number = job(slurm, tmp_path, monkeypatch, code=0, heeded="TERM")
+    wait_for(tmp_path / "begun.0", tmp_path / "begun.1")
+    slurm.ask("scancel", number)
+    wait_for(tmp_path / "saved.0", tmp_path / "saved.1")
+    assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "PENDING", seconds=90) == "CANCELLED"
+    time.sleep(5)  # a job that asked for another turn would be waiting by now
+    assert slurm.state(number) == "CANCELLED"
 
 
 @pytest.mark.cluster
