@@ -44,7 +44,7 @@ class EngineConfig:
 
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What ZeRO shards over the ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters; None is 0
-    for one rank and 1 for several."""
+    for one rank without offloading and 1 otherwise."""
     accumulation_steps: Annotated[int, Field(ge=1, le=10**6, strict=True)] = 1
     """Backward passes for each optimizer step."""
     gradient_clipping: Annotated[float, Field(ge=0, le=1e9)] = 1.0
@@ -57,11 +57,18 @@ class EngineConfig:
     bucket_size: Annotated[int, Field(ge=1024, le=10**10, strict=True)] = 500_000_000
     """Largest number of weights whose gradients ranks exchange at once, at ZeRO stage 1 and above; fewer need less
     memory."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in main memory and take its steps on the CPU, at ZeRO stage 1 and above: less GPU
+    memory, and a step that is as slow as the CPU."""
     compile: bool = False
     """Let `torch.compile` make the network's kernels, which takes minutes once."""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 600.0
     """Seconds that the longest step may take, its probe and a shard that is slow to come included: then the rank that
     hangs is named, and all ranks end."""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer is for ZeRO; set zero_stage to 1, 2 or 3, or leave it out")
 
 
 class Engine(Protocol):
@@ -141,13 +148,19 @@ def launch(
 
 def _settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
+    import torch
+
     stage = _zero_stage(config)
-    buckets = {"reduce_bucket_size": config.bucket_size, "allgather_bucket_size": config.bucket_size}
+    zero: dict[str, Any] = {"stage": stage}
+    zero |= {"reduce_bucket_size": config.bucket_size, "allgather_bucket_size": config.bucket_size}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
         "gradient_clipping": config.gradient_clipping if stage else 0.0,  # see `_DeepSpeed.step`
-        "zero_optimization": {"stage": stage} | buckets,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # which is built in C++ when it first runs, as torch's fused one is not
         "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[config.communication_dtype],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
@@ -157,7 +170,9 @@ def _settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
 
 
 def _zero_stage(config: EngineConfig) -> int:
-    return config.zero_stage if config.zero_stage is not None else int(described().world_size > 1)
+    if config.zero_stage is not None:
+        return config.zero_stage
+    return int(config.offload_optimizer or described().world_size > 1)
 
 
 class _DeepSpeed:

@@ -53,8 +53,8 @@ FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
     "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "pretrain.rewind_factor",
     "engine.accumulation_steps", "engine.activation_checkpointing", "engine.bucket_size", "engine.compile",
-    "engine.timeout_s", "engine.zero_stage", "data.workers", "data.max_bad_fraction", "data.cache",
-    "optimizer.learning_rate",
+    "engine.offload_optimizer", "engine.timeout_s", "engine.zero_stage", "data.workers", "data.max_bad_fraction",
+    "data.cache", "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import pathlib
 import pickle
@@ -63,9 +64,24 @@ def test_one_process_equals_plain_pytorch(stage, accumulation):
     engine.close()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage):
-    config = EngineConfig(zero_stage=stage)
+@pytest.mark.parametrize("stage", [None, 1, 2, 3])
+def test_an_optimizer_in_main_memory_equals_plain_pytorch(stage):
+    model, fused = module(), functools.partial(optimizer, fused=True)
+    plain = copy.deepcopy(model)
+    config = EngineConfig(zero_stage=stage, gradient_clipping=0.1, offload_optimizer=True)
+    engine = launch(model, fused, schedule, micro_batch_size=4, config=config)
+    assert engine._engine.optimizer.cpu_offload if stage != 3 else engine._engine.optimizer.offload_optimizer
+    train_engine(engine, batches(6))
+    train_plain(plain, batches(6), 0.1, 1)
+    x = batches(1)[0]
+    torch.testing.assert_close(engine(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert len(engine.gradient_norms()) == 6 and engine.learning_rate() == pytest.approx(0.02 / 7)
+    engine.close()
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), *itertools.product((1, 2, 3), (False, True))])
+def test_a_saved_engine_goes_on_as_if_never_stopped(tmp_path, stage, offload):
+    config = EngineConfig(zero_stage=stage, offload_optimizer=offload)
     whole = launch(module(), optimizer, schedule, micro_batch_size=4, config=config)
     train_engine(whole, batches(3))
     whole.snapshot().write(tmp_path)
@@ -150,11 +166,12 @@ def test_every_optimizer_step_since_the_last_question_has_its_norm(stage):
     engine.close()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), *itertools.product((1, 2, 3), (False, True))])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_without_a_finite_gradient_changes_the_rate_alone(tmp_path, stage, bad):
+def test_a_step_without_a_finite_gradient_changes_the_rate_alone(tmp_path, stage, offload, bad):
     fused = functools.partial(optimizer, fused=True)
-    engine = launch(module(), fused, schedule, micro_batch_size=4, config=EngineConfig(zero_stage=stage))
+    config = EngineConfig(zero_stage=stage, offload_optimizer=offload)
+    engine = launch(module(), fused, schedule, micro_batch_size=4, config=config)
     (x,) = batches(1)
     train_engine(engine, [x])
     engine.snapshot().write(tmp_path)
