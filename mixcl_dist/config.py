@@ -37,6 +37,11 @@ from mixcl_dist.settings import (
     ViewsConfig,
 )
 
+PRETRAINING = (
+    "data", "network", "views", "rows", "objective", "optimizer", "budget", "engine", "checkpoint", "pretrain",
+)  # fmt: skip
+"""Sections that a pre-training reads."""
+
 
 class ConfigError(MixclError):
     """A configuration file, key or value that cannot be used; the message is one line with the cure."""

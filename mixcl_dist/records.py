@@ -194,6 +194,8 @@ class RunRecord(Record):
     seconds: Length = 0.0
     peak_memory_mb: Count | None = None
     warnings: dict[str, str] = field(default_factory=dict)
+    trackers: dict[str, str] = field(default_factory=dict)
+    """Tracker → its id of the run."""
     mixcl_version: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     machine: Machine = field(default_factory=Machine)

@@ -26,6 +26,7 @@ from mixcl_dist.data_shards.versions import versions_of
 from mixcl_dist.errors import RunError
 from mixcl_dist.jsonfiles import append_line, write_atomic, write_lines
 from mixcl_dist.records import ANEW, METRICS, Machine, RunRecord, read_metrics
+from mixcl_dist.trackers import Tracker, Trackers, begin_tracker
 
 PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "monai", "ray", "numpy")
 CONFIG = "config.yaml"
@@ -41,11 +42,13 @@ class Run:
     """A run's folder, written as the run goes on.
 
     `config.yaml` holds the resolved configuration, `run.json` the facts (who may read which labels, versions,
-    machine, time), `metrics.jsonl` one object a logged step, `tensorboard/` the same numbers.
+    machine, time), `metrics.jsonl` one object a logged step, `tensorboard/` the same numbers, and `pretrain.trackers`
+    are told them, too.
     """
 
-    def __init__(self, path: Path, record: RunRecord):
+    def __init__(self, path: Path, config: Config, record: RunRecord):
         self.path = path
+        self._config = config
         self.record = record
         self._start = time.monotonic() - record.seconds
         self._first_step = 1
@@ -65,10 +68,12 @@ class Run:
         write_atomic(path / CONFIG, to_yaml(config).encode())
         run = cls(
             path,
+            config,
             dataclasses.replace(
                 record,
                 started=earlier.started if earlier else now(),
                 warnings=dict(earlier.warnings) if earlier else {},
+                trackers=dict(earlier.trackers) if earlier else {},
                 seconds=earlier.seconds if earlier else 0.0,
                 mixcl_version=__version__,
                 versions=_versions(),
@@ -87,6 +92,7 @@ class Run:
 
     def change(self, config: Config) -> None:
         """Go on with other settings."""
+        self._config = config
         write_atomic(self.path / CONFIG, to_yaml(config).encode())
 
     def warn(self, kind: str, text: str) -> None:
@@ -96,10 +102,14 @@ class Run:
             self.update(warnings=self.record.warnings | {kind: text})
 
     def log(self, step: int, **scalars: float) -> None:
-        """Append one object to `metrics.jsonl` and the same scalars to TensorBoard."""
-        append_line(self.path / METRICS, {"step": step, **scalars})
+        """Append one object to `metrics.jsonl`, and tell TensorBoard and the trackers the same."""
+        trackers, entry = self._trackers, {"step": step, **scalars}
+        append_line(self.path / METRICS, entry)
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
+        trackers.log(entry)
+        if trackers.ids != self.record.trackers:
+            self.update(trackers=trackers.ids)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop what an interrupted run logged past the checkpoint that it goes on from."""
@@ -107,10 +117,14 @@ class Run:
         if path.exists():
             write_lines(path, [entry for entry in read_metrics(path) if entry["step"] <= step])
         self._first_step = step + 1
+        for shown in ("_tensorboard", "_trackers"):  # which begin anew at the next log
+            if shown in self.__dict__:
+                self.__dict__.pop(shown).close()
 
     def finish(self) -> None:
         self._tensorboard.close()
-        self.update(finished=now())
+        self._trackers.close()
+        self.update(finished=now(), trackers=self._trackers.ids)
 
     @cached_property
     def _tensorboard(self):
@@ -118,6 +132,17 @@ class Run:
 
         # TensorBoard then shows nothing of what earlier files hold from that step on.
         return SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step)
+
+    @cached_property
+    def _trackers(self) -> Trackers:
+        names = self._config.pretrain.trackers if self.record.kind == "pretrain" else ()
+        path, ids = self.path / METRICS, self.record.trackers
+        logged = read_metrics(path) if names and path.exists() else []
+
+        def begin(name: str) -> Tracker:
+            return begin_tracker(name, self.path, self._config, logged, ids.get(name))
+
+        return Trackers(names, begin, self.warn)
 
 
 @contextmanager

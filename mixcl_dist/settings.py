@@ -251,6 +251,9 @@ class PretrainConfig:
     gradient_norms_every: StepsOrNever = 50
     """Steps between two measurements of each term's gradient norm on the backbone, and of how far the voxel rows are
     spread; such a step takes as long as four. 0 measures never."""
+    trackers: Annotated[tuple[Literal["mlflow", "wandb"], ...], AfterValidator(_distinct)] = ()
+    """What is told the figures and settings, beside TensorBoard: MLflow's server at MLFLOW_TRACKING_URI, or Weights &
+    Biases, in the run's folder alone, which `wandb sync` may send (extras `mlflow`, `wandb`). No names are told."""
 
 
 @dataclass(frozen=True)

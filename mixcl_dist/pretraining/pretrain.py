@@ -25,7 +25,7 @@ from mixcl_dist.cluster.engine import Engine, launch
 from mixcl_dist.cluster.group import described, told_by_first
 from mixcl_dist.cluster.installation import code_digest
 from mixcl_dist.cluster.stopping import stop_requests
-from mixcl_dist.config import Config, ConfigError, differences, from_dict, replace, to_dict
+from mixcl_dist.config import PRETRAINING, Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream
@@ -47,26 +47,23 @@ from mixcl_dist.schedule import warmup_cosine
 from mixcl_dist.seen import FILE as SEEN_FILE
 from mixcl_dist.seen import Seen
 from mixcl_dist.settings import BudgetConfig
+from mixcl_dist.trackers import check_trackers
 from mixcl_dist.weights import load_weights
 
 FREE_ON_RESUME = (
     "checkpoint.", "pretrain.log_every", "pretrain.sample_every", "pretrain.probe_every",
     "pretrain.gradient_norms_every", "pretrain.max_hours", "pretrain.max_skipped", "pretrain.rewind_factor",
-    "engine.accumulation_steps", "engine.activation_checkpointing", "engine.bucket_size", "engine.compile",
-    "engine.offload_optimizer", "engine.timeout_s", "engine.zero_stage", "data.workers", "data.max_bad_fraction",
-    "data.cache", "optimizer.learning_rate",
+    "pretrain.trackers", "engine.accumulation_steps", "engine.activation_checkpointing", "engine.bucket_size",
+    "engine.compile", "engine.offload_optimizer", "engine.timeout_s", "engine.zero_stage", "data.workers",
+    "data.max_bad_fraction", "data.cache", "optimizer.learning_rate",
 )  # fmt: skip
 """Settings that may change when a run goes on: they do not change what is learnt, but for the rate, which may have been
 too high for the run to go on at all."""
 FREE_OF_PLANS = (
     "optimizer.", "pretrain.steps", "pretrain.seed", "pretrain.max_", "pretrain.rewind_factor", "checkpoint.keep",
-    "engine.timeout_s", "data.max_bad_fraction",
+    "pretrain.trackers", "engine.timeout_s", "data.max_bad_fraction",
 )  # fmt: skip
 """Settings that decide nothing of what a step takes."""
-SECTIONS = (
-    "data", "network", "views", "rows", "objective", "optimizer", "budget", "engine", "checkpoint", "pretrain",
-)  # fmt: skip
-"""What a pre-training reads of the configuration."""
 OF_A_MACHINE = ("data.workers", "data.cache")
 """Settings in which the ranks of a run may differ."""
 MAX_REWINDS = 3
@@ -285,6 +282,7 @@ def check_sizes(config: Config, patch_size: Sequence[int]) -> None:
 
 def check_settings(config: Config, manifest: Manifest) -> None:
     """Raise `ConfigError` for what cannot be pre-trained on these shards, before anything is made."""
+    check_trackers(config.pretrain.trackers)
     check_sizes(config, manifest.patch_size)
     check_development(manifest.cases, config.budget.development)
     if config.pretrain.probe_every and len(config.budget.development) < 2:
@@ -415,7 +413,7 @@ def _stream(
 def _common(config: Config, manifest: Manifest, seen: Seen, resume: bool) -> dict[str, Any]:
     """All in which the ranks of a run must be alike, in short texts that may be shown."""
     tree = to_dict(config)
-    settings = {f"{section}.{key}": str(value) for section in SECTIONS for key, value in tree[section].items()}
+    settings = {f"{section}.{key}": str(value) for section in PRETRAINING for key, value in tree[section].items()}
     for name in OF_A_MACHINE:
         del settings[name]
     scans = sorted(

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from mixcl_dist.budget import training_cases
-from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
+from mixcl_dist.config import PRETRAINING, Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.inspection.rate import read_rate
 from mixcl_dist.errors import RunError
 from mixcl_dist.kernels.distributed import RING_ABOVE
 from mixcl_dist.precision import row_dtype
-from mixcl_dist.pretraining.pretrain import SECTIONS, check_settings
+from mixcl_dist.pretraining.pretrain import check_settings
 from mixcl_dist.profiling.exchange import measured_parts
 from mixcl_dist.profiling.result import Result
 from mixcl_dist.profiling.scaling import CURES, Contrast, Costs, Network, Step, predict, received_bytes
@@ -201,7 +201,7 @@ def predicted(config: Config, manifest: Manifest, cluster: Cluster, found: Measu
         gpus=cluster.gpus,
         nodes=cluster.nodes,
         hours=hours,
-        config={section: to_dict(config)[section] for section in SECTIONS},
+        config={section: to_dict(config)[section] for section in PRETRAINING},
         shards=manifest.digest,
         step_s=step_s,
         patches_per_s=scaled(Range(**{name: 1 / getattr(step_s, other) for name, other in MIRRORED.items()}), batch),

@@ -74,6 +74,7 @@ def holds(tree, part):
         ("pretrain.steps", "2.5", "pretrain.steps = 2.5"),
         ("views.size", "16,16", "views.size"),
         ("engine.zero_stage", "4", "engine.zero_stage = 4"),
+        ("pretrain.trackers", "mlflow,mlflow", "mlflow comes twice"),
         ("engine", "{offload_optimizer: true, zero_stage: 0}", "offload_optimizer is for ZeRO"),
         ("build.overlap", "1.5", "overlap"),
         ("pretrain", "3", "pretrain"),

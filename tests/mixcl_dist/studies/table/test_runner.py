@@ -43,7 +43,7 @@ STORAGE = tuple(f"data_shards/storage/{name}.py" for name in ("__init__", "store
 
 APART = {
     **dict.fromkeys(("config.py", "settings.py"), "its values are in the digest"),
-    **dict.fromkeys(("run.py", "records.py", "jsonfiles.py", "progress.py"), TELL),
+    **dict.fromkeys(("run.py", "records.py", "jsonfiles.py", "progress.py", "trackers.py"), TELL),
     **dict.fromkeys(("errors.py", "data_shards/errors.py", "cluster/errors.py"), TELL),
     **dict.fromkeys((f"pretraining/{name}.py" for name in ("recorder", "alarms", "diagnostics")), TELL),
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
