@@ -79,9 +79,13 @@ trap : TERM  # which ends this script, too, when its time is up
 srun --kill-on-bad-exit=0 --wait=60 {container}sh -c {shlex.quote(line)}
 code=$?
 lost_machine() {{ ! timeout {ANSWER_S} srun --overlap --ntasks-per-node=1 true; }}
-cancelled() {{ ! scontrol show job "$SLURM_JOB_ID" | grep -qE 'JobState=RUNNING|Reason=TimeLimit'; }}
-unfinished() {{ [ $code = {REQUEUE} ] || {{ [ $code != 0 ] && lost_machine; }}; }}
-if unfinished && ! cancelled; then scontrol requeue "$SLURM_JOB_ID"; fi
+state=$(scontrol show job "$SLURM_JOB_ID")
+case $code in
+    0) ;;
+    {REQUEUE}) [[ $state =~ JobState=RUNNING|Reason=TimeLimit ]] && again=true ;;  # else it has been cancelled
+    *) [[ $state =~ JobState=RUNNING ]] && lost_machine && again=true ;;
+esac
+if [ "$again" = true ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 """
 

@@ -52,11 +52,11 @@ while true; do sleep 0.1; done
 """
 
 
-def job(slurm, folder, monkeypatch, code: int, *, limit: str = "10", heeded: str = "USR1") -> str:
+def job(slurm, folder, monkeypatch, code: int, *, limit: str = "10", heeded: str = "USR1", saves: int = REQUEUE) -> str:
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     python = folder / "python"
-    python.write_text(PYTHON.format(folder=folder, code=code, requeue=REQUEUE, heeded=heeded))
+    python.write_text(PYTHON.format(folder=folder, code=code, requeue=saves, heeded=heeded))
     python.chmod(0o755)
     two = Job(("pretrain", "--data", "shards", "--run", str(folder / "runs" / "a")), nodes=2)
     return submit(script(two, Allocation(time=limit), python=str(python)), folder)
@@ -92,6 +92,16 @@ def test_ranks_that_save_only_once_their_time_is_up_get_another_turn(slurm, tmp_
     wait_for(tmp_path / "saved.0", tmp_path / "saved.1", seconds=240)  # SLURM looks at its clock every half minute
     slurm.wait(number, "PENDING", seconds=90)
     assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=120) == "COMPLETED"
+
+
+@pytest.mark.cluster
+def test_ranks_that_have_saved_nothing_when_their_time_is_up_get_no_other_turn(slurm, tmp_path, monkeypatch):
+    """Each turn would end so, as that of a run whose start takes longer than its limit."""
+    number = job(slurm, tmp_path, monkeypatch, code=0, limit="1", heeded="TERM", saves=130)
+    wait_for(tmp_path / "saved.0", tmp_path / "saved.1", seconds=240)
+    assert slurm.wait(number, "COMPLETED", "FAILED", "CANCELLED", "PENDING", "TIMEOUT", seconds=120) == "TIMEOUT"
+    time.sleep(5)  # a job that asked for another turn would be waiting by now
+    assert slurm.state(number) == "TIMEOUT"
 
 
 @pytest.mark.cluster
