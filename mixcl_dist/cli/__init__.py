@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(_parser(), list(sys.argv[1:] if arguments is None else arguments))
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # else nothing would be said
+        # A scheduler's warning that comes before a run heeds it would end it by a code that asks for no other turn.
+        signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
         return options.verb(options) or 0
     except KeyboardInterrupt:

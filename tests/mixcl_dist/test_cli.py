@@ -214,3 +214,15 @@ def test_a_terminal_that_shows_few_characters_gets_stand_ins():
     command = [sys.executable, "-m", "mixcl_dist", "shards", "--help"]
     shown = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
     assert shown.returncode == 0 and "CT volumes ? shards of patches" in shown.stdout.decode("latin-1")
+
+
+def test_a_scheduler_s_warning_that_nothing_heeds_yet_ends_nothing():
+    code = """
+import os, signal
+from mixcl_dist import cli
+cli.main(["config", "show"])
+os.kill(os.getpid(), signal.SIGUSR1)
+print("lives")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("lives\n"), done

@@ -43,9 +43,9 @@ def test_without_sbatch_it_says_so(monkeypatch, tmp_path):
 PYTHON = """#!/bin/sh
 # Stands in for `python -m mixcl_dist`: the first turn is told to stop, saves and asks for another. It does not come to
 # that at another signal than {heeded}, as in a long step; rank 0 ends a second after the others.
+trap '' USR1
 echo "$SLURM_PROCID of $SLURM_NTASKS at $MASTER_ADDR:$MASTER_PORT: $@" >> {folder}/ranks
 if [ -e {folder}/runs/a/run.json ]; then sleep 1; exit {code}; fi
-trap '' USR1
 trap 'touch {folder}/saved.$SLURM_PROCID; sleep $((SLURM_PROCID == 0)); exit {requeue}' {heeded}
 touch {folder}/begun.$SLURM_PROCID
 while true; do sleep 0.1; done
