@@ -70,6 +70,12 @@ class EngineConfig:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer is for ZeRO; set zero_stage to 1, 2 or 3, or leave it out")
 
+    def stage(self, world_size: int) -> int:
+        """ZeRO's stage for so many ranks."""
+        if self.zero_stage is not None:
+            return self.zero_stage
+        return int(self.offload_optimizer or world_size > 1)
+
 
 class Engine(Protocol):
     """What the training loop needs of a distributed engine."""
@@ -123,7 +129,7 @@ def launch(
     alone = group.world_size == 1
     deepspeed = _import_deepspeed()
     _set_environment(group)
-    stage = _zero_stage(config)
+    stage = config.stage(group.world_size)
 
     if config.compile:
         module.compile(dynamic=False)
@@ -138,7 +144,7 @@ def launch(
         model=module,
         optimizer=optimizer(parameters),
         lr_scheduler=scheduler,
-        config=_settings(config, micro_batch_size),
+        config=_settings(config, stage, micro_batch_size),
     )
     _limit_waits(config.timeout_s + LATER_S)
     if not stage and alone:
@@ -146,11 +152,10 @@ def launch(
     return _DeepSpeed(engine, config, None if alone else _watchdog(group, config.timeout_s, stacks))
 
 
-def _settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+def _settings(config: EngineConfig, stage: int, micro_batch_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     import torch
 
-    stage = _zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
     zero |= {"reduce_bucket_size": config.bucket_size, "allgather_bucket_size": config.bucket_size}
     if config.offload_optimizer:
@@ -167,12 +172,6 @@ def _settings(config: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
         # It would wait for the device twice in every step.
         "timers": {"throughput": {"enabled": False}},
     }
-
-
-def _zero_stage(config: EngineConfig) -> int:
-    if config.zero_stage is not None:
-        return config.zero_stage
-    return int(config.offload_optimizer or described().world_size > 1)
 
 
 class _DeepSpeed:

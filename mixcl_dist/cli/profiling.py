@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mixcl_dist.cli.verbs import add_verb, config_of, positive
+from mixcl_dist.cli.verbs import add_verb, check_file, config_of, positive
 
 
 def add_profiling(verbs: Any) -> None:
@@ -41,7 +41,7 @@ def _benchmark(options: argparse.Namespace) -> int:
     from mixcl_dist.profiling import compare, step
 
     for name in ("out", "trace"):
-        _check_file(options, name)
+        check_file(options, name)
     results = [compare.read(path, step.BENCHMARK) for path in options.against]  # before anything takes minutes
     command = ("mixcl", "benchmark", *(f"--{key} {value}" for key, value in options.overrides))
     result = step.benchmark(
@@ -65,7 +65,7 @@ def _benchmark(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from mixcl_dist.profiling import plan
 
-    _check_file(options, "out")
+    check_file(options, "out")
     cluster = plan.Cluster(options.gpus, options.gpus_per_node or plan.room(), options.network_gbit)
     found = plan.plan(config_of(options), options.data, cluster, hours=options.hours, seconds=options.seconds)
     print(plan.told(found))
@@ -77,13 +77,6 @@ def _plan(options: argparse.Namespace) -> None:
 def _steps(found: Any) -> int:
     """That fit also where steps take as long as they may."""
     return max(1, int(found.steps.low))
-
-
-def _check_file(options: argparse.Namespace, name: str) -> None:
-    """End where a file could not be written later on."""
-    path = getattr(options, name)
-    if path and not path.parent.is_dir():
-        options.parser.error(f"--{name} {path}: its folder does not exist; make it first")
 
 
 def _number(text: str, what: str, fits: Callable[[float], bool], cure: str) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixcl_dist.arguments import refuse_lost
-from mixcl_dist.cli.verbs import add_verb, config_of, positive, start_of
+from mixcl_dist.cli.verbs import add_verb, check_file, config_of, positive, start_of
 
 NO_BUDGET = {"budget.fraction": 0.0, "budget.scans": None, "budget.seed": 0}
 
@@ -113,8 +113,7 @@ def _probe(options: argparse.Namespace) -> None:
     from mixcl_dist.run import read_config
 
     config = config_of(options)
-    if options.out and not options.out.parent.is_dir():
-        options.parser.error(f"--out {options.out}: its folder does not exist; make it first")
+    check_file(options, "out")
     if options.run is not None:
         known = read_config(run_of(options.run))
         development = config.budget.development or known.budget.development

@@ -52,5 +52,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_file(options: argparse.Namespace, name: str) -> None:
+    """End where the file that an option names could not be written later on."""
+    path = getattr(options, name)
+    if path and not path.parent.is_dir():
+        options.parser.error(f"--{name} {path}: its folder does not exist; make it first")
+
+
 def start_of(text: str) -> Path | None:
     return None if text == "none" else Path(text)

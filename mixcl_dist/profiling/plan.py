@@ -245,8 +245,7 @@ def _step(config: Config, manifest: Manifest, cluster: Cluster, found: Measured)
         sample_bytes=_sample_bytes(manifest),
         patches=of_a_rank.pretrain.batch_size,
     )
-    stage = config.engine.zero_stage if config.engine.zero_stage is not None else int(cluster.gpus > 1)
-    design = {"ranks": cluster.gpus, "rows": rows, "stage": stage, "passes": passes}
+    design = {"ranks": cluster.gpus, "rows": rows, "stage": config.engine.stage(cluster.gpus), "passes": passes}
     contrast = _contrast(config, cluster.gpus * rows * costs.width * costs.element_bytes)
     step = predict(costs, _network(cluster, found, costs, rows), **design, contrast=contrast)
     return step, received_bytes(costs, **design, contrast=contrast)

@@ -127,7 +127,7 @@ def predict(
         integers=passes * 2 * all_gather_s(rows * INTEGER_BYTES, seen, network),
         gradients=VOLUMES[stage] * (shares + network.hop_s(ranks) * (ranks > 1) * math.log2(max(ranks, 2))),
         words=SMALL_CALLS * network.hop_s(ranks) * math.ceil(math.log2(ranks)),
-        reading=max(ranks * costs.patches * costs.sample_bytes / network.storage, 0.0),
+        reading=ranks * costs.patches * costs.sample_bytes / network.storage,
     )
 
 

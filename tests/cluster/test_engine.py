@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import LambdaLR
 
-from mixcl_dist.cluster.engine import STATE, EngineConfig, EngineError, _zero_stage, launch
+from mixcl_dist.cluster.engine import STATE, EngineConfig, EngineError, launch
 
 
 def module():
@@ -134,11 +134,8 @@ def test_a_snapshot_stays_as_it_is_while_training_goes_on(tmp_path, stage):
 
 
 @pytest.mark.parametrize(("ranks", "given", "stage"), [(1, None, 0), (4, None, 1), (1, 1, 1), (4, 0, 0), (4, 3, 3)])
-def test_nothing_is_sharded_for_one_rank_unless_it_is_asked_for(monkeypatch, ranks, given, stage):
-    group = {"WORLD_SIZE": str(ranks), "RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
-    for name, value in group.items():
-        monkeypatch.setenv(name, value)
-    assert _zero_stage(EngineConfig(zero_stage=given)) == stage
+def test_nothing_is_sharded_for_one_rank_unless_it_is_asked_for(ranks, given, stage):
+    assert EngineConfig(zero_stage=given).stage(ranks) == stage
 
 
 @pytest.mark.parametrize("stage", [0, 1])
