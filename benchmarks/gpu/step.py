@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from worker import work  # first, as it makes what follows importable
@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mixcl_dist.config import Config, load
-from mixcl_dist.pretraining import pretrain as product
+from mixcl_dist.pretraining.pretrain import Watch, pretrain
 from mixcl_dist.profiling import floors
 from mixcl_dist.records import read_metrics
 
@@ -30,8 +30,7 @@ VARIANTS = {"": {}, "compile": {"engine.compile": True}}
 FILTERS, TINY_FILTERS = [32, 64, 128, 256], [4, 8, 16]
 WARM, TIMED, PROFILED = 30, 60, 10  #: steps; of --tiny 1 each
 PART, LOSS = "part/", "mixcl_dist::"  #: how labels, and the loss's operators, begin
-IN_MODULE = {"make_views": "views", "sample_rows": "rows", "mixcl_loss": "loss"}
-IN_ENGINE = {"__call__": "network", "backward": "backward", "step": "optimizer"}
+PARTS = {name: name for name in ("views", "rows", "loss", "backward", "optimizer")} | {"forward": "network"}
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
@@ -44,15 +43,11 @@ def measure(item: str, options: argparse.Namespace) -> dict:
     config = settings(int(edge), variant, steps, options.tiny)
     run = options.work / "runs" / f"step-{name}"
     shutil.rmtree(run, ignore_errors=True)
-    watch = Watch(warm + timed + 1, profiled)
-    product.progress = watch
-    for function, part in IN_MODULE.items():
-        setattr(product, function, labelled(part, getattr(product, function)))
-    product.launch = with_labels(product.launch)
-    product.pretrain(config, shards=options.work / f"shards-{edge}", run=run)
+    profiled_steps = ProfiledSteps(warm + timed + 1, profiled)
+    pretrain(config, shards=options.work / f"shards-{edge}", run=run, watch=Watch(profiled_steps.part))
     if not variant:  # a compiled step's trace tells less
-        watch.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
-    figures = logged(run, config, warm, warm + timed) | profiled_figures(watch.profile, profiled)
+        profiled_steps.profile.export_chrome_trace(str(options.out / f"step-{name}.json.gz"))
+    figures = logged(run, config, warm, warm + timed) | profiled_figures(profiled_steps.profile, profiled)
     return beside_floors(figures, config)
 
 
@@ -64,21 +59,29 @@ def settings(edge: int, variant: str, steps: int, tiny: bool) -> Config:
     return load(recipe="few_label", overrides=[(key, str(value)) for key, value in values.items()])
 
 
-class Watch:
-    """Stands in for the product's progress, and so sees where each step begins and ends."""
+class ProfiledSteps:
+    """Profiles `count` steps from the `first` on, with their parts labelled."""
 
     def __init__(self, first: int, count: int) -> None:
-        self.first, self.last = first, first + count - 1
+        self.step, self.first, self.last = 0, first, first + count - 1
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         self.profile = profile(activities=activities)
 
-    def __call__(self, steps: Iterable[int], **_: object) -> Iterator[int]:
-        for step in steps:
-            if step == self.first:
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """As of `Watch`."""
+        if name in PARTS:
+            with record_function(PART + PARTS[name]):
+                yield
+        elif name != "step":
+            yield
+        else:
+            self.step += 1
+            if self.step == self.first:
                 synchronise()
                 self.profile.__enter__()
-            yield step
-            if step == self.last:
+            yield
+            if self.step == self.last:
                 synchronise()
                 self.profile.__exit__(None, None, None)
 
@@ -86,25 +89,6 @@ class Watch:
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def labelled(part: str, function: Callable) -> Callable:
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        with record_function(PART + part):
-            return function(*args, **kwargs)
-
-    return call
-
-
-def with_labels(launch: Callable) -> Callable:
-    def launched(*args, **kwargs):
-        engine = launch(*args, **kwargs)
-        for method, part in IN_ENGINE.items():
-            setattr(type(engine), method, labelled(part, getattr(type(engine), method)))
-        return engine
-
-    return launched
 
 
 def logged(run: Path, config: Config, first: int, last: int) -> dict:
