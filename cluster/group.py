@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from mixcl_dist.cluster.errors import ClusterError
 
@@ -84,6 +87,25 @@ def check_address(group: Group) -> None:
         raise GroupError(
             f"{group.address}, the machine of rank 0, is not known here; set MASTER_ADDR to its name or address"
         ) from None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process. One of several ranks ends without Python's teardown, after what `atexit` was given.
+
+    A thread of gloo may have a tensor to release at any time, and asks for the interpreter's lock then. An interpreter
+    that is being torn down answers by ending that thread, and so the process, by SIGABRT: the code would be lost.
+    """
+    try:
+        several = described().world_size > 1
+    except GroupError:
+        several = False
+    if not several:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _torchrun(environment: Mapping[str, str]) -> Group:

@@ -1,4 +1,4 @@
-from mixcl_dist.cli import main
+from mixcl_dist.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

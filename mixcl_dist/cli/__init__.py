@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mixcl_dist.arguments import parse
 from mixcl_dist.cli.launching import add_launch
@@ -21,8 +22,13 @@ from mixcl_dist.cli.results import add_results
 from mixcl_dist.cli.shards import add_shards
 from mixcl_dist.cli.training import add_training
 from mixcl_dist.cli.verbs import add_verbs
-from mixcl_dist.cluster.group import ToldError
+from mixcl_dist.cluster.group import ToldError, leave
 from mixcl_dist.errors import REFUSALS
+
+
+def command() -> NoReturn:
+    """`mixcl`, as a process."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,9 @@
 """A process joins the group that its launcher described, or says in one line which variable it stumbles over."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,6 +94,20 @@ def test_a_first_machine_that_nobody_knows_is_named():
     with pytest.raises(GroupError, match=r"nowhere.invalid, the machine of rank 0, is not known here; set MASTER_ADDR"):
         check_address(Group(0, 0, 2, "nowhere.invalid", 29500))
     check_address(Group())
+
+
+@pytest.mark.parametrize(("ranks", "torn_down"), [(1, True), (2, False)])
+def test_one_of_several_ranks_ends_before_a_thread_of_another_language_meets_a_dying_interpreter(ranks, torn_down):
+    """Which would end the process by SIGABRT."""
+    program = (
+        "import atexit, sys; from mixcl_dist.cluster.group import leave\n"
+        "class Last:\n    def __del__(self, write=sys.stdout.write): write('torn down ')\n"
+        "last = Last(); atexit.register(print, 'tidied', end=' '); print('said', end=' '); leave(3)"
+    )
+    environment = os.environ | TORCHRUN | {"RANK": "0", "WORLD_SIZE": str(ranks)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.split() == ["said", "tidied", *(["torn", "down"] if torn_down else [])]
 
 
 names = st.sampled_from(sorted({*TORCHRUN, *SRUN, *MPIRUN, *MPIEXEC}))
