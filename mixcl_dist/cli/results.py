@@ -32,6 +32,8 @@ def add_results(verbs: Any) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="new folder")
     licence = "of the weights, as the terms of all training data allow, e.g. cc-by-4.0 (default: left open)"
     add("--licence", metavar="NAME", help=licence)
+    table = "few-label table or study for the card (default: the one that RUN lies in)"
+    add("--table", type=Path, metavar="TABLE|STUDY", help=table)
 
     add = add_verb(verbs, "demo", _demo, "the whole path on a phantom cohort", "mixcl demo --out runs/demo")
     add("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (default runs/demo)")
@@ -75,7 +77,7 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mixcl_dist.export import export
 
-    print(export(options.run, options.to, options.out, licence=options.licence))
+    print(export(options.run, options.to, options.out, licence=options.licence, table=options.table))
 
 
 def _demo(options: argparse.Namespace) -> None:

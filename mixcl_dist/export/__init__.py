@@ -13,17 +13,25 @@ from mixcl_dist.export.trained import ExportError, open_trained
 _WRITERS = {"monai": monai.write, "nnunet": nnunet.write, "bundle": bundle.write, "hf": huggingface.write}
 
 
-def export(run: Path, to: Literal["monai", "nnunet", "bundle", "hf"], out: Path, *, licence: str | None = None) -> Path:
+def export(
+    run: Path,
+    to: Literal["monai", "nnunet", "bundle", "hf"],
+    out: Path,
+    *,
+    licence: str | None = None,
+    table: Path | None = None,
+) -> Path:
     """Write the network of a finished RUN folder to the new folder `out` and return it.
 
     monai: DynUNet weights and arguments; bundle: a MONAI bundle that segments; hf: a Hugging Face model folder;
-    nnunet: a checkpoint that nnU-Net fine-tunes from. Each has a README.md with data, protocol and limits, and
-    with the `licence` of the weights where it is known.
+    nnunet: a checkpoint that nnU-Net fine-tunes from. Each has a README.md with data, protocol and limits, with
+    the `licence` of the weights where it is known, and with what was found by the few-label table or study in `table`,
+    or in which the run lies.
     The folder appears whole or not at all. Raises `ExportError` or `RunError`, each one line with the cure.
     """
     if out.exists():
         raise ExportError(f"{out}: exists already; give a new folder")
-    trained = open_trained(run, licence)
+    trained = open_trained(run, licence, table)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

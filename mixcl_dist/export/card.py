@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mixcl_dist.export.comparison import Comparison
 from mixcl_dist.export.trained import Trained
 from mixcl_dist.networks import architectures
 from mixcl_dist.pretraining import summary
@@ -28,6 +29,7 @@ def card(trained: Trained, title: str, use: str, notes: str = "") -> str:
         f"## Input and output\n\n{_interface(trained)}",
         f"## What it was trained on\n\n{_data(trained)}",
         f"## Results\n\n{_results(trained)}" if trained.is_segmentation else "",
+        f"## Few labels\n\n{_few_labels(trained.comparison)}" if trained.comparison else "",
         f"## Compute\n\n{_compute(trained)}",
         f"## Limits\n\n{_limits(trained)}",
         f"## Licence\n\n{_licence(trained)}",
@@ -160,6 +162,19 @@ def _results(trained: Trained) -> str:
     labels = _scans(len(trained.facts.get("label_cases") or []))
     means = f"Means over the {literal(scored)} cases in which the class was annotated; one run, no interval."
     return f"Learnt from the labels of {labels}:\n\n{table}\n\n{means}"
+
+
+def _few_labels(comparison: Comparison) -> str:
+    labels = "labelled scans" if comparison.kind == "few-label table" else "share of labels"
+    head = f"| {labels} | start | trials | mean Dice (%) | gain over scratch, points (95 % interval) |"
+    rows = [f"| {' | '.join(literal(text) or '–' for text in line)} |" for line in comparison.lines]
+    table = "\n".join([head, "|---|---|---|---|---|", *rows])
+    best = f"; of up to {comparison.draws} draws of searched values the best one" if comparison.draws > 1 else ""
+    means = (
+        f"From the {comparison.kind} “{literal(comparison.name)}”. {literal(comparison.role)} Means over classes, "
+        f"{literal(comparison.scored)} cases and subset seeds ± standard deviation over seeds{best}."
+    )
+    return f"{literal(comparison.found)}\n\n{table}\n\n{means}"
 
 
 def _limits(trained: Trained) -> str:

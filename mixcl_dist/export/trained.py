@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mixcl_dist.config import Config, ConfigError, from_dict, replace
 from mixcl_dist.errors import MixclError, RunError
+from mixcl_dist.export.comparison import Comparison, compared
 from mixcl_dist.networks import architectures
 from mixcl_dist.records import ANEW, DiceRecord, NetworkRecord, RunRecord, told
 from mixcl_dist.settings import NetworkConfig
@@ -39,6 +40,8 @@ class Trained:
     weights: dict[str, torch.Tensor]
     licence: str | None = None
     """Of the weights, by what the data's terms allow; None: no run records these."""
+    comparison: Comparison | None = None
+    """With other starts, in a few-label table or study."""
 
     @property
     def network(self) -> NetworkConfig:
@@ -89,8 +92,8 @@ class Trained:
         }
 
 
-def open_trained(run: Path, licence: str | None = None) -> Trained:
-    """Read a finished run, whose weights are passed on under `licence`.
+def open_trained(run: Path, licence: str | None = None, table: Path | None = None) -> Trained:
+    """Read a finished run, whose weights are passed on under `licence`, and what `table` tells of it.
 
     Raises `ExportError` or `RunError` where its network is missing or broken.
     """
@@ -114,6 +117,7 @@ def open_trained(run: Path, licence: str | None = None) -> Trained:
         dice=dice.content() if dice else None,
         weights={public.get(name, name.removeprefix("backbone.")): stored[name] for name in stored},
         licence=licence,
+        comparison=compared(run, table),
     )
     _check(trained, file)
     return trained

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixcl_dist.report.folders import RunFolder, Start, StudyFolder, Trial
 from mixcl_dist.studies.statistics import Interval, t_interval
@@ -122,23 +122,43 @@ def _sentence(results: StudyResults, comparison: Comparison) -> str:
     )
 
 
+class Line(NamedTuple):
+    """For people: an arm at one number or share of labels."""
+
+    labels: str
+    arm: str
+    trials: str
+    """Finished, of those planned where not all are."""
+    dice: str
+    """Mean (0 to 100) ± standard deviation over seeds; empty where none has finished."""
+    gain: str
+    """Over scratch, with its 95 % interval, or why there is none."""
+
+
+def lines(results: StudyResults) -> Iterator[Line]:
+    gains = {(comparison.start, comparison.fraction): comparison.summary for comparison in results.comparisons}
+    for cell in results.cells:
+        gain = gains.get((cell.start, cell.fraction))
+        dice = spread(cell.summary.mean, cell.summary.sd)
+        told = with_interval(gain.mean, gain.low, gain.high) if gain else ""
+        yield Line(percent(cell.fraction), cell.start, str(cell.summary.n), dice, told)
+
+
 def text_table(results: StudyResults) -> str:
     """Mean Dice (0 to 100) ± standard deviation over seeds, and the paired difference from scratch, as a table."""
-    gains = {(comparison.start, comparison.fraction): comparison.summary for comparison in results.comparisons}
-    lines = [f"{'labels':>8}  {'start':<12}  {'mean Dice':>11}  {'seeds':>5}  gain over scratch (95 % interval)"]
-    for cell in results.cells:
-        mean, sd, n = cell.summary.mean, cell.summary.sd, cell.summary.n
-        dice = "–" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
-        gain = gains.get((cell.start, cell.fraction))
-        lines.append(
-            f"{percent(cell.fraction):>8}  {cell.start:<12}  {dice:>11}  {n:>5}  {_gain(gain) if gain else ''}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+    head = f"{'labels':>8}  {'start':<12}  {'mean Dice':>11}  {'seeds':>5}  gain over scratch (95 % interval)"
+    rows = [f"{of.labels:>8}  {of.arm:<12}  {of.dice or '–':>11}  {of.trials:>5}  {of.gain}" for of in lines(results)]
+    return "\n".join(line.rstrip() for line in (head, *rows))
 
 
-def _gain(summary: Interval) -> str:
-    interval = "" if summary.low is None else f" ({points(summary.low)} to {points(summary.high)})"
-    return points(summary.mean) + interval
+def spread(mean: float | None, sd: float | None) -> str:
+    """Dice as percentage; nothing where there is no mean."""
+    return "" if mean is None else f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def with_interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """A difference in Dice as percentage points, and its ends where it has them."""
+    return points(mean) + ("" if low is None else f" ({points(low)} to {points(high)})")
 
 
 def points(value: float | None) -> str:

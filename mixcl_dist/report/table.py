@@ -13,7 +13,7 @@ import yaml
 
 from mixcl_dist.config import ConfigError, from_dict, replace
 from mixcl_dist.report.folders import TableFolder, TableTrial
-from mixcl_dist.report.results import SCRATCH, points
+from mixcl_dist.report.results import SCRATCH, Line, points, spread, with_interval
 from mixcl_dist.studies.statistics import (
     CONFIDENCE,
     Difference,
@@ -339,27 +339,28 @@ def trial_rows(table: TableFolder, classes: Sequence[str]) -> list[dict[str, Any
     return rows
 
 
-def text_rows(results: TableResults) -> str:
-    """Mean Dice and difference of every arm, then every other comparison, as lines for a terminal."""
-    lines = [f"{'scans':>5}  {'arm':<16} {'trials':>8}  {'mean Dice':>11}  difference from scratch (95 % interval)"]
+def lines(results: TableResults) -> Iterator[Line]:
     from_scratch = {(p.fold, p.scans, p.arm): p for p in results.pairs if p.reference == SCRATCH}
     for row in results.rows:
-        dice = (
-            "–" if row.mean is None else f"{100 * row.mean:.1f}" + ("" if row.sd is None else f" ± {100 * row.sd:.1f}")
-        )
         pair = from_scratch.get((row.fold, row.scans, row.arm))
         name = f"{row.fold}/{row.arm}" if row.fold else row.arm
         told = row.barred or (_gain(pair) if pair else "")
-        lines.append(f"{row.scans:>5}  {name:<16} {row.done:>3} of {row.planned:<3} {dice:>11}  {told}")
+        yield Line(str(row.scans), name, f"{row.done} of {row.planned}", spread(row.mean, row.sd), told)
+
+
+def text_rows(results: TableResults) -> str:
+    """Mean Dice and difference of every arm, then every other comparison, as lines for a terminal."""
+    rows = [f"{'scans':>5}  {'arm':<16} {'trials':>8}  {'mean Dice':>11}  difference from scratch (95 % interval)"]
+    for scans, arm, trials, dice, told in lines(results):
+        done, _, planned = trials.partition(" of ")
+        rows.append(f"{scans:>5}  {arm:<16} {done:>3} of {planned:<3} {dice or '–':>11}  {told}")
     for pair in results.pairs:
         if pair.reference != SCRATCH and pair.difference.mean is not None:
             name = f"{pair.fold}/{pair.arm}" if pair.fold else pair.arm
-            lines.append(f"{pair.scans:>5}  {name} − {pair.reference}: {_gain(pair)}")
-    return "\n".join(line.rstrip() for line in lines)
+            rows.append(f"{pair.scans:>5}  {name} − {pair.reference}: {_gain(pair)}")
+    return "\n".join(line.rstrip() for line in rows)
 
 
 def _gain(pair: Pair) -> str:
     found = pair.difference
-    if found.mean is None:
-        return ""
-    return points(found.mean) + ("" if found.low is None else f" ({points(found.low)} to {points(found.high)})")
+    return "" if found.mean is None else with_interval(found.mean, found.low, found.high)
