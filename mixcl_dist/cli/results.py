@@ -28,7 +28,7 @@ def add_results(verbs: Any) -> None:
     example = "mixcl export runs/few --to monai --out exported"
     add = add_verb(verbs, "export", _export, "hand a network to other tools", example, takes_settings=False)
     add("run", type=Path, metavar="RUN", help="pre-training or fine-tuning run")
-    add("--to", required=True, choices=["monai", "nnunet", "bundle", "hf"], help="whose form")
+    add("--to", required=True, choices=["monai", "nnunet", "bundle", "hf", "onnx"], help="whose form")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder")
     licence = "of the weights, as the terms of all training data allow, e.g. cc-by-4.0 (default: left open)"
     add("--licence", metavar="NAME", help=licence)

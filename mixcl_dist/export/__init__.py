@@ -7,15 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from mixcl_dist.export import bundle, huggingface, monai, nnunet
+from mixcl_dist.export import bundle, huggingface, monai, nnunet, onnx
 from mixcl_dist.export.trained import ExportError, open_trained
 
-_WRITERS = {"monai": monai.write, "nnunet": nnunet.write, "bundle": bundle.write, "hf": huggingface.write}
+_WRITERS = {
+    "monai": monai.write,
+    "nnunet": nnunet.write,
+    "bundle": bundle.write,
+    "hf": huggingface.write,
+    "onnx": onnx.write,
+}
 
 
 def export(
     run: Path,
-    to: Literal["monai", "nnunet", "bundle", "hf"],
+    to: Literal["monai", "nnunet", "bundle", "hf", "onnx"],
     out: Path,
     *,
     licence: str | None = None,
@@ -24,9 +30,9 @@ def export(
     """Write the network of a finished RUN folder to the new folder `out` and return it.
 
     monai: DynUNet weights and arguments; bundle: a MONAI bundle that segments; hf: a Hugging Face model folder;
-    nnunet: a checkpoint that nnU-Net fine-tunes from. Each has a README.md with data, protocol and limits, with
-    the `licence` of the weights where it is known, and with what was found by the few-label table or study in `table`,
-    or in which the run lies.
+    nnunet: a checkpoint that nnU-Net fine-tunes from; onnx: a graph that segments, for any runtime. Each has a
+    README.md with data, protocol and limits, with the `licence` of the weights where it is known, and with what was
+    found by the few-label table or study in `table`, or in which the run lies.
     The folder appears whole or not at all. Raises `ExportError` or `RunError`, each one line with the cure.
     """
     if out.exists():

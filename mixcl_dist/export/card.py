@@ -71,7 +71,7 @@ def _interface(trained: Trained) -> str:
         f"- Input: one CT in Hounsfield units, axes (x, y, z) towards Right, Anterior, Superior (RAS), {grid}; "
         f"{low:g} to {high:g} HU mapped to -1 to 1 and clipped; shape (batch, 1, x, y, z).",
         f"- Every edge must be a multiple of {divisor} voxels, and at least {2 * divisor}; it was trained on "
-        + (f"patches of {_times(trained.patch_size)}." if trained.is_segmentation else f"views of {_times(views)}."),
+        + (f"patches of {times(trained.patch_size)}." if trained.is_segmentation else f"views of {times(views)}."),
     ]
     if trained.is_segmentation:
         classes = ", ".join(f"{k} {literal(name)}" for k, name in enumerate(("background", *trained.classes)))
@@ -86,7 +86,7 @@ def _licence(trained: Trained) -> str:
     return f"The weights are under {literal(trained.licence)}: {given}. {ADDED}"
 
 
-def _times(size: Any) -> str:
+def times(size: Any) -> str:
     return " × ".join(map(str, size))
 
 

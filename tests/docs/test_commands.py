@@ -132,6 +132,7 @@ def test_the_guides_have_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_chain_of_the_guides_runs(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     (phantom, *_) = commands(ROOT / "docs" / "index.md")

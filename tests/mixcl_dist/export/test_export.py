@@ -9,8 +9,6 @@ import json
 import os
 import pydoc
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -22,9 +20,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from mixcl_dist.config import Config, replace, to_yaml
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.export import ExportError, export
 from mixcl_dist.finetuning import scoring
@@ -32,28 +29,7 @@ from mixcl_dist.networks.dynunet import Backbone
 from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.settings import NetworkConfig
 
-FILTERS = (4, 6, 8, 10)
-CLASSES = ["liver", "left_kidney"]
-PATCH = (16, 24, 32)
-
-
-def write_run(folder: Path, network: torch.nn.Module, kind: str, architecture: str = "dynunet") -> Path:
-    folder.mkdir()
-    pretraining = kind == "pretrain"
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    save_file(weights, folder / ("network.safetensors" if pretraining else "model.safetensors"))
-    settings = {"finetune.patch_size": PATCH, "views.size": (16, 16, 24), "network.filters": FILTERS}
-    (folder / "config.yaml").write_text(to_yaml(replace(Config(), settings)))
-    description = {"architecture": architecture, "filters": FILTERS, "window_hu": [-900, 700]}
-    description |= {"spacing_mm": [1.0, 2.0, 3.0] if pretraining else None, "classes": CLASSES}
-    (folder / "network.json").write_text(json.dumps(description))
-    facts = {"kind": kind, "name": folder.name, "finished": None, "mixcl_version": "0.1.0", "label_cases": ["a", "b"]}
-    facts |= {"start": None, "fraction": 0.05, "seed": 0, "validation_cases": ["c"], "training_cases": ["a", "b"]}
-    (folder / "run.json").write_text(json.dumps(facts))
-    if not pretraining:
-        dice = {"classes": CLASSES, "cases": {}, "class_mean": {"liver": 0.9, "left_kidney": None}, "mean": 0.9}
-        (folder / "dice.json").write_text(json.dumps(dice))
-    return folder
+from .written import CLASSES, FILTERS, PATCH, perturbed, run_snippet, write_run
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +44,6 @@ def segmenter() -> SegmentationNetwork:
     return perturbed(SegmentationNetwork(NetworkConfig(filters=FILTERS), len(CLASSES)))
 
 
-def perturbed(network: torch.nn.Module) -> torch.nn.Module:
-    """Scales and offsets of normalisation start at 1 and 0: moved, so that losing them would show."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return network.eval()
-
-
 @pytest.fixture
 def pretrained(tmp_path: Path, backbone: Backbone) -> Path:
     return write_run(tmp_path / "pre", backbone, "pretrain")
@@ -84,13 +52,6 @@ def pretrained(tmp_path: Path, backbone: Backbone) -> Path:
 @pytest.fixture
 def finetuned(tmp_path: Path, segmenter: SegmentationNetwork) -> Path:
     return write_run(tmp_path / "few", segmenter, "finetune")
-
-
-def run_snippet(folder: Path, then: str) -> None:
-    """Execute the card's Python snippet in its folder, and `then` after it."""
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert code
-    subprocess.run([sys.executable, "-c", code[1] + then], cwd=folder, check=True)
 
 
 SAVE_LOGITS = "\ntorch.save(network(torch.load('image.pt')), 'logits.pt')"

@@ -7,6 +7,14 @@ import torch
 from mixcl_dist.settings import NetworkConfig
 
 FILTERS = (4, 6, 8)
+SMALL = {
+    "dynunet": (4, 6, 8),
+    "residual_dynunet": (4, 6, 8),
+    "resenc_unet": (4, 6, 8),
+    "segresnet": (8, 16, 32),
+    "swin_unetr": (12, 12, 24, 48, 96, 192),
+}
+"""Architecture → channels."""
 
 
 def config(architecture: str = "dynunet") -> NetworkConfig:

@@ -20,13 +20,7 @@ from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.settings import NetworkConfig
 
-SMALL = {
-    "dynunet": (4, 6, 8),
-    "residual_dynunet": (4, 6, 8),
-    "resenc_unet": (4, 6, 8),
-    "segresnet": (8, 16, 32),
-    "swin_unetr": (12, 12, 24, 48, 96, 192),
-}
+from .small_networks import SMALL
 
 
 @pytest.fixture(params=[*list(SMALL)[:-1], pytest.param("swin_unetr", marks=pytest.mark.slow)])
