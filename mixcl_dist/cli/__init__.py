@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _stand_in_for_a_user()
     options = parse(_parser(), list(sys.argv[1:] if arguments is None else arguments))
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # else nothing would be said
+        signal.signal(signal.SIGTERM, _interrupt)  # else nothing would be said
         # A scheduler's warning that comes before a run heeds it would end it by a code that asks for no other turn.
         signal.signal(signal.SIGUSR1, lambda *_: None)
     try:
@@ -56,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, ToldError):
             print(f"mixcl: {error}", file=sys.stderr)
         return 2
+
+
+def _interrupt(*_: object) -> None:
+    """End as by Ctrl-C, which a shell lets those ignore that a script starts with &."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _stand_in_for_a_user() -> None:

@@ -226,3 +226,28 @@ print("lives")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("lives\n"), done
+
+
+WAITS = """
+import signal, sys
+from types import SimpleNamespace
+from mixcl_dist import cli
+def wait(options):
+    print("waits", flush=True)
+    signal.pause()
+cli.parse = lambda *given: SimpleNamespace(verb=wait)
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_sigterm_interrupts_also_what_a_script_started_in_the_background(background):
+    """Behind &, a shell has let it ignore interrupts."""
+    ignore = "signal.signal(signal.SIGINT, signal.SIG_IGN); " if background else ""
+    start = f"import os, signal, sys; {ignore}os.execv(sys.executable, [sys.executable, '-c', {WAITS!r}])"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", start], text=True, **pipes) as process:
+        assert process.stdout.readline() == "waits\n"
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.startswith("mixcl: interrupted")
