@@ -111,11 +111,11 @@ def of_tune(out: Path) -> dict[str, Figure]:
     return figures
 
 
-def of_step(out: Path) -> Mapping[str, Figure]:
+def of_result(out: Path) -> Mapping[str, Figure]:
     return Result.load(out).figures
 
 
-def said_of_step(out: Path) -> str:
+def said_of_result(out: Path) -> str:
     return Result.load(out).said
 
 
@@ -124,8 +124,11 @@ BENCHMARKS = {
     "launches": Benchmark("launches, waits and memory of a step, counted on a CPU", "launches/run.py", of_launches, ()),
     "scaling": Benchmark("efficiency at 8 to 1,024 GPUs, predicted", "scaling/run.py", of_scaling, ()),
     "shards": Benchmark("volumes a minute into shards, beside MONAI", "shards/build.py", of_shards),
-    "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_step, said=said_of_step),
+    "step": Benchmark("a pre-training step by part, beside its floors", "step/run.py", of_result, said=said_of_result),
     "stream": Benchmark("patches a second to the trainer, beside other loaders", "stream/run.py", of_stream),
+    "time_to_dice": Benchmark(
+        "from an empty folder to a Dice on OpenKBP", "time_to_dice/run.py", of_result, said=said_of_result
+    ),
     "tune": Benchmark("what a trial costs the driver of a study", "tune/run.py", of_tune, ("--trials", "8")),
     "views": Benchmark("two views of a patch, beside MONAI and others", "views/run.py", of_views),
 }
@@ -185,9 +188,9 @@ def _gate() -> int:
 
 def _list() -> int:
     for name, benchmark in BENCHMARKS.items():
-        print(f"{name:<10} {benchmark.what} (benchmarks/{benchmark.program})")
+        print(f"{name:<12} {benchmark.what} (benchmarks/{benchmark.program})")
     for name, where in ELSEWHERE.items():
-        print(f"{name:<10} see {where}")
+        print(f"{name:<12} see {where}")
     return 0
 
 
