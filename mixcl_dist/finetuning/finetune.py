@@ -38,11 +38,11 @@ from mixcl_dist.finetuning.scoring import (
     summarise_surfaces,
     surfaces_per_class,
 )
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.jsonfiles import append_line, write_atomic, write_lines
 from mixcl_dist.networks.architectures import check_size
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
 from mixcl_dist.records import CURVE, CurvePoint, DiceRecord, FinetuneRecord, NetworkRecord, Scores, read_curve

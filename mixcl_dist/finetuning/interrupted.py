@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.crops import Crops
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.jsonfiles import write_atomic
-from mixcl_dist.networks.heads import SegmentationNetwork
 
 UNFINISHED = "unfinished.pt"
 

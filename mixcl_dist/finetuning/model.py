@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from mixcl_dist.errors import RunError
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.start import WEIGHTS
 from mixcl_dist.networks.architectures import named_here, weights_file
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord
 from mixcl_dist.run import read_config
 from mixcl_dist.settings import FinetuneConfig, NetworkConfig

@@ -48,9 +48,9 @@ from mixcl_dist.finetuning.scoring import (
     summarise_surfaces,
     surfaces_per_class,
 )
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.task import Task
 from mixcl_dist.jsonfiles import write_atomic
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import arithmetic
 from mixcl_dist.progress import progress
 from mixcl_dist.records import CasePrediction, PredictionRecord, Refused

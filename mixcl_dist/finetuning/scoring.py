@@ -14,8 +14,8 @@ from torch import Tensor
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.finetuning import sliding
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.intensity import normalise
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.precision import autocast
 from mixcl_dist.records import Scores
 

@@ -11,8 +11,8 @@ import numpy as np
 from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.foreign import Foreign, open_foreign
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.task import Task
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import ANEW, NetworkRecord, RunRecord
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, one_patient, shared_scans
 from mixcl_dist.weights import load_weights

@@ -1,6 +1,6 @@
-"""The network that is pre-trained and fine-tuned: a backbone and the heads on it.
+"""The network that is pre-trained: a backbone and the heads on it.
 
-Legend: V views or images, F features of a voxel, G channels of the bottleneck, R rows, D width of an embedding.
+Legend: V views, F features of a voxel, G channels of the bottleneck, R rows, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -53,19 +53,6 @@ class PretrainNetwork(nn.Module):
                 crop=_directions(self.crop_head(pooled)),
                 reconstruction=self.reconstruction_head(features),
             )
-
-
-class SegmentationNetwork(nn.Module):
-    """Backbone with a linear classifier of voxels."""
-
-    def __init__(self, config: NetworkConfig, n_classes: int):
-        super().__init__()
-        self.backbone = build_backbone(config)
-        self.classifier = nn.Conv3d(config.filters[0], n_classes + 1, kernel_size=1)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 1, x, y, z) normalised → logits (B, n_classes + 1, x, y, z), background first."""
-        return self.classifier(self.backbone(image)[-1])
 
 
 def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,7 @@ SEGMENTING = (
         f"finetuning/{name}.py"
         for name in (
             *("__init__", "finetune", "task", "start", "cases"),
-            *("crops", "foreign", "interrupted", "marginal", "scoring", "sliding"),
+            *("crops", "foreign", "interrupted", "marginal", "scoring", "segmenter", "sliding"),
         )
     ),
     *("data_shards/volume.py", "data_shards/catalogue.py", "data_shards/sources/*.py"),

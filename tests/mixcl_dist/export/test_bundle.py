@@ -20,7 +20,7 @@ from mixcl_dist.config import Config, replace, to_yaml
 from mixcl_dist.data_shards.volume import Volume, to_ras
 from mixcl_dist.export import export
 from mixcl_dist.finetuning import scoring
-from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.settings import NetworkConfig
 
 SPACING_MM = (3.0, 3.0, 4.0)

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.export import ExportError, export
 from mixcl_dist.finetuning import scoring
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.networks.dynunet import Backbone
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.settings import NetworkConfig
 
 from .written import CLASSES, FILTERS, PATCH, perturbed, run_snippet, write_run

@@ -19,9 +19,9 @@ from mixcl_dist.data_shards.catalogue import Catalogue
 from mixcl_dist.data_shards.sources import Case, open_source
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.finetune import finetune, mean_dice
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.start import initial_network
 from mixcl_dist.finetuning.task import Task, open_task
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.phantom import CLASSES
 from mixcl_dist.records import DiceRecord
 from mixcl_dist.report import write_report

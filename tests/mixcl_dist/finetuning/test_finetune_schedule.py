@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.finetuning.finetune import _optimizer, finetune
-from mixcl_dist.networks.heads import SegmentationNetwork
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.settings import FinetuneConfig, NetworkConfig
 
 SMALL = {

@@ -14,8 +14,8 @@ from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
 from mixcl_dist.finetuning.predict import predict
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.networks import architectures
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.phantom import write_cohort
 from mixcl_dist.pretraining.pretrain import pretrain
 from mixcl_dist.settings import NetworkConfig

@@ -1,4 +1,4 @@
-"""The heads give rows of length one; a segmentation network starts from a pre-trained backbone."""
+"""The heads give rows of length one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixcl_dist import precision
 from mixcl_dist.cluster.engine import EngineConfig, launch
 from mixcl_dist.networks import heads
-from mixcl_dist.networks.heads import PretrainNetwork, SegmentationNetwork
+from mixcl_dist.networks.heads import PretrainNetwork
 
 from .small_networks import config, voxels
 
@@ -88,14 +88,3 @@ def test_the_network_is_one_graph_for_the_compiler():
     for a, b in zip(network(image, index), compiled(image, index), strict=True):
         torch.testing.assert_close(a, b)
     torch._dynamo.reset()
-
-
-def test_a_segmentation_network_starts_from_a_pretrained_backbone():
-    pretrained = PretrainNetwork(config()).backbone
-    network = SegmentationNetwork(config(), n_classes=3)
-    network.backbone.load_state_dict(pretrained.state_dict())
-    image = torch.randn(1, 1, 8, 8, 8)
-    expected = network.classifier(pretrained(image)[-1])
-    logits = network(image)
-    assert logits.shape == (1, 4, 8, 8, 8)
-    torch.testing.assert_close(logits, expected)

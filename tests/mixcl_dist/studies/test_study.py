@@ -24,8 +24,8 @@ from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.errors import RunError
 from mixcl_dist.export import export
 from mixcl_dist.finetuning.finetune import finetune
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.task import open_task
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.records import DiceRecord, FinetuneRecord, PretrainRecord, StudyRecord
 from mixcl_dist.report import study_table, write_report
 from mixcl_dist.seen import KnownScans, Seen
