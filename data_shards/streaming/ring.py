@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import DupFd
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,9 @@ class Ring:
         self._free = deque(range(self._layout.entries))
         self._pending: deque[_Pending] = deque()
         self._workers = [_Worker.start(n, self._file, self._layout, reader) for n in range(workers)]
+        # A ring may still be open where a program ends. Python then waits for its processes, for ever: they heed no
+        # SIGTERM, by which it asks them to end.
+        self._end_workers = Finalize(self, _end, (self._workers,), exitpriority=0)
         self._events = selectors.DefaultSelector()  # kept, as `connection.wait` would set up one for every message
         for worker in self._workers:
             self._events.register(worker.connection, selectors.EVENT_READ, worker)
@@ -143,8 +147,7 @@ class Ring:
     def close(self) -> None:
         """End the workers; arrays that were taken stay valid."""
         self._events.close()
-        for worker in self._workers:
-            worker.stop()
+        self._end_workers()
         self._file.close()
 
     def _arrays(self, entry: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -242,6 +245,11 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def _end(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.stop()
 
 
 class _Start:

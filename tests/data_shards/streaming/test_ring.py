@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import resource
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -51,6 +53,23 @@ def test_batches_outlive_their_stream(built):
     del stream
     gc.collect()
     assert torch.equal(batch.image, before)
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_with_its_stream_open_ends(built):
+    """Workers heed no SIGTERM, by which Python asks its processes to end before it waits for them."""
+    program = (
+        "import sys\n"
+        "from mixcl_dist.data_shards.streaming.stream import PatchStream\n"
+        "if __name__ == '__main__':\n"
+        "    stream = iter(PatchStream(sys.argv[1], batch_size=4, seed=3, workers=1, label_cases={'a'}))\n"
+        "    next(stream)\n"
+        "    raise SystemError('as planned')\n"
+    )
+    script = built.parent / "fails.py"
+    script.write_text(program)
+    done = subprocess.run([sys.executable, script, built], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "as planned" in done.stderr
 
 
 def test_arrays_of_a_layout_do_not_overlap():
