@@ -274,8 +274,8 @@ class FinetuneConfig:
     """Share of a weight that a step at learning rate 1 takes away."""
     warmup_fraction: Fraction = 0.1
     """Share of the steps in which the learning rate rises."""
-    head_fraction: BelowOne = 0.1
-    """Share of the steps in which only the classifier learns, so that its random start does not spoil the backbone."""
+    coarse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the steps over which the classifiers of coarser levels, which help that of the finest, fade out."""
     level_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Each level of the backbone learns at this factor of the learning rate of the level nearer to the classifier."""
     average_decay: BelowOne = 0.99

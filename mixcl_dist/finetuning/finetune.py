@@ -38,10 +38,11 @@ from mixcl_dist.finetuning.scoring import (
     summarise_surfaces,
     surfaces_per_class,
 )
-from mixcl_dist.finetuning.segmenter import SegmentationNetwork
+from mixcl_dist.finetuning.segmenter import LearningNetwork, SegmentationNetwork
 from mixcl_dist.finetuning.start import WEIGHTS, check_start, initial_network, like, seen_by, start_name
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.jsonfiles import append_line, write_atomic, write_lines
+from mixcl_dist.linear import Voxels, fit, sample
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.precision import arithmetic, autocast
 from mixcl_dist.progress import progress
@@ -52,8 +53,11 @@ from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, told_apart
 from mixcl_dist.settings import FinetuneConfig
 
 GRADIENT_NORM = 1.0
-Watch = Callable[[int, float, SegmentationNetwork], float | None]
-"""Called with the step, the seconds spent on learning, and the network as it would be kept; returns its mean Dice."""
+FITTED_CROPS = 48
+"""That the classifiers are fitted to before the first step."""
+Watch = Callable[[int, float, LearningNetwork], float | None]
+"""Called with the step, the seconds spent on learning, and the network with the average of the weights; returns its
+mean Dice."""
 Report = Callable[[int, float | None], None]
 """Called with the step and the mean Dice of every point of the curve."""
 
@@ -235,18 +239,22 @@ def _train(
     """Learn from the volumes; returns the average of the weights over the last steps."""
     settings = config.finetune
     crops = Crops(volumes, settings.patch_size, config.network.window_hu, config.budget.seed, device)
-    optimizer, schedule = _optimizer(network, settings)
-    kept = copy.deepcopy(network).requires_grad_(False)
-    weights = list(kept.parameters()), list(network.parameters())
-    network.train()
-    learning = Learning(network, kept, optimizer, schedule, crops)
+    learner = LearningNetwork(network, config.network).to(device)
+    optimizer, schedule = _optimizer(learner, settings)
+    kept = copy.deepcopy(learner).requires_grad_(False)
+    weights = list(kept.parameters()), list(learner.parameters())
+    learning = Learning(learner, kept, optimizer, schedule, crops)
     done, seconds = learning.load(record.path) if resume else (0, 0.0)
+    if not done:
+        _fit_classifiers(learner, crops)
+        kept.load_state_dict(learner.state_dict())
+    learner.train()
     _take_up(record, done, report)
     begin = time.monotonic()
     steps = range(done + 1, settings.steps + 1)
     for step in progress(steps, total=settings.steps, initial=done, desc="finetune", unit="step"):
-        network.backbone.requires_grad_(step > _head_steps(settings))
-        loss = train_step(network, optimizer, crops.batch(settings.batch_size))
+        learner.coarse_share = kept.coarse_share = coarse_share(step, settings)
+        loss = train_step(learner, optimizer, crops.batch(settings.batch_size))
         # At first the average is of few steps, so that the random start is soon forgotten.
         average = get_ema_multi_avg_fn(min(settings.average_decay, (1 + step) / (10 + step)))
         average(*weights, step)
@@ -263,7 +271,27 @@ def _train(
                 learning.save(record.path, step, seconds)
             report(step, dice)
             begin = time.monotonic()
-    return kept
+    return kept.segmenter
+
+
+@torch.no_grad()
+def _fit_classifiers(learner: LearningNetwork, crops: Crops) -> None:
+    """Let the classifiers begin as logistic regression of the start's frozen features, which random ones would spoil
+    (linear probing before fine-tuning: Kumar et al. 2022)."""
+    found = []
+    learner.eval()
+    for number in range(FITTED_CROPS):
+        batch = crops.batch(1)
+        with autocast(batch.image.device):
+            pyramid = learner.backbone(batch.image)
+        label = batch.target[:, 0].to(torch.uint8).cpu().numpy()
+        found.append(sample(pyramid, label, batch.known.cpu().numpy(), number))
+    learner.set_classifiers(*fit(Voxels.joined(found)), pyramid)
+
+
+def coarse_share(step: int, settings: FinetuneConfig) -> float:
+    """What the coarser levels' logits are multiplied by in a step, from 1 down to 0."""
+    return max(0.0, 1 - (step - 1) / (settings.coarse_fraction * settings.steps))
 
 
 def _take_up(record: Run, step: int, report: Report) -> None:
@@ -285,7 +313,7 @@ def _watch(
     shown = task.development[: config.finetune.curve_scans]
     scans = [(case, reading.volume(case)) for case in shown]
 
-    def watch(step: int, seconds: float, network: SegmentationNetwork) -> float | None:
+    def watch(step: int, seconds: float, network: LearningNetwork) -> float | None:
         scores = {}
         for case, volume in scans:
             *_, scores[case.name] = _segmented(network, config, task, case, volume, device)
@@ -299,27 +327,19 @@ def _watch(
     return watch
 
 
-def _optimizer(network: SegmentationNetwork, settings: FinetuneConfig) -> tuple[AdamW, LambdaLR]:
-    """The classifier learns from the first step, the backbone from the end of `head_fraction`, deeper levels slower."""
-    groups = [list(network.classifier.parameters()), *network.backbone.levels()]
+def _optimizer(learner: LearningNetwork, settings: FinetuneConfig) -> tuple[AdamW, LambdaLR]:
+    """The classifiers and the finest level learn at the full rate, deeper levels slower."""
+    groups = [[*learner.classifier.parameters(), *learner.coarse.parameters()], *learner.backbone.levels()]
     rates = [settings.learning_rate * settings.level_decay ** max(0, depth - 1) for depth in range(len(groups))]
     optimizer = AdamW(
         [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    head = _head_steps(settings)
-    of_head = warmup_cosine(settings.steps, settings.warmup_fraction, 0.0)
-    of_backbone = warmup_cosine(settings.steps - head, settings.warmup_fraction, 0.0)
-    lambdas = [of_head, *[lambda step: of_backbone(max(0, step - head))] * (len(groups) - 1)]
-    return optimizer, LambdaLR(optimizer, lambdas)
+    return optimizer, LambdaLR(optimizer, warmup_cosine(settings.steps, settings.warmup_fraction, 0.0))
 
 
-def _head_steps(settings: FinetuneConfig) -> int:
-    return round(settings.head_fraction * settings.steps)
-
-
-def train_step(network: SegmentationNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
+def train_step(network: LearningNetwork, optimizer: torch.optim.Optimizer, batch: CropBatch) -> Tensor:
     """Learn from one batch, or nothing where its gradient is not finite.
 
     Returns its loss (0-d, detached), for which the host has not waited.
@@ -383,7 +403,12 @@ def _score(
 
 
 def _segmented(
-    network: SegmentationNetwork, config: Config, task: Task, case: Case, volume: Volume, device: torch.device
+    network: SegmentationNetwork | LearningNetwork,
+    config: Config,
+    task: Task,
+    case: Case,
+    volume: Volume,
+    device: torch.device,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float | None]]:
     """What the network finds in a labelled case and what was drawn, both in its own voxels, and Dice per class."""
     prediction = segment(

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.crops import Crops
-from mixcl_dist.finetuning.segmenter import SegmentationNetwork
+from mixcl_dist.finetuning.segmenter import LearningNetwork
 from mixcl_dist.jsonfiles import write_atomic
 
 UNFINISHED = "unfinished.pt"
@@ -23,8 +23,8 @@ UNFINISHED = "unfinished.pt"
 class Learning:
     """All that changes from step to step."""
 
-    network: SegmentationNetwork
-    kept: SegmentationNetwork
+    network: LearningNetwork
+    kept: LearningNetwork
     """With the average of the weights."""
     optimizer: Optimizer
     schedule: LRScheduler

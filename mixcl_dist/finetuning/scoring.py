@@ -14,7 +14,7 @@ from torch import Tensor
 from mixcl_dist.data_shards.catalogue import IGNORED
 from mixcl_dist.data_shards.volume import Volume, resample
 from mixcl_dist.finetuning import sliding
-from mixcl_dist.finetuning.segmenter import SegmentationNetwork
+from mixcl_dist.finetuning.segmenter import LearningNetwork, SegmentationNetwork
 from mixcl_dist.intensity import normalise
 from mixcl_dist.precision import autocast
 from mixcl_dist.records import Scores
@@ -29,7 +29,7 @@ Keeper = Callable[[int, int, Tensor], None]
 
 @torch.inference_mode()
 def segment(
-    network: SegmentationNetwork,
+    network: SegmentationNetwork | LearningNetwork,
     volume: Volume,
     *,
     spacing_mm: Sequence[float] | None,

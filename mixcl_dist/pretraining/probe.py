@@ -3,7 +3,7 @@
 Classifiers are fitted to voxels of some development scans and judged on others, so that variants of pre-training can be
 ranked in a minute. The features are those of the whole decoder pyramid, which every network has, a random one too.
 
-Legend: N patches, (X, Y, Z) their size, C classes, F channels of the pyramid, R sampled voxels.
+Legend: N patches, (X, Y, Z) their size, C classes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,15 @@ from mixcl_dist.data_shards.storage import open_store
 from mixcl_dist.data_shards.streaming.reader import SampleReader, Wanted
 from mixcl_dist.errors import RunError
 from mixcl_dist.intensity import normalise
+from mixcl_dist.linear import Voxels, fit, of_levels, sample
 from mixcl_dist.networks.architectures import build_backbone, check_patches
 from mixcl_dist.networks.backbone import Backbone
-from mixcl_dist.networks.heads import voxels_of
 from mixcl_dist.precision import autocast
 from mixcl_dist.records import RUN, NetworkRecord, ProbeRecord, ProbeScans, ProbeScores
 from mixcl_dist.seen import Seen, likeness, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 
 PATCHES_AT_ONCE = 4
-VOXELS_OF_CLASS, VOXELS_OF_REST = 100, 400
-"""Voxels sampled at most of each class in each patch, and of what is no class."""
-FOREGROUND_WEIGHT = 5.0
-"""Of a class's voxel, where one of the background has 1, as in fine-tuning: organs are a few percent of a patch."""
-PENALTY = 1e-4
-"""On the squared weights of the linear classifier of standardised features."""
-ITERATIONS = 100
 NEIGHBOURS = 15
 NEIGHBOUR_VOXELS = 15_000
 """Voxels at most that neighbours are looked for among, and that are classified by them."""
@@ -136,8 +129,8 @@ def read_patches(shards: Path | str, names: Sequence[str]) -> tuple[Patches, tup
     number_of = np.zeros((len(manifest.cases), IGNORED + 1), np.uint8)
     number_of[:, : known.shape[1]] = known * np.arange(known.shape[1])
     number_of[:, IGNORED] = IGNORED
-    for patch, sample in zip(label, samples, strict=True):
-        patch[...] = number_of[case_of_sample[sample]][patch]
+    for patch, case in zip(label, case_of_sample[samples], strict=True):
+        patch[...] = number_of[case][patch]
     place = {number[name]: n for n, name in enumerate(names)}
     cases = np.array([place[case] for case in case_of_sample[samples]], dtype=int)
     return Patches(hu, label, known[case_of_sample[samples]], cases), manifest.classes
@@ -169,82 +162,21 @@ def _judge(
     backbone: Backbone, fitted: Patches, judged: Patches, window_hu: tuple[float, float]
 ) -> dict[str, np.ndarray]:
     """Of each probe (N, 3, C + 1) voxels of each class of each judged patch that are found, drawn, and both."""
-    sample = _joined([_sample(fitted, *part) for part in _pyramids(backbone, fitted, window_hu)])
-    mean, deviation = sample.features.mean(0), sample.features.std(0)
-    if not torch.isfinite(mean).all() or (deviation > 1e-6).sum() < 2:
+    voxels = Voxels.joined(_sample(fitted, *part) for part in _pyramids(backbone, fitted, window_hu))
+    if not torch.isfinite(voxels.features).all() or (voxels.features.std(0) > 1e-6).sum() < 2:
         cure = "pre-train with a lower --optimizer.learning_rate"
         raise RunError(f"the features are not finite, or alike at every voxel (the network has collapsed); {cure}")
-    scale = 1 / deviation.clamp_min(1e-6)
-    standard = sample.standardised(mean, scale)
-    weight, bias = _fit_linear(standard)
+    weight, bias = fit(voxels)
     linear, queries = [], []
     for part in _pyramids(backbone, judged, window_hu):
-        linear += _judge_linear(judged, *part, weight * scale, bias - (weight * scale) @ mean)
+        linear += _judge_linear(judged, *part, weight, bias)
         queries.append(_sample(judged, *part))
-    neighbours = _judge_neighbours(standard, _joined(queries).standardised(mean, scale), judged)
-    return {"linear": np.array(linear), "knn": neighbours}
+    return {"linear": np.array(linear), "knn": _judge_neighbours(voxels, Voxels.joined(queries), judged)}
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Voxels that stand for all of their scans."""
-
-    features: Tensor
-    """(R, F) float32."""
-    label: Tensor
-    """(R,) int64 in 0 … C."""
-    weight: Tensor
-    """(R,) float32: how many voxels each stands for."""
-    patch: Tensor
-    """(R,) int64."""
-    known: Tensor
-    """(R, C + 1) bool."""
-
-    def standardised(self, mean: Tensor, scale: Tensor) -> _Sample:
-        return _Sample((self.features - mean) * scale, self.label, self.weight, self.patch, self.known)
-
-    def thinned(self, count: int) -> _Sample:
-        step = -(-len(self.label) // count)
-        return _Sample(*(t[::step] for t in (self.features, self.label, self.weight * step, self.patch, self.known)))
-
-
-def _joined(samples: Sequence[_Sample]) -> _Sample:
-    columns = ((s.features, s.label, s.weight, s.patch, s.known) for s in samples)
-    return _Sample(*(torch.cat(column) for column in zip(*columns, strict=True)))
-
-
-def _sample(patches: Patches, first: int, pyramid: list[Tensor]) -> _Sample:
-    """Voxels of the patches from `first` on that the pyramid is of: the same share of every class in each, at most
-    `VOXELS_OF_CLASS` or `VOXELS_OF_REST` of them."""
-    parts = []
-    for row in range(len(pyramid[0])):
-        label = patches.label[first + row]
-        chosen, weight = _choose(label, np.random.default_rng(first + row))
-        position = np.stack(np.unravel_index(chosen, label.shape), axis=1)
-        index = torch.from_numpy(np.insert(position, 0, row, axis=1)).to(pyramid[0].device)
-        parts.append(
-            _Sample(
-                features=voxels_of(pyramid, index).float().cpu(),
-                label=torch.from_numpy(label.ravel()[chosen].astype(np.int64)),
-                weight=torch.from_numpy(weight),
-                patch=torch.full((len(chosen),), first + row),
-                known=torch.from_numpy(patches.known[first + row]).expand(len(chosen), -1),
-            )
-        )
-    return _joined(parts)
-
-
-def _choose(label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of sampled voxels in the flat patch, and how many voxels each stands for, float32."""
-    flat = label.ravel()
-    chosen, weights = [], []
-    for number in np.setdiff1d(flat, IGNORED):
-        voxels = np.flatnonzero(flat == number)
-        most = VOXELS_OF_CLASS if number else VOXELS_OF_REST
-        taken = voxels if len(voxels) <= most else rng.choice(voxels, most, replace=False)
-        chosen.append(taken)
-        weights.append(np.full(len(taken), len(voxels) / len(taken), np.float32))
-    return np.concatenate(chosen), np.concatenate(weights)
+def _sample(patches: Patches, first: int, pyramid: list[Tensor]) -> Voxels:
+    here = slice(first, first + len(pyramid[0]))
+    return sample(pyramid, patches.label[here], patches.known[here], first)
 
 
 def _pyramids(
@@ -259,41 +191,12 @@ def _pyramids(
         yield first, pyramid  # outside, so that what is made of it is computed in float32
 
 
-@torch.enable_grad()
-def _fit_linear(sample: _Sample) -> tuple[Tensor, Tensor]:
-    """(C + 1, F) weights and (C + 1,) biases of multinomial logistic regression, by L-BFGS.
-
-    A background voxel may be of any class that is not known in its scan, so those probabilities are added up, as in
-    `marginal_loss`.
-    """
-    weight = torch.zeros(sample.known.shape[1], sample.features.shape[1], requires_grad=True)
-    bias = torch.zeros(len(weight), requires_grad=True)
-    foreground = sample.label > 0
-    importance = sample.weight * torch.where(foreground, FOREGROUND_WEIGHT, 1.0)
-    importance = importance / importance.sum()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        log_probability = F.linear(sample.features, weight, bias).log_softmax(1)
-        rest = log_probability.masked_fill(sample.known, -torch.inf).logsumexp(1)
-        of_class = log_probability.gather(1, sample.label[:, None])[:, 0]
-        value = -(importance * torch.where(foreground, of_class, rest)).sum() + PENALTY * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
-
-
 def _judge_linear(
     patches: Patches, first: int, pyramid: list[Tensor], weight: Tensor, bias: Tensor
 ) -> list[np.ndarray]:
     """Of each patch (3, C + 1) voxels of each class that are found, drawn, and both."""
-    levels = [pyramid[-1], *pyramid[:-1]]  # in the order of `voxels_of`
-    columns = weight.to(pyramid[0].device).split([level.shape[1] for level in levels], dim=1)
     logits = bias.to(pyramid[0].device)[:, None, None, None]
-    for features, of_level in zip(levels, columns, strict=True):
+    for features, of_level in zip(pyramid, of_levels(weight.to(pyramid[0].device), pyramid), strict=True):
         coarse = torch.einsum("nfxyz,cf->ncxyz", features.float(), of_level)
         logits = logits + F.interpolate(coarse, pyramid[-1].shape[2:], mode="trilinear")
     found = logits.argmax(1).flatten(1).cpu().numpy()
@@ -301,14 +204,14 @@ def _judge_linear(
     return [_count(one, other, np.ones(len(one)), len(weight)) for one, other in zip(found, drawn, strict=False)]
 
 
-def _judge_neighbours(sample: _Sample, query: _Sample, patches: Patches) -> np.ndarray:
+def _judge_neighbours(voxels: Voxels, query: Voxels, patches: Patches) -> np.ndarray:
     """(N, 3, C + 1), as `_judge_linear`: the class that most of a voxel's nearest neighbours (by cosine) stand for."""
-    sample, query = sample.thinned(NEIGHBOUR_VOXELS), query.thinned(NEIGHBOUR_VOXELS)
-    importance = sample.weight * torch.where(sample.label > 0, FOREGROUND_WEIGHT, 1.0)
-    ballots = F.one_hot(sample.label, sample.known.shape[1]) * importance[:, None]
-    reference = F.normalize(sample.features, dim=1)
+    mean, scale = voxels.features.mean(0), 1 / voxels.features.std(0).clamp_min(1e-6)
+    voxels, query = voxels.thinned(NEIGHBOUR_VOXELS), query.thinned(NEIGHBOUR_VOXELS)
+    ballots = F.one_hot(voxels.label, voxels.known.shape[1]) * voxels.importance[:, None]
+    reference = F.normalize((voxels.features - mean) * scale, dim=1)
     found = []
-    for part in F.normalize(query.features, dim=1).split(1024):
+    for part in F.normalize((query.features - mean) * scale, dim=1).split(1024):
         nearest = (part @ reference.T).topk(min(NEIGHBOURS, len(reference))).indices
         found.append(ballots[nearest].sum(1).argmax(1))
     predicted, label = torch.cat(found).numpy(), query.label.numpy()

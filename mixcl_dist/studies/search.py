@@ -197,13 +197,9 @@ def described(config: Config) -> str:
 
 def _risen(config: Config) -> int:
     """Step by which every trial's learning rates have risen: before, it is judged by how they rise."""
-    highest = {}
-    for name in ("head_fraction", "warmup_fraction"):
-        searched = config.study.search.get(f"finetune.{name}", {"choice": [getattr(config.finetune, name)]})
-        ((_, values),) = _without_when(searched).items()
-        highest[name] = max(values)
-    head, warmup = highest.values()
-    return round(config.finetune.steps * (head + (1 - head) * warmup))
+    searched = config.study.search.get("finetune.warmup_fraction", {"choice": [config.finetune.warmup_fraction]})
+    ((_, values),) = _without_when(searched).items()
+    return round(config.finetune.steps * max(values))
 
 
 class Tpe:

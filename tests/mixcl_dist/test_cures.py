@@ -202,18 +202,19 @@ FAULTS = {
         RATE % "{loguniform: [1e-4, 1]}", r"two numbers, as 0\.001 or (1\.0e-3), not", RATE % "{loguniform: [{}, 1]}"
     ),
     "no condition": search_of(
-        "{finetune.steps: {grid: [5]}, finetune.head_fraction: {grid: [0.1], when: 5}}",
+        "{finetune.steps: {grid: [5]}, finetune.coarse_fraction: {grid: [0.1], when: 5}}",
         r"when needs one \{key: value\}",
-        "{finetune.steps: {grid: [5]}, finetune.head_fraction: {grid: [0.1], when: {finetune.steps: 5}}}",
+        "{finetune.steps: {grid: [5]}, finetune.coarse_fraction: {grid: [0.1], when: {finetune.steps: 5}}}",
     ),
     "condition looks ahead": search_of(
-        "{finetune.head_fraction: {grid: [0.1], when: {finetune.steps: 5}}, finetune.steps: {grid: [5]}}", "move it up",
-        "{finetune.steps: {grid: [5]}, finetune.head_fraction: {grid: [0.1], when: {finetune.steps: 5}}}",
+        "{finetune.coarse_fraction: {grid: [0.1], when: {finetune.steps: 5}}, finetune.steps: {grid: [5]}}",
+        "move it up",
+        "{finetune.steps: {grid: [5]}, finetune.coarse_fraction: {grid: [0.1], when: {finetune.steps: 5}}}",
     ),
     "condition that never holds": search_of(
-        "{finetune.steps: {grid: [5]}, finetune.head_fraction: {grid: [0.1], when: {finetune.steps: 6}}}",
+        "{finetune.steps: {grid: [5]}, finetune.coarse_fraction: {grid: [0.1], when: {finetune.steps: 6}}}",
         r"never is 6; its values: \[(5)\]",
-        "{finetune.steps: {grid: [5]}, finetune.head_fraction: {grid: [0.1], when: {finetune.steps: {}}}}",
+        "{finetune.steps: {grid: [5]}, finetune.coarse_fraction: {grid: [0.1], when: {finetune.steps: {}}}}",
     ),
     "search of what is not read": search_of(
         "{table.margin: {grid: [0.1]}}", "search settings of finetune", "{finetune.steps: {grid: [5]}}"

@@ -39,6 +39,7 @@ NETWORK = ("networks/*.py", "intensity.py", "constants.py", "precision.py", "wei
 LEARNING = (*NETWORK, "schedule.py", "budget.py")
 SEGMENTING = (
     *LEARNING,
+    "linear.py",
     *(
         f"finetuning/{name}.py"
         for name in (
@@ -62,7 +63,7 @@ SOURCES = {
     "pretrain": CONTRASTING,
     "supervised": SEGMENTING,
     "trial": SEGMENTING,
-    "probe": ("pretraining/probe.py", *NETWORK, *READING),
+    "probe": ("pretraining/probe.py", "linear.py", *NETWORK, *READING),
 }
 """Files on whose content the figures of each kind of item depend."""
 SETTINGS = {
