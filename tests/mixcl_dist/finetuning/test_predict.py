@@ -28,9 +28,9 @@ from mixcl_dist.records import CasePrediction, DiceRecord, PredictionRecord
 
 SMALL = {
     "network.filters": [4, 8, 8],
-    "finetune.steps": 8,
+    "finetune.steps": 12,
     "finetune.batch_size": 1,
-    "finetune.learning_rate": 0.05,
+    "finetune.learning_rate": 0.01,
     "finetune.patch_size": [24, 24, 16],
     "finetune.spacing_mm": [12.0, 11.0, 10.0],
     "finetune.sliding_overlap": 0.4,
