@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mixcl_dist.export import ExportError, export, onnx
+from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.intensity import normalise
-from mixcl_dist.networks.heads import SegmentationNetwork
 from mixcl_dist.settings import NetworkConfig
 
 from ..cures import refused
