@@ -137,6 +137,8 @@ def launch(
     # every later start would wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _lost_ranks(config.timeout_s):
+        if alone:
+            _meet_nobody(deepspeed.get_accelerator().communication_backend_name())
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=config.timeout_s))
         _compare(common or {}, group)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -463,12 +465,6 @@ def _set_environment(group: Group) -> None:
     """Describe the group as torch and DeepSpeed read it; DeepSpeed would look for MPI otherwise."""
     import torch
 
-    port = group.port
-    if port is None:
-        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's, which it would look for at the port below
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
     # srun may show each process one GPU alone, which is then number 0 for all of them.
     devices = torch.accelerator.device_count() or group.local_rank + 1
     names = {
@@ -476,9 +472,17 @@ def _set_environment(group: Group) -> None:
         "LOCAL_RANK": group.local_rank % devices,
         "WORLD_SIZE": group.world_size,
         "MASTER_ADDR": group.address,
-        "MASTER_PORT": port,
+        "MASTER_PORT": group.port,
     }
-    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update({name: str(value) for name, value in names.items() if value is not None})
+
+
+def _meet_nobody(backend: str) -> None:
+    """Make a group of this process alone; without a port, which another one might take before it is listened at."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
 
 
 def _compare(common: Mapping[str, Any], group: Group) -> None:

@@ -42,7 +42,7 @@ class Group:
     address: str = "127.0.0.1"
     """Of the machine of rank 0."""
     port: int | None = None
-    """Where rank 0 listens; None: any that is free, as there is nobody else."""
+    """Where rank 0 listens; None: nowhere, as there is nobody else."""
 
 
 class _Launcher(NamedTuple):
