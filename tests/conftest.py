@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# How long an example takes says more of the machine's other work than of the code.
-settings.register_profile("mixcl", deadline=None)
+# How long an example takes says more of the machine's other work than of the code. The examples are the same in every
+# run; `pytest --hypothesis-profile default` looks at others.
+settings.register_profile("mixcl", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("mixcl")
 
 # Without a GPU the Triton kernels are interpreted; Triton reads this when they are imported.
@@ -38,6 +41,14 @@ if not torch.cuda.is_available():
 
 # Without it, reading DICOM would make a key in the home folder of whoever runs the tests.
 os.environ.setdefault("MIXCL_PSEUDONYM_KEY", "tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Random numbers of no generator of their own are those of the test, whichever ran before it in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "data_shards"))
 
-import servers
 import torch
 from corpus import prepare
 from host import digests, run
@@ -31,6 +29,8 @@ from run import SHARED_CT
 
 from mixcl_dist.data_shards.storage.store import CacheConfig
 from mixcl_dist.data_shards.streaming.stream import PatchStream
+from tests.data_shards import servers
+from tests.ports import free_port
 
 WORKERS, BATCH_SIZE, ROUNDS, SECONDS = 2, 32, 5, 2.0
 PACKAGES = ("torch", "aiohttp", "s3fs", "moto")
@@ -84,10 +84,10 @@ def s3(shards: Path) -> Iterator[str]:
     """moto in a process of its own, which the trainer's would otherwise slow down, with the shards in its bucket."""
     import boto3
 
-    port = servers._free_port()
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL)
     try:
-        servers._wait_for(port, process)
+        servers.wait_for(port, process)
         endpoint = f"http://127.0.0.1:{port}"
         names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
         credentials = {argument: servers.ACCESS[name] for argument, name in names.items()}

@@ -76,7 +76,7 @@ def test_a_kernel_s_figures_are_its_laps_and_not_their_summary(door, tmp_path):
 
 def front_door(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550, **options)
 
 
 @pytest.mark.slow

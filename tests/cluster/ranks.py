@@ -1,20 +1,22 @@
-"""Programs that run as the ranks of one group, over gloo on this machine."""
+"""Programs that run as the ranks of one group, over gloo on this machine.
+
+Each ends by `mixcl_dist.cluster.group.leave` or `os._exit`: a group that is open when the interpreter is torn down may
+end it by SIGABRT."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from ..ports import free_port
+
 
 def start(program: Sequence[str], ranks: int, **environment: str) -> list[subprocess.Popen]:
     """The processes of `python program`, rank by rank; `environment` is added to each one's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    group["OMP_NUM_THREADS"] = "1"
     return [
         subprocess.Popen(
             [sys.executable, *map(str, program)],
@@ -27,7 +29,7 @@ def start(program: Sequence[str], ranks: int, **environment: str) -> list[subpro
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 200) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str, str]]:
     """Exit code, output and error output of each."""
     ended = []
     try:

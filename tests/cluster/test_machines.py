@@ -15,7 +15,7 @@ PROGRAM = """
 import dataclasses, json, os, sys, time
 rank = os.environ["RANK"]
 os.environ["SLURMD_NODENAME"] = f"n{rank}"
-from mixcl_dist.cluster import machines
+from mixcl_dist.cluster import group, machines
 
 rate = 1e8
 if sys.argv[1] == "ill" and rank == "1":
@@ -28,13 +28,14 @@ if sys.argv[1] == "ill" and rank == "1":
     rate = 1e6
 findings = machines.examine_machines(lambda part, parts: rate * (1 if rank == "1" else 3), timeout_s=60)
 print(json.dumps({finding.name: [finding.fit, finding.detail] for finding in findings}))
+group.leave(0)
 """
 
 
 def examined(tmp_path, state):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    ended = ranks.finish(ranks.start([program, state, tmp_path], 2), timeout=100)
+    ended = ranks.finish(ranks.start([program, state, tmp_path], 2))
     assert [code for code, _, _ in ended] == [0, 0], ended
     one, other = [json.loads(output) for _, output, _ in ended]
     assert one == other, "all ranks know what is found"

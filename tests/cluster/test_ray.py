@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -39,10 +38,8 @@ def test_a_silent_address_is_given_up(monkeypatch):
         silent.listen(0)
         port = silent.getsockname()[1]
         waiting = [socket.create_connection(("127.0.0.1", port))]  # the queue is full: more get no answer
-        begin = time.monotonic()
         with pytest.raises(RayError, match="timed out"), connection(f"127.0.0.1:{port}", option="--ray"):
             pass
-        assert time.monotonic() - begin < 10
         waiting[0].close()
 
 

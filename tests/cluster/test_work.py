@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,8 @@ import ray
 
 from mixcl_dist.cluster.ray import RayError
 from mixcl_dist.cluster.work import on_ray
+
+from ..ports import free_port
 
 
 def square(item: int) -> int:
@@ -100,28 +102,28 @@ def test_a_machine_with_a_file_system_of_its_own_is_refused_by_name(tmp_path):
     ray_command = str(Path(sys.executable).with_name("ray"))
     out = tmp_path / "out"
     out.mkdir()
-    port = "26379"
+    port = free_port()
     # In a folder of its own, with a short name for its sockets, so that no other Ray here takes it for its own.
     temporary = tempfile.mkdtemp(prefix="ray-")
-    head = [ray_command, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
-    head += [f"--temp-dir={temporary}"]
+    head = [ray_command, "start", "--head", "--block", f"--port={port}", "--num-cpus=1"]
+    head += ["--include-dashboard=false", f"--temp-dir={temporary}"]
     other = f"mount -t tmpfs tmpfs {out} && exec {ray_command} start --address=127.0.0.1:{port} --block --num-cpus=1"
     # Whether Ray asks for a token depends on what ran on this machine before.
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment, "start_new_session": True}
-    nodes = [subprocess.Popen(head, **quiet)]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    nodes = []
     try:
-        time.sleep(8)
-        nodes.append(subprocess.Popen(["unshare", "-rm", "sh", "-c", other], **quiet))
-        time.sleep(10)
+        for command in (head, ["unshare", "-rm", "sh", "-c", other]):
+            nodes.append(subprocess.Popen(command, **told, env=environment, start_new_session=True))
+            assert any("Ray runtime started" in line for line in nodes[-1].stdout), "a node did not come up"
         driver = [sys.executable, "-c", LOOK_AROUND, f"127.0.0.1:{port}", str(out)]
         done = subprocess.run(driver, env=environment, capture_output=True, text=True)
         refused = re.findall("^(.*): is not the same on machine .*; give paths on a file system", done.stdout, re.M)
         assert refused == [str(out), str(out / "study")], (done.stdout, done.stderr)
     finally:
-        parents = [psutil.Process(node.pid) for node in nodes]
-        started = parents + [child for parent in parents for child in parent.children(recursive=True)]
-        for one in started:
-            one.kill()
-        psutil.wait_procs(started)
+        started = [child for node in nodes for child in psutil.Process(node.pid).children(recursive=True)]
+        for one in [*nodes, *started]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs([*nodes, *started])
         shutil.rmtree(temporary, ignore_errors=True)

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from ..ports import free_port
+
 BUCKET = "shards-bucket"
 ACCESS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -39,6 +41,7 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         root {root};
+        location = /seen {{ return 204; }}
         location /slow/ {{ alias {root}/; limit_rate 20k; }}
         location /without-ranges/ {{ alias {root}/; max_ranges 0; }}
         location /without-identity/ {{ alias {root}/; etag off; add_header Last-Modified ""; }}
@@ -60,10 +63,12 @@ class Nginx:
 
     def seen(self) -> list[str]:
         """Method, path, status and range of each request since the last call."""
-        time.sleep(0.05)  # an answer is logged after it was sent
-        lines = self.log.read_text().splitlines()
+        # An answer is logged after it was sent, but before the one worker turns to another request.
+        urllib.request.urlopen(f"{self.url}/seen").close()
+        while (lines := self.log.read_text().splitlines())[-1:] != ["GET /seen 204 -"]:
+            time.sleep(0.001)
         self.log.write_text("")
-        return lines
+        return lines[:-1]
 
 
 @contextmanager
@@ -76,16 +81,16 @@ def nginx(home: Path) -> Iterator[Nginx]:
     root.mkdir()
     # The worker is another user where the master is root, and may not enter pytest's folders.
     user = "user root;" if os.getuid() == 0 else ""
-    port = _free_port()
+    port = free_port()
     (home / "nginx.conf").write_text(_NGINX.format(home=home, root=root, port=port, user=user))
     (home / "passwords").write_text("reader:{PLAIN}secret\n")
     process = subprocess.Popen([binary, "-c", home / "nginx.conf", "-p", home, "-e", home / "error.log"])
     try:
-        _wait_for(port, process)
+        wait_for(port, process)
         yield Nginx(f"http://127.0.0.1:{port}", root, home / "access.log")
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @contextmanager
@@ -117,10 +122,8 @@ def google_storage() -> Iterator[str]:
     emulator = pytest.importorskip(
         "gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed; make install"
     )
-    port = _free_port()
-    with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET):
-        _wait_for(port)
-        yield f"http://127.0.0.1:{port}"
+    with emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET) as server:
+        yield f"http://127.0.0.1:{server._api._httpd.server_port}"
 
 
 def upload_to_google_storage(endpoint: str, name: str, content: bytes) -> None:
@@ -135,15 +138,15 @@ class Proxy:
     "reset": the connection is reset in place of an answer. "cut": after half of the body. "stall": no answer comes.
     "whole": the range is ignored. "earlier", "later", "short": the answer is of another range, of less than the range.
     "long": there are more bytes than its Content-Range says. "unsized": the end of the connection ends the body.
-    "late": it takes 0.3 s. "garbage": it is not HTTP. A number: that status.
+    "together": it comes once all of `together` are asked for. "garbage": it is not HTTP. A number: that status.
     """
 
     upstream: str
     url: str = ""
     faults: list[str | int] = field(default_factory=list)
     requests: int = 0
-    at_once: int = 0
-    most_at_once: int = 0
+    together: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -161,6 +164,7 @@ def proxy(upstream: str) -> Iterator[Proxy]:
     try:
         yield state
     finally:
+        state.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -181,18 +185,9 @@ class _ProxyHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.proxy.lock:
             self.proxy.requests += 1
-            self.proxy.at_once += 1
-            self.proxy.most_at_once = max(self.proxy.most_at_once, self.proxy.at_once)
             fault = self.proxy.faults.pop(0) if self.proxy.faults else ""
-        try:
-            self._answer(fault)
-        finally:
-            with self.proxy.lock:
-                self.proxy.at_once -= 1
-
-    def _answer(self, fault: str | int) -> None:
         if fault == "stall":
-            time.sleep(2)
+            self.proxy.ended.wait()
         elif fault == "garbage":
             self.wfile.write(b"it is not\r\n\r\n")
         elif isinstance(fault, int):
@@ -202,8 +197,8 @@ class _ProxyHandler(BaseHTTPRequestHandler):
         self._break_off()
 
     def _hand_on(self, fault: str) -> None:
-        if fault == "late":
-            time.sleep(0.3)
+        if fault == "together":
+            self.proxy.together.wait(60)
         asked = {name: value for name, value in self.headers.items() if name != "Range" or fault != "whole"}
         connection = http.client.HTTPConnection(self.proxy.upstream)
         connection.request("GET", self.path, headers=asked)
@@ -244,18 +239,11 @@ def demand_credentials(endpoint: str, demand: bool) -> None:
     urllib.request.urlopen(request).close()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_for(port: int, process: subprocess.Popen | None = None) -> None:
-    for _ in range(200):
-        if process is not None and process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}")
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until `process` listens."""
+    while process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.05)
-    raise TimeoutError(f"no server came up on port {port}")
+    raise RuntimeError(f"the server ended with {process.returncode}")

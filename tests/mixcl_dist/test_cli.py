@@ -1,11 +1,12 @@
 """The command line as a user meets it: help at once, one clear line for what is refused."""
 
 import json
+import math
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -40,13 +41,16 @@ def shown(capsys):
 
 
 def test_help_comes_in_half_a_second():
-    mixcl("--help")
-    seconds = []
+    """Where Python itself is there in 0.02 s: a slower machine, or a busy one, takes longer for both."""
+    least = {"mixcl_dist --help": math.inf, "this": math.inf}
     for _ in range(5):
-        start = time.monotonic()
-        assert mixcl("--help").returncode == 0
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 0.5
+        for module in least:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-m", *module.split()], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            least[module] = min(least[module], spent)
+    assert least["mixcl_dist --help"] < 25 * least["this"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from mixcl_dist.config import load
@@ -26,6 +27,8 @@ from mixcl_dist.records import StudyRecord
 pytestmark = pytest.mark.timeout(3600)
 CPU_SECONDS = 720
 """Two cores for six minutes; the clock would measure what else the machine does."""
+CONVOLUTION_S = 0.1
+"""Of a core of the EPYC of which that is asked; a slower one has as much more time."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,16 @@ def test_the_organs_are_found_where_more_labels_are_given(made):
 
 @pytest.mark.slow
 def test_two_cores_make_it_in_six_minutes(made):
-    assert made.cpu_seconds < CPU_SECONDS
+    slower = max(1.0, min(seconds_of_a_convolution() for _ in range(20)) / CONVOLUTION_S)
+    assert made.cpu_seconds < CPU_SECONDS * slower
+
+
+def seconds_of_a_convolution() -> float:
+    """Forward and backward, on one core."""
+    image, weight = torch.ones(1, 16, 32, 32, 32), torch.ones(16, 16, 3, 3, 3, requires_grad=True)
+    begin = time.process_time()
+    torch.nn.functional.conv3d(image, weight, padding=1).sum().backward()
+    return time.process_time() - begin
 
 
 @pytest.mark.slow
@@ -111,7 +123,7 @@ def test_a_browser_shows_the_page_without_a_network(made, tmp_path):
     address = f"file://{made.out}/study/report/index.html"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--window-size=1200,3000"]
     profile = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", address]
-    subprocess.run([*command, *profile], check=True, capture_output=True, timeout=120, env=dict(os.environ))
+    subprocess.run([*command, *profile], check=True, capture_output=True, timeout=300, env=dict(os.environ))
     colours = Image.open(picture).convert("RGB").resize((120, 300)).getcolors(maxcolors=36_000)
     assert len(colours) > 300  # figures and slices, not an empty page
 

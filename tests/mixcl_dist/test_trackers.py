@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from mixcl_dist.config import Config, ConfigError, replace
 from mixcl_dist.records import PretrainRecord, RunRecord, read_metrics
 from mixcl_dist.run import Run
 from mixcl_dist.trackers import check_trackers, told_settings
+
+from ..ports import free_port
 
 PATIENT = "Zimmerova-Ludmila"
 NAMED = {
@@ -70,23 +71,21 @@ KEPT = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 104.0), (5, 105.0), (6, 106.0)]
 def address_of_server(folder, request) -> str:
     """Of an MLflow server of its own."""
     pytest.importorskip("sqlalchemy", reason="MLflow's server is not installed; pip install mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
     command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(port), "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     request.addfinalizer(lambda: os.killpg(server.pid, 9))
     wait = f"http://127.0.0.1:{port}/health"
-    for _ in range(600):
+    while True:
         assert server.poll() is None
         try:
             urllib.request.urlopen(wait).close()
-            break
         except OSError:
             time.sleep(0.2)
-    return f"http://127.0.0.1:{port}"
+        else:
+            return f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(params=["folder", "server"])

@@ -24,6 +24,8 @@ from mixcl_dist.config import load
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.phantom import write_cohort
 
+from ...ports import free_port
+
 STEPS = 120
 SMALL = {
     "network.filters": "4,6,8", "network.voxel_dim": "8", "network.crop_dim": "8", "views.size": "16,16,16",
@@ -149,12 +151,6 @@ def _path() -> str:
     return os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
 
 
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
     """Skips by name where SLURM or munge is missing, or the tests are not root's."""
@@ -178,7 +174,7 @@ def slurm() -> Iterator[Slurm]:
 
 def _set_up(one: Slurm) -> None:
     folder = one.folder
-    ports = {name: _free_port() for name in ("ctld_port", *(f"{node}_port" for node in NODES))}
+    ports = {name: free_port() for name in ("ctld_port", *(f"{node}_port" for node in NODES))}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, **ports))
     (folder / "hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()} {' '.join(NODES)}\n")
     for name in ("state", *(f"spool.{node}" for node in NODES)):

@@ -6,11 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +22,9 @@ from mixcl_dist.data_shards.building.settings import BuildError
 from mixcl_dist.data_shards.format.manifest import CASES_FILE, CLASSES_FILE, Manifest, case_of
 from mixcl_dist.data_shards.inspection.verify import verify
 
+from .reading import begin, finish, kill, published, script
+
 build = partial(building.build, run=in_this_process)
-
-
-def published(shards: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()}
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -174,19 +169,6 @@ def test_settings_must_stay(grown, small_config):
         build([source], out, dataclasses.replace(small_config, seed=1))
 
 
-SCRIPT = """
-    import os, sys, time
-    from pathlib import Path
-    from mixcl_dist.data_shards.building.settings import BuildConfig
-    from mixcl_dist.data_shards.building.build import build
-    sync = os.fsync
-    os.fsync = lambda file: (time.sleep(float(sys.argv[4])), sync(file))
-    if __name__ == "__main__":
-        build([Path(sys.argv[1])], Path(sys.argv[2]), BuildConfig(
-            patch_size=(16, 16, 16), samples_per_shard=10, min_body_fraction=0.2, workers=int(sys.argv[3])))
-"""
-
-
 @pytest.mark.slow
 def test_an_append_killed_again_and_again_ends_with_the_same_bytes_and_the_old_set_can_be_read_all_the_while(
     grown, small_config, tmp_path, cohort
@@ -195,31 +177,26 @@ def test_an_append_killed_again_and_again_ends_with_the_same_bytes_and_the_old_s
     put_back(source, [{"image": str(cohort("d") / "d.nii.gz")}])
     whole = Path(shutil.copytree(out, tmp_path / "whole"))
     build([source], whole, small_config)
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
     first_new = sum(name.endswith(".tar") for name in before)
+    for table in (CASES_FILE, CLASSES_FILE):
+        (tmp_path / table).write_bytes(before[table])
+    is_new = "(out / '{0}').read_bytes() != (out.parent / '{0}').read_bytes()".format
     moments = {
-        "a case is being written": lambda: list(out.glob(".build/cases/.*.tar.*.tmp")),
-        "a case is done": lambda: len(list(out.glob(".build/cases/*.outcome.json"))) == 1,
-        "a shard has no index yet": lambda: len(list(out.glob("*.tar"))) > len(list(out.glob("*.index.json"))),
-        "a later shard is being written": lambda: (out / f"shard-{first_new + 1:06d}.tar").exists(),
-        "one table is the new one": lambda: (out / CASES_FILE).read_bytes() != before[CASES_FILE],
-        "both tables are": lambda: (out / CLASSES_FILE).read_bytes() != before[CLASSES_FILE],
+        "a case is being written": "list(out.glob('.build/cases/.*.tar.*.tmp'))",
+        "a case is done": "list(out.glob('.build/cases/*.outcome.json'))",
+        "a shard has no index yet": "len(list(out.glob('*.tar'))) > len(list(out.glob('*.index.json')))",
+        "a later shard is being written": f"(out / 'shard-{first_new + 1:06d}.tar').exists()",
+        "one table is the new one": is_new(CASES_FILE),
+        "both tables are": is_new(CLASSES_FILE),
     }
-    for number, (moment, reached) in enumerate(moments.items()):
-        process = subprocess.Popen([sys.executable, script, source, out, str(1 + number % 2), "0.05"])
-        deadline = time.monotonic() + 60
-        while not reached():
-            assert process.poll() is None and time.monotonic() < deadline, f"never: {moment}"
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for number, (moment, expression) in enumerate(moments.items()):
+        kill(begin(tmp_path, source, out, 1 + number % 2, expression))
         assert (out / "manifest.json").read_bytes() == before["manifest.json"], moment
         old = Manifest.load(out)
         for name in old.tables:
             old.check_table(name, (out / name).read_bytes(), out / name)
         assert shards_of(out).items() >= {n: c for n, c in before.items() if n.startswith("shard")}.items(), moment
-    subprocess.run([sys.executable, script, source, out, "2", "0"], check=True)
+    subprocess.run([sys.executable, script(tmp_path), source, out, "2"], check=True)
     assert published(out) == published(whole)
     assert verify(out) == [] and not (out / ".build" / "cases").exists() and not list(out.rglob("*.tmp"))
 
@@ -229,26 +206,15 @@ def test_when_the_sources_change_while_a_build_is_interrupted_only_what_changed_
     cohort, small_config, tmp_path
 ):
     source, out = cohort("a", "b", "c"), tmp_path / "out"
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    process = subprocess.Popen([sys.executable, script, source, out, "1", "0.05"])
-    deadline = time.monotonic() + 60
-    while not (out / "shard-000001.tar").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(begin(tmp_path, source, out, 1, "(out / 'shard-000001.tar').exists()"))
     spooled = {path.name: path.stat().st_mtime_ns for path in (out / ".build" / "cases").glob("[ab].tar")}
     assert len(spooled) == 2
     hold_back(source, "c")
     more = cohort("d")
     put_back(source, [{"image": str(more / "d.nii.gz")}])
-    process = subprocess.Popen([sys.executable, script, source, out, "1", "0.05"])
-    while not (out / ".build" / "cases" / "d.outcome.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
+    again = begin(tmp_path, source, out, 1, "(out / '.build/cases/d.outcome.json').exists()")
     kept = {path.name: path.stat().st_mtime_ns for path in (out / ".build" / "cases").glob("[ab].tar")}
-    assert process.wait() == 0 and kept == spooled, "a and b are not read again"
+    assert finish(again) == 0 and kept == spooled, "a and b are not read again"
     build([source], tmp_path / "whole", small_config)
     assert published(out) == published(tmp_path / "whole")
 

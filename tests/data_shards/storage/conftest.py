@@ -49,7 +49,14 @@ def hasty(monkeypatch) -> None:
 
 @pytest.fixture
 def impatient(hasty, monkeypatch) -> None:
+    """Where no answer comes in time anyway."""
     monkeypatch.setattr("mixcl_dist.data_shards.storage.remote.ANSWER_TIMEOUT_S", 0.7)
+
+
+@pytest.fixture
+def less_patient(hasty, monkeypatch) -> None:
+    """Where an answer comes in time, from a busy machine too, once another was waited for in vain."""
+    monkeypatch.setattr("mixcl_dist.data_shards.storage.remote.ANSWER_TIMEOUT_S", 3)
 
 
 @pytest.fixture

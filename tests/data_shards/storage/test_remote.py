@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -27,9 +28,9 @@ def test_neighbouring_spans_of_a_file_cost_one_request(nginx):
 
 def test_distant_spans_are_asked_apart_and_at_one_time(proxy):
     spans = [Span("a.tar", start, start + 10) for start in (0, 100_000, 200_000)]
-    proxy.faults[:] = ["late"] * 3
+    proxy.faults[:], proxy.together = ["together"] * 3, threading.Barrier(3)
     assert read(open_store(proxy.url), *spans) == [CONTENT[s.start : s.end] for s in spans]
-    assert (proxy.requests, proxy.most_at_once) == (3, 3)
+    assert proxy.requests == 3
 
 
 def test_requests_do_not_grow_without_bound(nginx):
@@ -48,7 +49,7 @@ PASSING = ["reset", "cut", "stall", "short", "long", "garbage", 503, 500, 429]
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_may_pass_is_tried_again(proxy, fault, request):
     if fault == "stall":
-        request.getfixturevalue("impatient")
+        request.getfixturevalue("less_patient")
     proxy.faults[:] = [fault]
     assert read(open_store(proxy.url), SPAN) == [CONTENT[1000:5000]]
     assert proxy.requests == 2
@@ -173,7 +174,7 @@ def s3_proxy(s3, s3_endpoint, monkeypatch) -> Iterator[servers.Proxy]:
 def test_s3_what_may_pass_is_tried_again(s3, s3_proxy, request):
     store = open_store(s3)
     read(store, SPAN)
-    request.getfixturevalue("impatient")  # only now: the first client takes its time
+    request.getfixturevalue("less_patient")  # only now: the first client takes its time
     for fault in ("reset", "cut", "stall", "short", "long", "garbage", 503, 429):
         s3_proxy.faults[:], s3_proxy.requests = [fault], 0
         assert read(store, SPAN) == [CONTENT[1000:5000]], fault

@@ -61,7 +61,7 @@ def run_and_kill(script: Path, shards: Path, run: Path, legs: random.Random, wor
         for rank in range(world_size)
     ]
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 400
         while not (run / "position.json").exists() or (run / "position.json").read_text() == before:
             assert all(rank.poll() is None for rank in ranks) and time.monotonic() < end
             time.sleep(0.01)

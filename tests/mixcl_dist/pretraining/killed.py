@@ -1,8 +1,9 @@
 """A pre-training whose processes are killed at random moments and go on from what they left, again and again.
 
 `python killed.py RANKS,RANKS,… KILLS SEED -- pretrain …` prints, as JSON, how many ranks each kill hit, and how many of
-the kills found a checkpoint half written. Start k has the k-th number of ranks, over and over. All processes are forked
-from one that has imported everything, as imports would take most of the time.
+the kills found a checkpoint half written. Start k has the k-th number of ranks, over and over; one rank after the
+other is hit, then all together. All processes are forked from one that has imported everything, as imports would take
+most of the time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -25,14 +25,15 @@ from mixcl_dist import precision
 from mixcl_dist.cli import main
 from mixcl_dist.pretraining import pretrain  # noqa: F401
 
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from tests.ports import free_port
+
 precision.has_bfloat16 = lambda device: False  # its rounding depends on how many patches are convolved at once
-ENDS_S = 60
+ENDS_S = 400
 
 
 def fork(ranks: int, words: list[str]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     found = []
     for rank in range(ranks):
         process = os.fork()
@@ -70,6 +71,7 @@ def stop_while_saving(run: Path, writer: int, rng: random.Random) -> None:
             continue
         time.sleep(rng.uniform(0, 0.005))
         os.kill(writer, signal.SIGSTOP)
+        os.waitpid(writer, os.WUNTRACED)  # until it stands still
         if is_saving(run):
             return
         os.kill(writer, signal.SIGCONT)
@@ -100,7 +102,7 @@ def run(ranks_of_starts: list[int], kills: int, seed: int, words: list[str]) -> 
             if number % 2:
                 stop_while_saving(folder, processes[0], rng)
             counted["while saving"] += is_saving(folder)
-            victims = rng.choice([[rank] for rank in range(ranks)] + [list(range(ranks))])
+            victims = ([[rank] for rank in range(ranks)] + [list(range(ranks))])[number % (ranks + 1)]
             for rank in victims:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(processes[rank], signal.SIGKILL)

@@ -19,11 +19,10 @@ from ..conftest import SMALL
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
-import sys
 from mixcl_dist import precision
-from mixcl_dist.cli import main
+from mixcl_dist.cli import command
 precision.has_bfloat16 = lambda device: False  # whose rounding depends on how many patches are convolved at once
-sys.exit(main(sys.argv[1:]))
+command()
 """
 STEPS = 4
 TERMS = ("loss", "voxel_identity", "voxel_label", "voxel_label_anchors", "crop_identity", "reconstruction")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.records import PretrainRecord, read_metrics
 
+from ...ports import free_port
 from ..conftest import SMALL
 
 pytestmark = pytest.mark.slow
@@ -23,14 +24,11 @@ pytestmark = pytest.mark.slow
 
 def start(shards, run, *, ranks=2, settings=None, of_rank=None, resume=False, environment=None):
     """The ranks of one `mixcl pretrain`; `of_rank` are words for some of them, `environment` makes each one's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     options = [word for key, value in (SMALL | (settings or {})).items() for word in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", run]
     command += ["--resume", "latest"] if resume else options
     described = environment or (lambda rank: {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks})
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [str(word) for word in [*command, *(of_rank or {}).get(rank, [])]],
@@ -42,7 +40,7 @@ def start(shards, run, *, ranks=2, settings=None, of_rank=None, resume=False, en
     ]
 
 
-def finish(processes, timeout=240):
+def finish(processes, timeout=500):
     """Exit codes, and what was said on standard error, rank by rank."""
     try:
         said = [process.communicate(timeout=timeout)[1] for process in processes]
@@ -54,12 +52,12 @@ def finish(processes, timeout=240):
 
 
 def told_lines(said):
-    """What each of two ranks said as `mixcl`."""
+    """What each rank said as `mixcl`."""
     return [[line for line in text.splitlines() if line.startswith("mixcl:")] for text in said]
 
 
 def last_lines(said):
-    return [text.strip().splitlines()[-1] for text in said]
+    return [lines[-1] for lines in told_lines(said)]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -92,9 +90,7 @@ def test_ranks_that_srun_started_join_without_torchrun(shards, tmp_path):
 def test_one_process_that_torchrun_started_needs_nobody_else(shards, tmp_path):
     """As on what is left of two hosts."""
     options = [word for key, value in (SMALL | {"pretrain.steps": 1}).items() for word in (f"--{key}", str(value))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = ["--nnodes=1", "--nproc-per-node=1", f"--master-port={free.getsockname()[1]}"]
+    meeting = ["--nnodes=1", "--nproc-per-node=1", f"--master-port={free_port()}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting]
     pretrain = [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", tmp_path / "run", *options]
     command = [*torchrun, "--no-python", "--", *map(str, pretrain)]
@@ -137,7 +133,7 @@ def test_ranks_with_other_settings_refuse_before_the_run_begins(shards, tmp_path
 def test_a_batch_that_the_ranks_cannot_share_is_told_by_rank_0_alone(shards, tmp_path):
     codes, said = finish(start(shards, tmp_path / "run", settings={"pretrain.batch_size": 3}))
     assert codes == [2, 2], said
-    assert "pretrain.batch_size 3 is not a multiple of 2 ranks" in said[0] and not said[1]
+    assert "pretrain.batch_size 3 is that of all ranks, and not a multiple of 2 ranks" in said[0] and not said[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -149,8 +145,7 @@ def test_a_first_machine_that_nobody_knows_is_not_waited_for(shards, tmp_path):
             environment=lambda rank: {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "nowhere.invalid"
             },
-        ),
-        timeout=100,
+        )
     )  # fmt: skip
     assert codes == [2, 2], said
     assert all("nowhere.invalid, the machine of rank 0, is not known here" in line for line in last_lines(said))
@@ -162,7 +157,7 @@ def test_a_port_that_is_taken_is_named(shards, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         described = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        codes, said = finish(start(shards, tmp_path / "run", ranks=1, environment=lambda _: described), timeout=100)
+        codes, said = finish(start(shards, tmp_path / "run", ranks=1, environment=lambda _: described))
     assert codes == [2], said
     assert f"MASTER_PORT {port} is taken on this machine" in last_lines(said)[0]
 
@@ -179,9 +174,7 @@ def test_a_run_folder_that_is_not_shared_is_refused(shards, tmp_path):
 def test_one_rank_that_is_asked_to_stop_stops_all_with_the_state_saved(shards, tmp_path, number):
     run = tmp_path / "run"
     processes = start(shards, run, settings={"pretrain.steps": 500, "checkpoint.every": 500})
-    end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < end:
-        time.sleep(0.1)
+    wait_for_steps(run, processes)
     processes[1].send_signal(number)
     codes, said = finish(processes)
     assert codes == [75, 75], said
@@ -190,16 +183,19 @@ def test_one_rank_that_is_asked_to_stop_stops_all_with_the_state_saved(shards, t
     assert len(saved) == 1 and not silent and f"saved at step {int(saved[0][5:])};" in told[-1]
 
 
-def test_a_killed_rank_ends_the_other_within_its_time_out(shards, tmp_path):
-    run = tmp_path / "run"
-    processes = start(shards, run, settings={"pretrain.steps": 500, "engine.timeout_s": 20})
-    end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < end:
+def wait_for_steps(run, processes):
+    while not (run / "metrics.jsonl").exists():
+        assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.1)
+
+
+def test_a_killed_rank_ends_the_other_long_before_its_time_out(shards, tmp_path):
+    run = tmp_path / "run"
+    processes = start(shards, run, settings={"pretrain.steps": 500, "engine.timeout_s": 3600})
+    wait_for_steps(run, processes)
     processes[1].kill()
-    killed = time.monotonic()
     codes, said = finish(processes)
-    assert codes == [2, -signal.SIGKILL] and time.monotonic() - killed < 60, said
+    assert codes == [2, -signal.SIGKILL], said
     assert "mixcl: rank 1 on " in last_lines(said[:1])[0] and "has ended" in last_lines(said[:1])[0]
 
 

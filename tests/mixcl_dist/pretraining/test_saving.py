@@ -17,9 +17,10 @@ from mixcl_dist.config import load
 from mixcl_dist.networks.heads import PretrainNetwork
 from mixcl_dist.records import read_metrics
 
+from ...ports import free_port
 from ..conftest import SMALL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KILLED = Path(__file__).with_name("killed.py")
 STEPS = 150
@@ -38,7 +39,7 @@ def killed(shards, run, *, ranks: str, kills: int, **settings) -> dict[str, int]
     """Kills by what they hit."""
     command = [sys.executable, KILLED, ranks, str(kills), "4", "--", *words(shards, run, **settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,7 +66,7 @@ def test_a_run_that_goes_on_at_other_ranks_learns_the_same(shards, tmp_path):
     runs = whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     few = {"pretrain.steps": 20, "optimizer.learning_rate": 1e-4}
     killed(shards, whole, ranks="1", kills=0, **few)
-    killed(shards, interrupted, ranks="1,2", kills=3, **few)
+    killed(shards, interrupted, ranks="1,2", kills=2, **few)
     torch.manual_seed(0)
     first = PretrainNetwork(load(overrides=list(SMALL.items())).network).state_dict()
     expected, weights = (load_file(run / "pretrain.safetensors") for run in runs)
@@ -82,7 +83,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_leaves_the_last_good_check
     disk, settings = tmp_path / "disk", {"checkpoint.keep": 1000, "pretrain.log_every": 1000}
     disk.mkdir()
     command = " ".join([sys.executable, "-m", "mixcl_dist", *words(shards, disk / "run", **settings)])
-    group = "MASTER_ADDR=127.0.0.1 MASTER_PORT=29873 WORLD_SIZE=2 OMP_NUM_THREADS=1"
+    group = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()} WORLD_SIZE=2 OMP_NUM_THREADS=1"
     shell = f"""
         mount -t tmpfs -o size=2m tmpfs {disk}
         ({group} RANK=1 LOCAL_RANK=1 {command} 2> {tmp_path}/error1; echo $? > {tmp_path}/code1) &
@@ -90,7 +91,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line_and_leaves_the_last_good_check
         wait
         cp -r {disk}/run {tmp_path}/run
     """
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", shell], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", shell], capture_output=True, text=True, timeout=500)
     said = [[line for line in (tmp_path / f"error{rank}").read_text().splitlines() if line.startswith("mixcl:")]
             for rank in (0, 1)]  # fmt: skip
     assert [(tmp_path / f"code{rank}").read_text().strip() for rank in (0, 1)] == ["2", "2"], (done, said)

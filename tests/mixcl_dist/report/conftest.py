@@ -27,7 +27,7 @@ def width_on_a_telephone(tmp_path):
         quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
         command = [browser, *quiet, "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
         command += ["--virtual-time-budget=3000", "--dump-dom", f"file://{frame}"]
-        dom = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
+        dom = subprocess.run(command, check=True, capture_output=True, timeout=300, text=True).stdout
         return int(re.findall("<title>(.*?)</title>", dom)[0])
 
     return width

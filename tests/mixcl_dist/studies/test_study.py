@@ -444,7 +444,7 @@ def test_a_study_that_is_terminated_says_so_in_one_line_and_another_start_meanwh
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.returncode == 2 and f"process {running.pid} of machine" in again.stderr
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=300)
     finally:
         running.kill()
     assert running.returncode == 130, said
