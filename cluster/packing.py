@@ -49,9 +49,9 @@ def measure(
 
     Raises `RayError` where there is no GPU, or a probe fails on it or leaves it alone.
     """
-    import ray
-
     with joined(config, storage, read):
+        import ray
+
         # Ended with its one call: what it holds would be missing to the trials.
         remote = ray.remote(num_cpus=config.cpus, num_gpus=1, max_calls=1, max_retries=0)(_probe)
         found: list[GpuMemory | None] = []

@@ -40,11 +40,14 @@ def connection(
 
     `address` is "auto", "host:port", or "local" for a Ray of one's own with `cpus` cores (None: all). `option` is what
     the user calls the address; `variables` are set in the environment of every worker.
-    Raises `RayError` where there is no cluster.
+    Raises `RayError` where there is no cluster, or no Ray.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    import ray
+    try:
+        import ray
+    except ImportError:
+        raise RayError("Ray is not installed here; pip install 'ray[tune]'") from None
 
     own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES}
     try:

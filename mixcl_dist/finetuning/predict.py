@@ -57,6 +57,7 @@ from mixcl_dist.records import CasePrediction, PredictionRecord, Refused
 from mixcl_dist.run import PACKAGES, held, machine, now
 
 CASES_SHOWN = 12
+MORE_MEMORY = "take a machine with more memory"
 SIDES = frozenset({"left", "right", "l", "r", "lt", "rt"})
 
 
@@ -189,7 +190,7 @@ def _run(work: _Work, cases: Sequence[Case]) -> list[Refused]:
     total, before = len(cases), len(cases) - len(todo)
     for case, problem, died in progress(done, total=total, initial=before, desc="predict", unit="case"):
         if died:
-            problem = CaseError(f"the process died: {died}", where=case.files[0], cure="give fewer --workers")
+            problem = CaseError(f"the process that segmented it died ({died})", where=case.files[0], cure=MORE_MEMORY)
         if problem:
             print(f"predict: {problem}", file=sys.stderr)
             refused.append(_refused(case.name, problem))
@@ -223,7 +224,7 @@ def _predict_case(work: _Work, case: Case) -> CaseError | None:
     except CaseError as problem:
         return problem
     except (MemoryError, torch.OutOfMemoryError):
-        cure = f"{'give fewer --workers, or ' if work.workers > 1 else ''}take a machine with more"
+        cure = f"{'give fewer --workers, or ' if work.workers > 1 else ''}{MORE_MEMORY}"
         return CaseError("takes more memory than there is", where=case.files[0], cure=cure)
     return None
 

@@ -85,14 +85,21 @@ def misfit(config: NetworkConfig, size: Sequence[int]) -> str | None:
 def check_size(setting: str, config: NetworkConfig, size: Sequence[int]) -> None:
     """Raise `ConfigError` that names the setting where the network cannot be trained on images of `size` voxels."""
     if problem := misfit(config, size):
-        raise ConfigError(f"{setting} {','.join(map(str, size))}: {problem}, or change network.filters")
+        depth = "architecture" if _has_one_depth(config) else "filters"
+        raise ConfigError(f"{setting} {','.join(map(str, size))}: {problem}, or change network.{depth}")
 
 
 def check_patches(config: NetworkConfig, patch_size: Sequence[int]) -> None:
     """Raise `ConfigError` where nothing that the network takes can be cut from patches of that size."""
     step = divisor(config)
     if misfit(config, [edge // step * step for edge in patch_size]):
+        cure = "change network.architecture" if _has_one_depth(config) else "give fewer network.filters"
         raise ConfigError(
-            f"patches of {' x '.join(map(str, patch_size))} voxels are too small for network.filters "
-            f"{','.join(map(str, config.filters))}; build shards with edges of {2 * step} or more, or give fewer"
+            f"patches of {' x '.join(map(str, patch_size))} voxels are too small for {config.architecture} of filters "
+            f"{','.join(map(str, config.filters))}; build shards with edges of {2 * step} or more, or {cure}"
         )
+
+
+def _has_one_depth(config: NetworkConfig) -> bool:
+    """Whether no filters change what edges must be a multiple of."""
+    return architecture(config) is swin_unetr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mixcl_dist.cluster.launch.hosts import commands, read_hosts
 from mixcl_dist.cluster.launch.job import Job
 from mixcl_dist.cluster.launch.slurm import Allocation
 from mixcl_dist.cluster.ray import check_resources
+from mixcl_dist.cluster.trials import TrialsConfig, run_trials
 
 from .test_group import MPIEXEC, MPIRUN, SRUN, TORCHRUN
 
@@ -123,6 +125,41 @@ def test_the_cure_that_is_said_helps(name):
     fault = FAULTS[name]
     value = refused(fault.check, fault.given, fault.said)
     fault.check(filled(fault.cured, value) if value else fault.cured)
+
+
+WITHOUT_RAY = """
+import sys
+if sys.argv[1] == "without":
+    sys.modules["ray"] = None  # an import of it fails
+from mixcl_dist.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["shards build {data} --out {out} --ray {ray}", "launch ray --address {ray} -- pretrain --data d --run {out}"],
+)
+def test_where_there_is_no_ray_it_is_installed(tmp_path, command):
+    (tmp_path / "data").mkdir()
+    words = command.format(data=tmp_path / "data", out=tmp_path / "out", ray="127.0.0.1:1").split()
+
+    def told(ray):
+        done = subprocess.run([sys.executable, "-c", WITHOUT_RAY, ray, *words], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    assert told("without") == "mixcl: Ray is not installed here; pip install 'ray[tune]'\n"
+    assert "start Ray there" in told("with"), "which is another thing to do"
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_without_ray_are_refused_before_any_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    asked = {"storage": tmp_path / "tune", "config": TrialsConfig(), "ended": print}
+    said = r"^Ray is not installed here; pip install 'ray\[tune\]'$"
+    refused(lambda trials: run_trials(print, trials, **asked), [{"id": "one"}], said)
+    assert not (tmp_path / "tune").exists()
 
 
 def test_a_trial_that_no_machine_can_run_is_lowered_to_what_is_said(monkeypatch):

@@ -132,7 +132,16 @@ FAULTS = {
         {"views.size": "{}"},
     ),
     "deep network": Fault(
-        patches, {"network.filters": "2,2,2,2,2,2"}, "build shards .* or give fewer", {"network.filters": "2,2,2,2"}
+        patches, {"network.filters": "2,2,2,2,2,2"}, "build shards .* or give fewer (network.filters)",
+        {"{}": "2,2,2,2"},
+    ),
+    "network of one depth": Fault(
+        patches, {"network.architecture": "swin_unetr", "network.filters": "12,12,24,48,96,192"},
+        "build shards .* or change (network.architecture)", {"{}": "segresnet", "network.filters": "8,16,32"},
+    ),
+    "view for a network of one depth": Fault(
+        pretraining, {"network.architecture": "swin_unetr", "network.filters": "12,12,24,48,96,192"},
+        "views.size 16,16,16: .*, or change (network.architecture)", {"{}": "segresnet", "network.filters": "8,16,32"},
     ),
     "batch and parts": Fault(
         pretraining, {"pretrain.batch_size": "8", "engine.accumulation_steps": "3"}, r"give e\.g\. (\d+)$",

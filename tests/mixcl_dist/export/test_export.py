@@ -124,7 +124,7 @@ def test_config_json_builds_the_network_as_huggingface_hubs_mixin_does(kind, req
 
 
 def test_huggingface_hubs_mixin_loads_the_folder(finetuned, segmenter, tmp_path):
-    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed; pip install huggingface_hub")
     out = export(finetuned, "hf", tmp_path / "out")
     network = type("Network", (DynUNet, hub.PyTorchModelHubMixin), {}).from_pretrained(out).eval()
     image = torch.rand(1, 1, 16, 24, 16)

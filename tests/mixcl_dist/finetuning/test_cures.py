@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 
 from mixcl_dist.arguments import parse
-from mixcl_dist.cli import _parser
+from mixcl_dist.cli import _parser, main
 from mixcl_dist.config import load
+from mixcl_dist.data_shards.building.processes import in_this_process
 from mixcl_dist.export import export
 from mixcl_dist.finetuning import predict as module
 from mixcl_dist.finetuning.model import open_model
@@ -104,5 +106,32 @@ def test_a_scan_that_takes_too_much_memory_is_taken_up_by_the_same_command_where
     with monkeypatch.context() as patch:
         patch.setattr(module, "segment", too_much)
         (refusal,) = predict(runs / "few", scan, tmp_path / "out").refused
-    assert refusal.problem == "takes more memory than there is; take a machine with more"
+    assert refusal.problem == "takes more memory than there is; take a machine with more memory"
     assert predict(runs / "few", scan, tmp_path / "out").refused == ()
+
+
+def test_a_scan_for_which_there_is_no_memory_beside_others_is_segmented_by_fewer_workers(
+    runs, scan, tmp_path, monkeypatch
+):
+    def crowded(work, case):
+        if work.workers > 1:
+            raise MemoryError
+        segmented(work, case)
+
+    segmented = module._predict_and_write
+    monkeypatch.setattr(module, "_predict_and_write", crowded)
+    monkeypatch.setattr(module, "in_processes", lambda workers: in_this_process)
+    (refusal,) = predict(runs / "few", scan, tmp_path / "out", workers=2).refused
+    (option,) = re.findall("; give fewer (--workers), or take a machine with more memory$", refusal.problem)
+    words = ["predict", str(runs / "few"), "--data", str(scan), "--out", str(tmp_path / "out"), option, "1"]
+    assert main(words) == 0
+
+
+def test_a_scan_whose_process_died_alone_too_is_taken_up_by_the_same_command_where_there_is_more_memory(
+    runs, scan, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "in_processes", lambda workers: lambda work, cases: ((c, None, "killed") for c in cases))
+        (refusal,) = predict(runs / "few", scan, tmp_path / "out", workers=2).refused
+    assert refusal.problem == "the process that segmented it died (killed); take a machine with more memory"
+    assert predict(runs / "few", scan, tmp_path / "out", workers=1).refused == ()

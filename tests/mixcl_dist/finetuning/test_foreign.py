@@ -64,7 +64,8 @@ def test_monais_self_supervised_swin_encoder_sees_what_it_saw_then(tmp_path):
 
 def nnunet(name, **more):
     nets = pytest.importorskip(
-        "dynamic_network_architectures.architectures.unet", reason="dynamic-network-architectures is not installed"
+        "dynamic_network_architectures.architectures.unet",
+        reason="dynamic-network-architectures is not installed; pip install -e '.[nnunet]'",
     )
     return perturbed(
         getattr(nets, name)(

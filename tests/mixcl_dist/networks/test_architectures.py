@@ -83,7 +83,8 @@ def test_channels_that_a_network_cannot_have_are_refused_with_those_that_it_can(
 
 
 def test_nnunets_plan_l_has_the_parameters_that_are_published():
-    pytest.importorskip("dynamic_network_architectures", reason="dynamic-network-architectures is not installed")
+    reason = "dynamic-network-architectures is not installed; pip install -e '.[nnunet]'"
+    pytest.importorskip("dynamic_network_architectures", reason=reason)
     plan = NetworkConfig("resenc_unet", (32, 64, 128, 256, 320, 320))
     count = sum(shape.numel() for shape in architectures.expected(plan).values())
     assert round(count / 1e6) == 102

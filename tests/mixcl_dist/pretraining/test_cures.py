@@ -11,6 +11,7 @@ from mixcl_dist import cli
 from mixcl_dist.config import load, replace
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.format.manifest import Manifest
+from mixcl_dist.networks.architectures import check_patches
 from mixcl_dist.pretraining import pretrain as loop
 from mixcl_dist.pretraining.pretrain import check_settings, pretrain
 from mixcl_dist.pretraining.probe import probe_run
@@ -144,6 +145,36 @@ def test_a_probe_is_of_two_scans_that_the_run_has_not_seen(runs, shards, config)
     setting = refused(said, probe_run, runs / "pre", wanted, shards=shards)
     assert load(overrides=[(setting, ",".join(trained_on[:2]))]).budget == wanted.budget
     probe_run(runs / "pre", config, shards=shards)  # which was pre-trained so, with others
+
+
+@pytest.mark.parametrize(
+    ("architecture", "filters", "cured"),
+    [
+        ("residual_dynunet", "4,4,6,6,8", {"network.filters": "4,6,8"}),
+        ("resenc_unet", "4,4,6,6,8", {"network.filters": "4,6,8"}),
+        ("segresnet", "8,16,32,64,128", {"network.filters": "8,16,32"}),
+        ("swin_unetr", "12,12,24,48,96,192", {"network.architecture": "segresnet", "network.filters": "8,16,32"}),
+    ],
+)
+def test_a_probe_of_any_network_that_patches_are_too_small_for(
+    runs, shards, config, cohort, tmp_path, architecture, filters, cured
+):
+    """Of a random one: another setting, or shards of larger patches, are taken as they are said."""
+    if architecture == "resenc_unet":
+        reason = "dynamic-network-architectures is not installed; pip install -e '.[nnunet]'"
+        pytest.importorskip("dynamic_network_architectures", reason=reason)
+    words = ["probe", "none", "--out", str(tmp_path / "probe.json")]
+    words += ["--budget.development", ",".join(config.budget.development)]
+    large = replace(
+        config, {"network.architecture": architecture, "network.filters": [int(n) for n in filters.split(",")]}
+    )
+    setting = next(iter(cured))
+    said = rf"patches of 24 x 24 x 24 .*; build shards with edges of (\d+) or more, or \w+ (?:fewer )?{setting}$"
+    edge = refused(said, probe_run, None, large, shards=shards)
+    options = {"network.architecture": architecture} | cured
+    smaller = [word for key, value in options.items() for word in (f"--{key}", value)]
+    assert cli.main([*words, "--data", str(shards), *smaller]) == 0
+    check_patches(large.network, [int(edge)] * 3)
 
 
 def test_a_probe_of_a_network_that_is_not_there_is_given_a_whole_one(runs, shards, config, tmp_path):
