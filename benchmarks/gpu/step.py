@@ -15,6 +15,7 @@ from worker import work  # first, as it makes what follows importable
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.benchmark import timer
 
 from mixcl_dist.config import Config, load
 from mixcl_dist.pretraining.pretrain import Watch, pretrain
@@ -78,17 +79,12 @@ class ProfiledSteps:
         else:
             self.step += 1
             if self.step == self.first:
-                synchronise()
+                timer()  # waits for the GPU
                 self.profile.__enter__()
             yield
             if self.step == self.last:
-                synchronise()
+                timer()
                 self.profile.__exit__(None, None, None)
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def logged(run: Path, config: Config, first: int, last: int) -> dict:

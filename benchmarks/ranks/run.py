@@ -14,7 +14,6 @@ import copy
 import functools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mixcl_dist.cluster.checkpoint import Writer
 from mixcl_dist.cluster.engine import Engine, EngineConfig, launch
+from mixcl_dist.cluster.group import leave
 from mixcl_dist.config import Config, load
 from mixcl_dist.data_shards.building.build import build
 from mixcl_dist.data_shards.streaming.stream import PatchStream
@@ -208,27 +208,20 @@ def stall(config: Config, shards: Path, rounds: int) -> list[Figure]:
 def stall_of_ranks(out: Path, rounds: int, world_size: int) -> list[Figure]:
     """`stall` in processes of a group: rank 0 prints its figures."""
     command = [sys.executable, __file__, "--out", out, "--only", "stall", "--rounds", rounds]
-    processes = started([str(word) for word in command], world_size, stdout=subprocess.PIPE)
-    printed = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
+    process = started(command, world_size, stdout=subprocess.PIPE)
+    printed, _ = process.communicate()
+    if process.returncode:
         sys.exit(f"the saves failed at {world_size} ranks")
-    return [Figure(*fields) for fields in json.loads(printed[0].splitlines()[-1])]
+    return [Figure(*fields) for fields in json.loads(printed.splitlines()[-1])]
 
 
-def started(command: Sequence[str], world_size: int, stdout: int) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=stdout,
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(world_size)
-    ]
+def started(command: Sequence[object], world_size: int, stdout: int) -> subprocess.Popen:
+    """The ranks of a command, as one process whose output is that of rank 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    launcher = [sys.executable, *torchrun, "--local-ranks-filter=0", "--no-python", "--"] if world_size > 1 else []
+    words = [*launcher, *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, stdout=stdout, stderr=subprocess.DEVNULL)
 
 
 def overhead(config: Config, shards: Path, rounds: int) -> list[Figure]:
@@ -288,11 +281,11 @@ def pretrained(settings: dict[str, str], shards: Path, world_size: int, contrast
         ]
         command = [sys.executable, "-m", "mixcl_dist", "pretrain", "--data", shards, "--run", metrics.parent, *options]
         start = time.perf_counter()
-        processes = started([str(word) for word in command], world_size, stdout=subprocess.DEVNULL)
-        while not metrics.exists() and processes[0].poll() is None:
+        process = started(command, world_size, stdout=subprocess.DEVNULL)
+        while not metrics.exists() and process.poll() is None:
             time.sleep(0.02)
         first = time.perf_counter() - start
-        if any(process.wait() for process in processes):
+        if process.wait():
             sys.exit(f"mixcl pretrain failed at {world_size} ranks")
         steps = [entry["seconds"] for entry in read_metrics(metrics)][FIRST_STEPS:]
     return Run(statistics.median(steps), first)
@@ -315,4 +308,4 @@ def write(figures: Sequence[Figure], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -277,7 +277,7 @@ def check_sizes(config: Config, patch_size: Sequence[int]) -> None:
         size, most = (",".join(map(str, edges)) for edges in (config.views.size, patch_size))
         cure = f"give at most that, or build shards with a larger --build.patch_size than {most}"
         raise ConfigError(f"views.size {size} is larger than the shards' patches of {most}; {cure}")
-    _micro_batch_size(config, described().world_size)
+    micro_batch_size(config, described().world_size)
 
 
 def check_settings(config: Config, manifest: Manifest) -> None:
@@ -376,16 +376,16 @@ def _load_start(network: PretrainNetwork, config: Config, start: Path) -> None:
     load_weights(network, start / WHOLE_NETWORK, problem="cannot be begun from", cure=ANEW)
 
 
-def _micro_batch_size(config: Config, world_size: int) -> int:
-    parts = world_size * config.engine.accumulation_steps
-    if config.pretrain.batch_size % parts:
+def micro_batch_size(config: Config, ranks: int) -> int:
+    """Patches of one of `ranks` ranks in one backward pass; raises `ConfigError` where they are not whole."""
+    batch, parts = config.pretrain.batch_size, ranks * config.engine.accumulation_steps
+    if batch % parts:
         problem = (
-            f"pretrain.batch_size {config.pretrain.batch_size} is not a multiple of {world_size} ranks × "
-            f"{config.engine.accumulation_steps} accumulation steps; give e.g. "
-            f"{parts * max(1, config.pretrain.batch_size // parts)}"
+            f"pretrain.batch_size {batch} is that of all ranks, and not a multiple of {ranks} ranks × "
+            f"{config.engine.accumulation_steps} accumulation steps; give e.g. {parts * max(1, batch // parts)}"
         )
         raise told_by_first(ConfigError(problem), described().rank)
-    return config.pretrain.batch_size // parts
+    return batch // parts
 
 
 def _stream(
@@ -485,7 +485,7 @@ def _launch(network: PretrainNetwork, config: Config, common: dict[str, Any], st
         network,
         optimizer,
         functools.partial(LambdaLR, lr_lambda=schedule),
-        micro_batch_size=_micro_batch_size(config, described().world_size),
+        micro_batch_size=micro_batch_size(config, described().world_size),
         config=config.engine,
         common=common,
         stacks=stacks,

@@ -10,12 +10,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import distributed
+from torch.utils.benchmark import timer
 
+from mixcl_dist.cluster.group import leave
 from mixcl_dist.errors import RunError
 from mixcl_dist.kernels import mixed_contrastive_loss
 from mixcl_dist.precision import row_dtype
@@ -56,8 +57,9 @@ def main() -> None:
         "reduce_number": seconds(lambda: distributed.all_reduce(number)),
     }
     if distributed.get_rank() == 0:
-        print(json.dumps(found), flush=True)
+        print(json.dumps(found))
     distributed.destroy_process_group()
+    leave(0)
 
 
 def _device() -> torch.device:
@@ -83,17 +85,10 @@ def seconds(call: Callable[[], object]) -> float:
     times = []
     for _ in range(ROUNDS + 1):
         distributed.barrier()
-        _synchronise()
-        begin = time.perf_counter()
+        begin = timer()  # which waits for a GPU
         call()
-        _synchronise()
-        times.append(time.perf_counter() - begin)
+        times.append(timer() - begin)
     return statistics.median(times[1:])
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 from mixcl_dist.budget import training_cases
-from mixcl_dist.config import PRETRAINING, Config, ConfigError, replace, to_dict, to_yaml
+from mixcl_dist.config import PRETRAINING, Config, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.inspection.rate import read_rate
 from mixcl_dist.errors import RunError
 from mixcl_dist.kernels.distributed import RING_ABOVE
 from mixcl_dist.precision import row_dtype
-from mixcl_dist.pretraining.pretrain import check_settings
+from mixcl_dist.pretraining.pretrain import check_settings, micro_batch_size
 from mixcl_dist.profiling.exchange import measured_parts
 from mixcl_dist.profiling.result import Result
 from mixcl_dist.profiling.scaling import CURES, Contrast, Costs, Network, Step, predict, received_bytes
@@ -101,14 +101,8 @@ def plan(config: Config, shards: Path | str, cluster: Cluster, *, hours: float, 
 
 def share_of_a_rank(config: Config, ranks: int) -> Config:
     """The settings of one of `ranks` ranks by itself, with its part of the batch."""
-    batch, parts = config.pretrain.batch_size, ranks * config.engine.accumulation_steps
-    if batch % parts:
-        most = max(parts, batch // parts * parts)
-        raise ConfigError(
-            f"pretrain.batch_size {batch} is that of all ranks, and not a multiple of {ranks} × "
-            f"{config.engine.accumulation_steps} accumulation steps; give e.g. {most}"
-        )
-    return replace(config, {"pretrain.batch_size": batch // ranks})
+    batch = micro_batch_size(config, ranks) * config.engine.accumulation_steps
+    return replace(config, {"pretrain.batch_size": batch})
 
 
 def room() -> int:

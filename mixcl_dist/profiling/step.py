@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.utils.benchmark import timer
 
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.group import described
@@ -196,13 +197,12 @@ class _Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        _synchronise()
         self._inside.append(0.0)
-        begin = time.perf_counter()
+        begin = timer()  # which waits for a GPU
         with record_function(f"mixcl/{name}"):
             yield
-            _synchronise()
-        took = 1e3 * (time.perf_counter() - begin)
+            end = timer()
+        took = 1e3 * (end - begin)
         own = took - self._inside.pop()
         if self._inside:
             self._inside[-1] += took
@@ -250,11 +250,6 @@ def table(result: Result) -> str:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _peak_bytes() -> int | None:

@@ -22,7 +22,7 @@ SMALL = shlex.split(
 def clock(monkeypatch):
     """A clock of parts, and a function that lets ms go by."""
     now = [0.0]
-    monkeypatch.setattr(step.time, "perf_counter", lambda: now[0] / 1e3)
+    monkeypatch.setattr(step, "timer", lambda: now[0] / 1e3)
 
     def wait(ms):
         now[0] += ms
