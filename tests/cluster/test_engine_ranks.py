@@ -82,14 +82,15 @@ def state(tmp_path, name):
 
 
 def check_resumed(tmp_path, source, name):
-    """Taking it up loses no bit, and what is learnt then is what the one that was not stopped learnt."""
-    for tensor, expected in state(tmp_path, source).items():
-        torch.testing.assert_close(state(tmp_path, f"{source}-to-{name}")[tensor], expected, rtol=0, atol=0)
+    """Taking it up loses no bit, and what is learnt then is what the one that was not stopped learnt: to the bit, or
+    to a thousandth of it where sums are in another order, which Adam makes much of where a gradient is nearly 0."""
+    saved = state(tmp_path, source)
+    torch.testing.assert_close(state(tmp_path, f"{source}-to-{name}"), saved, rtol=0, atol=0)
     exact = source == name and name[0] in "12"  # more than two are added up in the order in which they come
     ended, resumed = state(tmp_path, f"{source}-end"), state(tmp_path, f"{source}-to-{name}-end")
     for tensor, expected in ended.items():
-        rtol, atol = (0, 0) if exact else (1e-4, 1e-6)
-        torch.testing.assert_close(resumed[tensor], expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
+        learnt, apart = (expected - saved[tensor]).norm(), (resumed[tensor] - expected).norm()
+        assert apart <= (0 if exact else 1e-3) * learnt, f"{name}: {tensor} {apart / learnt:.1e}"
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from mixcl_dist import precision
 from mixcl_dist.cli import main
 from mixcl_dist.pretraining import pretrain  # noqa: F401
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))
-from tests.ports import free_port
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from ports import free_port
 
 precision.has_bfloat16 = lambda device: False  # its rounding depends on how many patches are convolved at once
 ENDS_S = 400
