@@ -1,13 +1,10 @@
-"""The one DeepSpeed import: the same engine for one CPU process and for ZeRO over many nodes."""
+"""The one door to DeepSpeed: the same engine for one CPU process and for ZeRO over many nodes."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import secrets
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,24 +15,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
-from mixcl_dist.cluster.errors import ClusterError
-from mixcl_dist.cluster.group import Group, ToldError, described, told_by_first
-from mixcl_dist.cluster.snapshot import MODULE, STATE, Part, Snapshot, Snapshots
-from mixcl_dist.cluster.watchdog import CURE, Watchdog
+from mixcl_dist.cluster.errors import EngineError
+from mixcl_dist.cluster.group import ToldError, described
+from mixcl_dist.cluster.meeting import (
+    LATER_S,
+    compare,
+    gather,
+    group_of_hosts,
+    limit_waits,
+    lost_ranks,
+    meet_nobody,
+    set_environment,
+    watched,
+)
+from mixcl_dist.cluster.snapshot import STATE, Snapshot, Snapshots
+from mixcl_dist.cluster.state import EngineState, read_state
+from mixcl_dist.cluster.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
-
-
-LATER_S = 30.0
-"""By which collectives wait longer than the watchdog, which knows more."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam and AdamW keep of every parameter."""
-
-
-class EngineError(ClusterError):
-    """Ranks that do not fit together, or a state that cannot be taken up; the message is one line with the cure."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True))
@@ -128,7 +127,7 @@ def launch(
     group = described()
     alone = group.world_size == 1
     deepspeed = _import_deepspeed()
-    _set_environment(group)
+    set_environment(group)
     stage = config.stage(group.world_size)
 
     if config.compile:
@@ -136,11 +135,11 @@ def launch(
     # It serves inference alone, and its C++ build takes half a minute and leaves a lock where it is killed, on which
     # every later start would wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _lost_ranks(config.timeout_s):
+    with lost_ranks(config.timeout_s):
         if alone:
-            _meet_nobody(deepspeed.get_accelerator().communication_backend_name())
+            meet_nobody(deepspeed.get_accelerator().communication_backend_name())
         deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=config.timeout_s))
-        _compare(common or {}, group)
+        compare(common or {}, group)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(
         model=module,
@@ -148,10 +147,10 @@ def launch(
         lr_scheduler=scheduler,
         config=_settings(config, stage, micro_batch_size),
     )
-    _limit_waits(config.timeout_s + LATER_S)
+    limit_waits(config.timeout_s + LATER_S)
     if not stage and alone:
         engine.enable_backward_allreduce = False  # there is nobody to reduce with: it would only copy all gradients
-    return _DeepSpeed(engine, config, None if alone else _watchdog(group, config.timeout_s, stacks))
+    return _DeepSpeed(engine, config, None if alone else watched(group, config.timeout_s, stacks))
 
 
 def _settings(config: EngineConfig, stage: int, micro_batch_size: int) -> dict[str, Any]:
@@ -193,8 +192,9 @@ class _DeepSpeed:
         self.module = engine.module
         self.process_group = torch.distributed.group.WORLD if engine.world_size > 1 else None
         self._hosts, saving = (
-            _group_of_hosts(config.timeout_s + LATER_S) if self.world_size > 1 else None for _ in range(2)
+            group_of_hosts(config.timeout_s + LATER_S) if self.world_size > 1 else None for _ in range(2)
         )
+        self._state = EngineState(engine)
         self._snapshots = Snapshots(self.rank, self.world_size, saving, of_gpu=self.device.type == "cuda")
 
     def __call__(self, *args: Any) -> Any:
@@ -257,7 +257,7 @@ class _DeepSpeed:
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of each rank, as JSON has it."""
-        return _gather(value, self.world_size)
+        return gather(value, self.world_size)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank; their hosts wait for each other, for no device."""
@@ -277,7 +277,7 @@ class _DeepSpeed:
         What ends this rank in the block is told to the others.
         """
         try:
-            with _lost_ranks(self._timeout_s, self._watchdog):
+            with lost_ranks(self._timeout_s, self._watchdog):
                 yield
         except BaseException as error:
             if self._watchdog:
@@ -290,39 +290,9 @@ class _DeepSpeed:
 
         Waits for the copy of this rank's own part alone: rank 0 gets the others beside whatever follows.
         """
-        updates = self._updates()
+        updates = self._state.updates()
         facts = {"format": "1", "steps": str(self._engine.global_steps), "updates": str(updates)}
-        return self._snapshots.take(self._whole(updates), self._parts(updates), facts)
-
-    def _whole(self, updates: int) -> dict[str, torch.Tensor]:
-        """Names, shapes and types of all that the state holds, on the meta device."""
-        import torch
-
-        parameters = dict(self.module.named_parameters())
-
-        def like(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            shape = getattr(parameters.get(name), "ds_shape", tensor.shape)  # ZeRO stage 3 has scattered it
-            return torch.empty(shape, dtype=tensor.dtype, device="meta")
-
-        whole = {f"{MODULE}{name}": like(name, tensor) for name, tensor in self.module.state_dict().items()}
-        for name, parameter in self._trained():
-            whole |= {_moment(moment, name): like(name, parameter) for moment in MOMENTS if updates}
-        return whole
-
-    def _parts(self, updates: int) -> dict[str, Part]:
-        """What of it is on this rank; what all ranks have is rank 0's part."""
-        scattered = dict(self.module.named_parameters()) if self._engine.zero_optimization_stage() == 3 else {}
-        parts = {}
-        for name, tensor in self.module.state_dict().items():
-            if (parameter := scattered.get(name)) is not None:
-                parts[f"{MODULE}{name}"] = self._scattered(parameter, parameter.ds_tensor)
-            elif self.rank == 0:
-                parts[f"{MODULE}{name}"] = Part(0, tensor.flatten())
-        for name, parameter in self._trained():
-            for moment in MOMENTS if updates else ():
-                if part := self._part_of_moment(parameter, moment):
-                    parts[_moment(moment, name)] = part
-        return parts
+        return self._snapshots.take(self._state.whole(updates), self._state.parts(updates), facts)
 
     def load(self, folder: Path) -> None:
         """Take up what any number of ranks saved at any ZeRO stage; raises `EngineError`.
@@ -330,110 +300,17 @@ class _DeepSpeed:
         Rates and decays are this engine's. The file holds numbers alone: nothing in it can be run.
         """
         path = folder / STATE
-        tensors, steps, updates = _read_state(path)
-        expected = {name: like.shape for name, like in self._whole(updates).items()}
+        tensors, steps, updates = read_state(path)
+        expected = {name: like.shape for name, like in self._state.whole(updates).items()}
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             raise EngineError(f"{path}: is of another network, {differing[0]} first; go on with the run's own settings")
-        self._load_weights({name: tensors[f"{MODULE}{name}"] for name in self.module.state_dict()})
-        if updates:
-            self._make_moments(updates)
-        for name, parameter in self._trained():
-            for moment in MOMENTS if updates else ():
-                self._set_moment(parameter, moment, tensors[_moment(moment, name)].to(self.device))
+        self._state.take_up(tensors, updates)
         self._engine.global_steps = steps
         if steps:
             scheduler = self._engine.lr_scheduler
             scheduler.last_epoch, scheduler._step_count = steps - 1, steps + 1
             scheduler.step()
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, weights) for name, weights in self.module.named_parameters() if weights.requires_grad)
-
-    def _states(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-        """The tensors that torch's optimizer updates, flat parts of all parameters where ZeRO shards, and its state."""
-        zero = self._engine.optimizer
-        match self._engine.zero_optimization_stage():
-            case 0:
-                updated = [weights for _, weights in self._trained()]
-            case 3:
-                updated = zero.fp32_partitioned_groups_flat
-            case _:
-                updated = zero.single_partition_of_fp32_groups
-        return [(tensor, self._optimizer.state[tensor]) for tensor in updated]
-
-    def _updates(self) -> int:
-        """How often the weights have been updated; before the first time the optimizer has no state."""
-        return int(self._states()[0][1].get("step", 0))
-
-    def _make_moments(self, updates: int) -> None:
-        """The state that torch's optimizer makes in its first update, here before it."""
-        import torch
-
-        for tensor, state in self._states():
-            where = tensor.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
-            state["step"] = torch.tensor(float(updates), device=where)
-            state.update({moment: torch.zeros_like(tensor) for moment in MOMENTS})
-        if self._engine.zero_optimization_stage() in (1, 2):
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _part_of_moment(self, parameter: Any, moment: str) -> Part | None:
-        import torch
-        from deepspeed.utils import safe_get_local_optimizer_state
-
-        match self._engine.zero_optimization_stage():
-            case 0 if self.rank:
-                return None
-            case 0:
-                # A parameter that never had a gradient, as a head whose term is off, has no state at this stage alone.
-                whole = self._optimizer.state[parameter].get(moment)
-                return Part(0, (torch.zeros_like(parameter) if whole is None else whole).flatten())
-            case 3:
-                return self._scattered(parameter, safe_get_local_optimizer_state(parameter, moment))
-        fragment = parameter._hp_mapping  # None where no number of it is updated by this rank
-        return fragment and Part(fragment.lp_fragment_address.start, fragment.get_hp_fragment(moment))
-
-    def _scattered(self, parameter: Any, values: torch.Tensor) -> Part:
-        """This rank's part of a tensor at ZeRO stage 3, without what it is filled up with."""
-        start = self.rank * parameter.ds_tensor.numel()
-        return Part(start, values.flatten()[: max(0, parameter.ds_numel - start)])
-
-    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, whole: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        match self._engine.zero_optimization_stage():
-            case 0:
-                self._optimizer.state[parameter][moment].copy_(whole)
-            case 3:
-                safe_set_local_optimizer_state(parameter, self._part(parameter, whole), moment)
-            case _:
-                safe_set_full_optimizer_state(parameter, whole, moment)
-
-    def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        import deepspeed
-        import torch
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        stage = self._engine.zero_optimization_stage()
-        parameters = list(self.module.parameters())
-        whole = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if stage == 3 else nullcontext()
-        with whole, torch.no_grad():
-            if stage < 3 or self.rank == 0:
-                self.module.load_state_dict(weights)
-        for name, parameter in self._trained():  # the numbers that ZeRO's optimizer works on
-            if stage == 3:
-                safe_set_local_fp32_param(parameter, self._part(parameter, weights[name].to(self.device)))
-            elif stage:
-                safe_set_full_fp32_param(parameter, weights[name].to(self.device))
-
-    def _part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
-        """The same of a whole tensor; the last one is filled up with zeros."""
-        import torch
-
-        size = parameter.ds_tensor.numel()
-        part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
-        return torch.nn.functional.pad(part, (0, size - part.numel()))
 
     def close(self) -> None:
         from deepspeed import comm
@@ -459,132 +336,3 @@ def _import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _set_environment(group: Group) -> None:
-    """Describe the group as torch and DeepSpeed read it; DeepSpeed would look for MPI otherwise."""
-    import torch
-
-    # srun may show each process one GPU alone, which is then number 0 for all of them.
-    devices = torch.accelerator.device_count() or group.local_rank + 1
-    names = {
-        "RANK": group.rank,
-        "LOCAL_RANK": group.local_rank % devices,
-        "WORLD_SIZE": group.world_size,
-        "MASTER_ADDR": group.address,
-        "MASTER_PORT": group.port,
-    }
-    os.environ.update({name: str(value) for name, value in names.items() if value is not None})
-
-
-def _meet_nobody(backend: str) -> None:
-    """Make a group of this process alone; without a port, which another one might take before it is listened at."""
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-
-
-def _compare(common: Mapping[str, Any], group: Group) -> None:
-    """Raise `EngineError` on every rank where one has been started with other settings than rank 0."""
-    if group.world_size == 1:
-        return
-    first, *others = _gather(dict(common), group.world_size)
-    for rank, theirs in enumerate(others, 1):
-        if names := sorted(name for name in first | theirs if first.get(name) != theirs.get(name)):
-            shown = [f"{name} ({first.get(name)} and {theirs.get(name)})" for name in names[:3]]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            cure = "start all ranks with the same command and the same installation"
-            problem = f"ranks 0 and {rank} differ in {', '.join(shown)}{more}; {cure}"
-            raise told_by_first(EngineError(problem), group.rank)
-
-
-def _gather(value: Any, world_size: int) -> list[Any]:
-    """Of every rank its value, as JSON: what a peer sends is never unpickled."""
-    import torch
-    from torch import distributed
-
-    if world_size == 1:
-        return [json.loads(json.dumps(value))]
-    device = torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(world_size)]
-    distributed.all_gather(sizes, torch.tensor([len(content)], device=device))
-    longest = max(map(int, sizes))
-    contents = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world_size)]
-    distributed.all_gather(contents, torch.nn.functional.pad(content, (0, longest - len(content))))
-    return [json.loads(row[:size].cpu().numpy().tobytes()) for row, size in zip(contents, sizes, strict=True)]
-
-
-@contextmanager
-def _lost_ranks(timeout_s: float, watchdog: Watchdog | None = None) -> Iterator[None]:
-    """Turn what torch raises where another rank has died or does not answer into one line, told by one rank."""
-    from torch import distributed
-
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, distributed.DistError) and not any(word in text for word in ("gloo", "NCCL")):
-            raise
-        if watchdog is None:
-            raise EngineError(f"{_reason(text, timeout_s)}; {CURE}") from None
-        line = watchdog.blame(_reason(text, timeout_s))
-        raise (EngineError(line) if watchdog.claim() else ToldError(line)) from None
-
-
-def _reason(text: str, timeout_s: float) -> str:
-    if "EADDRINUSE" in text:
-        return f"MASTER_PORT {os.environ['MASTER_PORT']} is taken on this machine; set it to another"
-    ended = "onnection" in text and "imed out" not in text
-    what = "has ended" if ended else f"did not answer within engine.timeout_s, {timeout_s:g} s"
-    return f"another rank {what}; see what it says"
-
-
-def _watchdog(group: Group, timeout_s: float, stacks: Path | None) -> Watchdog:
-    from torch.distributed import PrefixStore, distributed_c10d
-
-    store: Any = distributed_c10d._get_default_store()
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    # torchrun keeps its store for the next start, too.
-    start = _gather(secrets.token_hex(8), group.world_size)[0]
-    own = PrefixStore(f"watchdog {start}", store.clone())  # with a connection of its own
-    host = socket.gethostname()
-    return Watchdog(own, group.rank, group.world_size, host=host, hung_s=timeout_s, stacks=stacks)
-
-
-def _moment(moment: str, name: str) -> str:
-    """In a saved state, its name of the parameter `name`."""
-    return f"optimizer.{moment}.{name}"
-
-
-def _group_of_hosts(timeout_s: float) -> Any:
-    """For words between the processes of all ranks, whatever their devices do."""
-    from torch import distributed
-
-    return distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-
-
-def _limit_waits(timeout_s: float) -> None:
-    """Let the groups that DeepSpeed made for itself wait no longer than the first one."""
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
-
-
-def _read_state(path: Path) -> tuple[dict[str, torch.Tensor], int, int]:
-    """Tensors of a saved state, steps taken, and updates among them; raises `EngineError`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != "1":
-                raise ValueError("is no engine's state of this version")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            return tensors, int(facts["steps"]), int(facts["updates"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise EngineError(f"{path}: cannot be taken up ({reason}); begin anew with another --run") from None

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixcl_dist.cluster.doctor import PACKAGES, Finding, version_of
-from mixcl_dist.cluster.engine import LATER_S
 from mixcl_dist.cluster.group import Group, GroupError, check_address, described
+from mixcl_dist.cluster.meeting import LATER_S
 
 if TYPE_CHECKING:
     import torch

@@ -56,7 +56,8 @@ READING = (
 CONTRASTING = (
     *LEARNING,
     *(f"pretraining/{name}.py" for name in ("pretrain", "views", "rows", "draws", "objective")),
-    *("cluster/engine.py", "kernels/*.py", "data_shards/streaming/stream.py", "data_shards/streaming/ring.py"),
+    *("cluster/engine.py", "cluster/state.py"),
+    *("kernels/*.py", "data_shards/streaming/stream.py", "data_shards/streaming/ring.py"),
     *READING,
 )
 SOURCES = {

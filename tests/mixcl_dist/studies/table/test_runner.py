@@ -49,7 +49,7 @@ APART = {
     **dict.fromkeys(("seen.py", "data_shards/building/dedup.py"), REFUSE),
     **dict.fromkeys(("data_shards/building/settings.py", *STORAGE), SHARDS),
     **dict.fromkeys(
-        ("cluster/group.py", "cluster/installation.py", "cluster/stopping.py", "cluster/watchdog.py"),
+        tuple(f"cluster/{name}.py" for name in ("group", "installation", "meeting", "stopping", "watchdog")),
         "says who takes part, with what code, and until when",
     ),
     **dict.fromkeys(
