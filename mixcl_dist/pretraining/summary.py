@@ -28,10 +28,10 @@ def told(facts: Mapping[str, Any], metrics: Metrics) -> str:
     terms = [_with_anchors(name, facts, metrics) for name in terms_on(metrics)]
     if not terms:
         return "Nothing has been logged yet."
-    steps, images = metrics[-1]["step"], len(facts.get("training_cases", []))
+    steps, images = round(metrics[-1]["step"]), len(facts.get("training_cases", []))
     drawn = f" ({round(metrics[-1]['samples']):,} patches drawn)" if "samples" in metrics[-1] else ""
     so_far = "" if facts.get("finished") else " so far"
-    taught = f"Trained for {steps:,} steps{so_far} on {_count(images, 'CT volume')}{drawn} by {_joined(terms)}"
+    taught = f"Trained for {_count(steps, 'step')}{so_far} on {_count(images, 'CT volume')}{drawn} by {_joined(terms)}"
     return f"{taught}: {'; '.join(found)}." if (found := learnt(metrics)) else f"{taught}."
 
 
@@ -47,12 +47,11 @@ def came_of_plan(facts: Mapping[str, Any], metrics: Metrics) -> list[str]:
     plan, patches = facts["plan"], rows[-1]["samples"] - rows[0]["samples"]
     said, rate = plan["patches_per_s"], patches / seconds
     where = "as planned" if said["low"] <= rate <= said["high"] else "outside of what was planned"
-    hours = patches / said["expected"] / 3600
     return [
         f"Planned {said['expected']:.3g} patches/s ({said['low']:.3g} to {said['high']:.3g}) on "
         f"{_count(plan['gpus'], 'GPU or process', 'GPUs or processes')}; measured {rate:.3g} over {patches:,.0f} "
         f"patches, {rate / said['expected'] - 1:+.0%}: {where}.",
-        f"These took {seconds / 3600:.3g} h, for which {hours:.3g} h were planned.",
+        f"These took {_time(seconds)}, for which {_time(patches / said['expected'])} were planned.",
     ]
 
 
@@ -122,6 +121,11 @@ def _change(metrics: Metrics, key: str, name: str) -> str | None:
 
 def _count(number: int, noun: str, nouns: str = "") -> str:
     return f"{number:,} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
+def _time(seconds: float) -> str:
+    length, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{seconds / length:.3g} {unit}"
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ RATES = {
     "gradient_norm": "Gradient norm",
     "samples_per_s": "Samples per second",
     "data_wait_share": "Time waiting for data (%)",
-    "slowest_rank_excess": "Slowest rank beyond the median (% of a step)",
+    "slowest_rank_excess": "Slowest rank beyond the median (%)",
 }
 
 LONGEST_NAME = 40
@@ -311,6 +311,8 @@ def diagnostic_curves(
         for i, (key, title) in enumerate(gradients.items(), start=1):
             step, norm = _series(metrics, key)
             seen = norm > 0  # a batch without labels has none of the label term
+            if not seen.any():
+                continue
             axes.plot(step[seen], norm[seen], color=ARM_COLOURS[i], linewidth=1.5, marker=".", label=title)
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * (high / low) ** 0.45)  # room for the legend
@@ -387,7 +389,8 @@ def _draw_panel(
     scale = 100 if key in PER_CENT else 1
     step, value = _series(metrics, key)
     noisy = len(value) > SMOOTHED_FROM and key != "learning_rate"
-    axes.plot(step, scale * value, color=ARM_COLOURS[1], linewidth=0.8 if noisy else 1.8, alpha=0.4 if noisy else 1)
+    width, alpha, point = (0.8, 0.4, None) if noisy else (1.8, 1, "o" if len(value) == 1 else None)
+    axes.plot(step, scale * value, color=ARM_COLOURS[1], linewidth=width, alpha=alpha, marker=point, markersize=4)
     if noisy:
         axes.plot(step, scale * _smooth(value), color=ARM_COLOURS[1], linewidth=1.8)
     if chance is not None:

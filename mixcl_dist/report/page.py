@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -354,6 +355,10 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def _window(hu: Sequence[float]) -> str:
+    return "{:.0f} to {:.0f} HU".format(*hu).replace("-", "−")
+
+
 def _dice(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
@@ -373,11 +378,11 @@ def _render(template: str, **context: Any) -> str:
         "duration": _duration,
         "time": _time,
         "dice": _dice,
+        "window": _window,
         "setting": lambda value: f"{value:.4g}" if isinstance(value, float) else str(value),
         "p": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
         "billions": lambda number: f"{number / 1e9:.2f}" if number else "0",
         "plain": lambda name: "mean of classes" if name == MEAN else str(name).replace("_", " "),
     }
     style = Markup(resources.files("mixcl_dist.report").joinpath("style.css").read_text())
-    window = "{:.0f} to {:.0f} HU".format(*slices.DISPLAY_HU).replace("-", "−")
-    return environment.get_template(template).render(style=style, display_window=window, **context)
+    return environment.get_template(template).render(style=style, display_window=_window(slices.DISPLAY_HU), **context)

@@ -22,8 +22,8 @@ def class_rows(folder: PredictionFolder) -> list[dict[str, Any]]:
 
 
 def _spread(values: list[float]) -> str:
-    if not values:
-        return "–"
+    if len(set(values)) < 2:
+        return f"{values[0]:.1f}" if values else "–"
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 

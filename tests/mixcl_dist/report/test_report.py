@@ -16,7 +16,7 @@ import pytest
 from scipy import stats
 
 from mixcl_dist.errors import RunError
-from mixcl_dist.report import slices, write_report
+from mixcl_dist.report import figures, slices, write_report
 from mixcl_dist.report.folders import open_study
 from mixcl_dist.report.results import points, study_results
 from mixcl_dist.studies.statistics import t_interval
@@ -351,6 +351,18 @@ def test_captions_tell_only_of_what_is_drawn(tmp_path, study):
     change_trials(study, lambda row: {"status": "failed"} if row["seed"] else {})
     once = Page(write_report(study)).text
     assert not [line for line in ("t-interval", "grey line", "one standard deviation") if line in once]
+
+
+def test_what_was_measured_once_is_drawn_and_what_never_was_is_not_named():
+    once = [{"step": 5, "alignment": 0.5, "gradient_norm_voxel_identity": 1.0, "gradient_norm_voxel_label": 0.0}]
+    gradients, alignment = (figure for figure, _ in figures.diagnostic_curves(once, "run", embedding_width=8))
+    assert "Voxel identity" in gradients and "Voxel label" not in gradients
+    assert re.search(r"<g clip-path[^>]*>\s*<use ", alignment), "a point, as a line of one has no length"
+
+
+def test_every_title_has_room_above_its_panel():
+    titles = [*figures.TERMS.values(), *figures.RATES.values(), *(one.title for one in figures.DIAGNOSTICS.values())]
+    assert max(map(len, titles)) <= len(figures.TERM_GRADIENTS.title) == 37, "which just fits"
 
 
 def test_development_cases_are_not_called_validation_cases(study):
