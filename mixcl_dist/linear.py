@@ -82,7 +82,7 @@ def sample(pyramid: list[Tensor], label: np.ndarray, known: np.ndarray, first: i
 def _choose(label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Positions of sampled voxels in the flat patch, and how many voxels each stands for, float32."""
     flat = label.ravel()
-    chosen, weights = [], []
+    chosen, weights = [np.zeros(0, np.intp)], [np.zeros(0, np.float32)]  # a patch may be ignored as a whole
     for number in np.setdiff1d(flat, IGNORED):
         voxels = np.flatnonzero(flat == number)
         most = VOXELS_OF_CLASS if number else VOXELS_OF_REST

@@ -77,6 +77,13 @@ def test_sampled_voxels_stand_for_all_of_their_patch():
         assert stood_for == pytest.approx(int((flat == number).sum()))
 
 
+def test_nothing_is_sampled_of_a_patch_that_is_ignored():
+    label = np.full((2, 4, 4, 4), 255, np.uint8)
+    label[1, 0, 0, 0] = 0
+    found = sample([torch.zeros(2, 3, 4, 4, 4)], label, np.zeros((2, 2), bool), first=0)
+    assert found.patch.tolist() == [1] and found.weight.tolist() == [1.0]
+
+
 def test_weights_of_the_levels_are_in_the_order_of_the_pyramid():
     pyramid = [torch.zeros(1, width, 1, 1, 1) for width in (5, 3, 2)]
     weight = torch.arange(10.0).expand(2, 10)
