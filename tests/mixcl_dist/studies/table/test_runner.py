@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,6 +23,7 @@ from mixcl_dist.data_shards.building.settings import BuildConfig
 from mixcl_dist.data_shards.sources import open_source
 from mixcl_dist.errors import RunError
 from mixcl_dist.report import table_text, write_report
+from mixcl_dist.run import Stopped
 from mixcl_dist.studies import ledger
 from mixcl_dist.studies.table import runner
 from mixcl_dist.studies.table.plan import plan
@@ -165,6 +168,14 @@ def test_a_failed_item_has_its_last_line_stops_no_other_and_is_tried_again(go, s
     records = {record["item"]: record for record in ledger.read(tmp_path / "table" / "ledger.jsonl")}
     assert records["pretrain/identity"]["text"] == "OSError: disk full"
     assert go(small_table(), stub()).done == 2
+
+
+@pytest.mark.parametrize("error", [RunError("DIR: why; cure"), Stopped("DIR: stopped as asked")])
+def test_an_item_that_is_refused_or_stopped_says_so_in_one_line(monkeypatch, error):
+    monkeypatch.setattr("mixcl_dist.studies.table.work.work", mock.Mock(side_effect=error))
+    monkeypatch.setattr(sys, "argv", ["table", "DIR", "trial/scratch-n1-s0"])
+    with pytest.raises(SystemExit, match=f"^{error}$"):
+        runpy.run_module("mixcl_dist.studies.table", run_name="__main__")
 
 
 def test_no_trial_runs_from_a_pretraining_that_its_probe_does_not_speak_for(go, small_table, stub, tmp_path, capsys):
