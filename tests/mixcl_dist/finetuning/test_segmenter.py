@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from mixcl_dist.finetuning.segmenter import LearningNetwork, SegmentationNetwork
 from mixcl_dist.linear import of_levels
 from mixcl_dist.networks.heads import PretrainNetwork
+from mixcl_dist.settings import NetworkConfig
 
-from ..networks.small_networks import config
+from ..networks.small_networks import SMALL, config
 
 
 def test_a_segmentation_network_starts_from_a_pretrained_backbone():
@@ -36,6 +38,15 @@ def test_all_levels_together_are_one_linear_classifier_of_the_pyramid():
     columns = [torch.einsum("nfxyz,cf->ncxyz", *pair) for pair in zip(pyramid, of_levels(weight, pyramid), strict=True)]
     expected = sum(F.interpolate(column, (16, 16, 16), mode="trilinear") for column in columns)
     torch.testing.assert_close(network(image), expected + bias[:, None, None, None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [name for name in SMALL if name != "resenc_unet"])
+def test_every_network_s_levels_help(architecture):
+    """nnU-Net's networks are of an extra; their pyramid is as wide (`test_architectures`)."""
+    of_network = NetworkConfig(architecture=architecture, filters=SMALL[architecture])
+    network = LearningNetwork(SegmentationNetwork(of_network, n_classes=2), of_network)
+    edge = 2 * network.backbone.level_divisor
+    assert network(torch.randn(1, 1, edge, edge, edge)).shape == (1, 3, edge, edge, edge)
 
 
 def test_the_share_of_the_coarser_levels_scales_what_they_add():
