@@ -20,6 +20,8 @@ from mixcl_dist.errors import RunError
 from mixcl_dist.jsonfiles import FORMAT, STRICT, plain, read_json, read_lines, shown, write_json
 from mixcl_dist.settings import Architecture, FinetuneConfig, NetworkConfig, StudyConfig, TableConfig
 
+OF_NETWORK = ("architecture", "filters", "kernel_spacing_mm", "window_hu")
+"""Settings of a network that its weights go with."""
 UNTOLD = 1e100
 """Of no arithmetic here, and more than an axis can be drawn for."""
 RUN, METRICS, CURVE = "run.json", "metrics.jsonl", "curve.jsonl"
@@ -272,6 +274,8 @@ class NetworkRecord(Record):
     spacing_mm: Spacing | None
     """At which it was trained; None: each case at its own."""
     classes: tuple[str, ...]
+    kernel_spacing_mm: Spacing | None = None
+    """Which its kernels and strides are made for."""
     patch_size: Size | None = None
     sliding_overlap: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Of the windows that it was scored with, the share of an edge."""
@@ -285,7 +289,7 @@ class NetworkRecord(Record):
     @classmethod
     def of(cls, network: NetworkConfig, weights: Mapping[str, bytes], **more: Any) -> Self:
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in weights.items()}
-        known = {key: getattr(network, key) for key in ("architecture", "filters", "window_hu")}
+        known = {key: getattr(network, key) for key in OF_NETWORK}
         return cls(**known, **more, digests=digests)
 
     def check(self, file: Path) -> None:

@@ -90,10 +90,16 @@ class NetworkConfig:
     """Width D of a voxel row's embedding."""
     crop_dim: Width = 64
     """Width of a crop row's embedding."""
+    kernel_spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | None = None
+    """Spacing of the voxels (mm) that kernels and strides are made for: along an axis that is at least twice as coarse
+    as the finest they are 1, level by level until the others have caught up, as nnU-Net plans it; None: 3 and 2."""
     window_hu: Annotated[tuple[HU, HU], AfterValidator(_window)] = (-1000.0, 1000.0)
     """HU that the network's input range [-1, 1] stands for; values outside are clipped."""
 
     def __post_init__(self) -> None:
+        if self.kernel_spacing_mm and self.architecture in ("segresnet", "swin_unetr"):
+            cure = "leave it out, or choose dynunet, residual_dynunet or resenc_unet"
+            raise ValueError(f"kernel_spacing_mm: {self.architecture} has kernels of one form; {cure}")
         first, shown = self.filters[0], ",".join(map(str, self.filters))
         if self.architecture == "segresnet" and (
             first % 8 or list(self.filters) != [first * 2**level for level in range(len(self.filters))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mixcl_dist.export.comparison import Comparison
@@ -61,7 +61,7 @@ def _what(trained: Trained) -> str:
 
 def _interface(trained: Trained) -> str:
     low, high = trained.network.window_hu
-    divisor, views = architectures.divisor(trained.network), trained.config.views.size
+    views = trained.config.views.size
     grid = (
         "at the case's own spacing" if trained.spacing_mm is None
         else f"resampled to {' × '.join(f'{mm:g}' for mm in trained.spacing_mm)} mm (an axis "
@@ -70,7 +70,7 @@ def _interface(trained: Trained) -> str:
     lines = [
         f"- Input: one CT in Hounsfield units, axes (x, y, z) towards Right, Anterior, Superior (RAS), {grid}; "
         f"{low:g} to {high:g} HU mapped to -1 to 1 and clipped; shape (batch, 1, x, y, z).",
-        f"- Every edge must be a multiple of {divisor} voxels, and at least {2 * divisor}; it was trained on "
+        f"- {_edges(architectures.divisor(trained.network))}; it was trained on "
         + (f"patches of {times(trained.patch_size)}." if trained.is_segmentation else f"views of {times(views)}."),
     ]
     if trained.is_segmentation:
@@ -84,6 +84,12 @@ def _licence(trained: Trained) -> str:
         return UNKNOWN_LICENCE
     given = "the terms that whoever made this folder states for the data that they were trained on"
     return f"The weights are under {literal(trained.licence)}: {given}. {ADDED}"
+
+
+def _edges(divisor: Sequence[int]) -> str:
+    if len(set(divisor)) == 1:
+        return f"Every edge must be a multiple of {divisor[0]} voxels, and at least {2 * divisor[0]}"
+    return f"Edges must be multiples of {times(divisor)} voxels, and at least {times(2 * step for step in divisor)}"
 
 
 def times(size: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from mixcl_dist.export.card import card
 from mixcl_dist.export.trained import ExportError, Trained
 from mixcl_dist.networks.plain_unet import plain_unet_names
+from mixcl_dist.networks.spacing import levels
 
 _IN_PROJECTION = ["encoder.stages.0.0.convs.0.all_modules.0", "encoder.stages.0.0.convs.0.conv"]
 
@@ -66,6 +67,11 @@ def write(trained: Trained, folder: Path) -> None:
         raise ExportError(
             f"{trained.run}: {trained.network.architecture} is built of other blocks than nnU-Net's plain networks; "
             "pre-train with --network.architecture dynunet, or export to monai"
+        )
+    if trained.network.kernel_spacing_mm and any(1 in kernel for kernel in levels(trained.network).kernels):
+        raise ExportError(
+            f"{trained.run}: DynUNet's decoder has the kernels of the level below, nnU-Net's those of its own, which "
+            "differ with network.kernel_spacing_mm; pre-train without it, or export to monai"
         )
     plan = adaptation_plan(trained)
     checkpoint = {"network_weights": public_weights(trained), "nnssl_adaptation_plan": plan, "citations": []}

@@ -85,12 +85,12 @@ def has_one_size(trained: Trained) -> bool:
 
 
 def _save(network: torch.nn.Module, trained: Trained, file: Path) -> None:
-    step = architectures.divisor(trained.network)
+    steps = architectures.divisor(trained.network)
     axes: dict[int, Any] = {0: torch.export.Dim("batch")}
     edges = trained.patch_size
     if not has_one_size(trained):
-        axes |= {2 + n: step * torch.export.Dim(name, min=2) for n, name in enumerate("xyz")}
-        edges = [max(edge, 2 * step) for edge in edges]
+        axes |= {2 + n: steps[n] * torch.export.Dim(name, min=2) for n, name in enumerate("xyz")}
+        edges = [max(edge, 2 * step) for edge, step in zip(edges, steps, strict=True)]
     given: dict[str, Any] = {
         "dynamic_shapes": (axes,),
         "input_names": [INPUT],
@@ -132,7 +132,7 @@ def _difference(network: torch.nn.Module, trained: Trained, file: Path) -> float
 
 def _preprocessing(trained: Trained, difference: float) -> dict[str, Any]:
     """What a program has to do before and after, as plain JSON values."""
-    step = architectures.divisor(trained.network)
+    steps = None if has_one_size(trained) else architectures.divisor(trained.network)
     known = trained.description.content()
     told = ("window_hu", "spacing_mm", "classes", "patch_size", "sliding_overlap")
     return {
@@ -140,8 +140,8 @@ def _preprocessing(trained: Trained, difference: float) -> dict[str, Any]:
         "orientation": "RAS",
         "input_range": [-1.0, 1.0],
         **{key: known[key] for key in told},
-        "edges_multiple_of": None if has_one_size(trained) else step,
-        "smallest_edge": None if has_one_size(trained) else 2 * step,
+        "edges_multiple_of": steps,
+        "smallest_edges": steps and [2 * step for step in steps],
         "input": INPUT,
         "output": OUTPUT,
         "opset": OPSET,

@@ -16,7 +16,7 @@ from mixcl_dist.config import Config, ConfigError, from_dict, replace
 from mixcl_dist.errors import MixclError, RunError
 from mixcl_dist.export.comparison import Comparison, compared
 from mixcl_dist.networks import architectures
-from mixcl_dist.records import ANEW, DiceRecord, NetworkRecord, RunRecord, told
+from mixcl_dist.records import ANEW, OF_NETWORK, DiceRecord, NetworkRecord, RunRecord, told
 from mixcl_dist.settings import NetworkConfig
 
 _USED = {"views": ("size",), "pretrain": ("steps",), "finetune": ("steps", "patch_size", "sliding_overlap")}
@@ -125,7 +125,7 @@ def open_trained(run: Path, licence: str | None = None, table: Path | None = Non
 
 def _described(config: Config, described: NetworkRecord, run: Path) -> Config:
     """The settings, with the network and spacing of network.json."""
-    network = {f"network.{key}": getattr(described, key) for key in ("architecture", "filters", "window_hu")}
+    network = {f"network.{key}": getattr(described, key) for key in OF_NETWORK}
     try:
         return replace(config, network | {"finetune.spacing_mm": described.spacing_mm})
     except ConfigError as error:

@@ -6,6 +6,7 @@ self-supervised encoder among them, SegResNet and DynUNet, within whatever wrapp
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import re
 from collections.abc import Mapping
@@ -116,13 +117,13 @@ def open_foreign(file: Path, window_hu: tuple[float, float]) -> Foreign:
     weights = _bare(checkpoint)
     architecture, filters, named = _recognised(file, weights)
     contract = _contract(file, checkpoint)
-    try:
-        network = NetworkConfig(architecture, filters, window_hu=contract.window_hu or window_hu)
-        shapes = expected(network)
-    except (ConfigError, ValueError) as error:
-        raise RunError(f"{file}: {error}; only networks of that form can be a start") from None
     if contract.axes == "zyx":
         named = {name: w.permute(0, 1, 4, 3, 2).contiguous() if w.ndim == 5 else w for name, w in named.items()}
+    try:
+        network = NetworkConfig(architecture, filters, window_hu=contract.window_hu or window_hu)
+        network, shapes = _kernels(network, contract, named)
+    except (ConfigError, ValueError) as error:
+        raise RunError(f"{file}: {error}; only networks of that form can be a start") from None
     fitting = {name: w.float() for name, w in named.items() if name in shapes and w.shape == shapes[name]}
     if not fitting:
         raise RunError(f"{file}: no weight fits {architecture} of {','.join(map(str, filters))}; give another start")
@@ -189,6 +190,17 @@ def _recognised(file: Path, weights: dict[str, Tensor]) -> tuple[Architecture, t
         return ("residual_dynunet" if residual_blocks else "dynunet"), filters, weights
     known = "nnU-Net's PlainConvUNet and ResidualEncoderUNet, MONAI's SwinUNETR, SegResNet and DynUNet"
     raise RunError(f"{file}: is of no network that is known here; known are {known}")
+
+
+def _kernels(
+    network: NetworkConfig, contract: Contract, named: Mapping[str, Tensor]
+) -> tuple[NetworkConfig, dict[str, torch.Size]]:
+    """The network with the kernels, of all levels alike or made for its spacing, that more of the weights fit."""
+    either = [network]
+    if network.architecture not in ("segresnet", "swin_unetr"):
+        either.append(dataclasses.replace(network, kernel_spacing_mm=contract.spacing_mm))
+    found = [(one, expected(one)) for one in either]
+    return max(found, key=lambda one: sum(name in named and named[name].shape == of for name, of in one[1].items()))
 
 
 def _once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

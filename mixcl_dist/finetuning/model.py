@@ -11,7 +11,7 @@ from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.start import WEIGHTS
 from mixcl_dist.networks.architectures import named_here, weights_file
-from mixcl_dist.records import DiceRecord, NetworkRecord, RunRecord
+from mixcl_dist.records import OF_NETWORK, DiceRecord, NetworkRecord, RunRecord
 from mixcl_dist.run import read_config
 from mixcl_dist.settings import FinetuneConfig, NetworkConfig
 from mixcl_dist.weights import load, read_weights
@@ -53,7 +53,7 @@ class Model:
 def network_config(description: NetworkRecord) -> NetworkConfig:
     """Raises `RunError` for what is no network."""
     try:
-        return NetworkConfig(**{key: getattr(description, key) for key in ("architecture", "filters", "window_hu")})
+        return NetworkConfig(**{key: getattr(description, key) for key in OF_NETWORK})
     except ValueError as error:
         raise RunError(f"{description.FILE}: {error}; {description.CURE}") from None
 

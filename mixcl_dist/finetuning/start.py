@@ -13,7 +13,7 @@ from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.foreign import Foreign, open_foreign
 from mixcl_dist.finetuning.segmenter import SegmentationNetwork
 from mixcl_dist.finetuning.task import Task
-from mixcl_dist.records import ANEW, NetworkRecord, RunRecord
+from mixcl_dist.records import ANEW, OF_NETWORK, NetworkRecord, RunRecord
 from mixcl_dist.seen import KnownScans, Seen, Shared, leak, one_patient, shared_scans
 from mixcl_dist.weights import load_weights
 
@@ -30,7 +30,7 @@ def like(config: Config, start: Path) -> Config:
     if record.finished is None:
         raise RunError(f"{start}: has not finished; {record.how_to_finish}")
     trained = NetworkRecord.load(start)
-    overrides = {f"network.{key}": getattr(trained, key) for key in ("architecture", "filters", "window_hu")}
+    overrides = {f"network.{key}": getattr(trained, key) for key in OF_NETWORK}
     if config.finetune.spacing_mm is None:
         overrides["finetune.spacing_mm"] = trained.spacing_mm
     try:
@@ -46,7 +46,7 @@ def _like_foreign(config: Config, start: Foreign) -> Config:
         raise RunError(
             f"{start.file}: was shown CT at {shown[0]} mm, not finetune.spacing_mm {shown[1]}; leave that out"
         )
-    overrides = {f"network.{key}": getattr(start.network, key) for key in ("architecture", "filters", "window_hu")}
+    overrides = {f"network.{key}": getattr(start.network, key) for key in OF_NETWORK}
     return replace(config, overrides | {"finetune.spacing_mm": asked or spacing})
 
 

@@ -9,7 +9,6 @@ public network's names.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from mixcl_dist.config import ConfigError
 from mixcl_dist.networks import dynunet, resenc_unet, segresnet, swin_unetr
 from mixcl_dist.networks.backbone import Backbone
+from mixcl_dist.networks.spacing import multiples
 from mixcl_dist.settings import NetworkConfig
 
 _OF = {
@@ -62,8 +62,8 @@ def named_here(config: NetworkConfig, weights: Mapping[str, Tensor]) -> dict[str
     return {here[name]: weight for name, weight in weights.items() if name in here}
 
 
-def divisor(config: NetworkConfig) -> int:
-    """What every edge of an image must be a multiple of."""
+def divisor(config: NetworkConfig) -> tuple[int, int, int]:
+    """What the edges of an image must be multiples of."""
     return architecture(config).divisor(config)
 
 
@@ -73,13 +73,13 @@ def misfit(config: NetworkConfig, size: Sequence[int]) -> str | None:
     Instance normalisation needs more than one voxel at the bottleneck.
     """
     step = divisor(config)
-    near = [max(step, round(edge / step) * step) for edge in size]
-    if math.prod(edge // step for edge in near) == 1:
+    near = [max(least, round(edge / least) * least) for edge, least in zip(size, step, strict=True)]
+    if near == list(step):
         near[-1] *= 2
     if list(size) == near:
         return None
-    least = " x ".join([str(step)] * 3)
-    return f"every edge must be a multiple of {step}, and not all {least}; try {','.join(map(str, near))}"
+    least = " x ".join(map(str, step))
+    return f"{multiples(step)}, and not all {least}; try {','.join(map(str, near))}"
 
 
 def check_size(setting: str, config: NetworkConfig, size: Sequence[int]) -> None:
@@ -92,11 +92,12 @@ def check_size(setting: str, config: NetworkConfig, size: Sequence[int]) -> None
 def check_patches(config: NetworkConfig, patch_size: Sequence[int]) -> None:
     """Raise `ConfigError` where nothing that the network takes can be cut from patches of that size."""
     step = divisor(config)
-    if misfit(config, [edge // step * step for edge in patch_size]):
+    if misfit(config, [edge // least * least for edge, least in zip(patch_size, step, strict=True)]):
+        least = " x ".join(str(2 * edge) for edge in step) if len(set(step)) > 1 else str(2 * step[0])
         cure = "change network.architecture" if _has_one_depth(config) else "give fewer network.filters"
         raise ConfigError(
             f"patches of {' x '.join(map(str, patch_size))} voxels are too small for {config.architecture} of filters "
-            f"{','.join(map(str, config.filters))}; build shards with edges of {2 * step} or more, or {cure}"
+            f"{','.join(map(str, config.filters))}; build shards with edges of {least} or more, or {cure}"
         )
 
 

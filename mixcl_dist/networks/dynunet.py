@@ -9,6 +9,7 @@ from monai.networks.nets import DynUNet
 from torch import nn
 
 from mixcl_dist.networks import backbone
+from mixcl_dist.networks.spacing import divisor, levels
 from mixcl_dist.settings import NetworkConfig
 
 CLASS = "monai.networks.nets.DynUNet"
@@ -23,22 +24,17 @@ CLASSIFIER = {
 
 def arguments(config: NetworkConfig) -> dict[str, Any]:
     """Arguments of DynUNet but `out_channels`, as plain JSON values."""
-    levels = len(config.filters)
+    kernels, strides = (each if config.kernel_spacing_mm else [x for x, *_ in each] for each in levels(config))
     return {
         "spatial_dims": 3,
         "in_channels": 1,
-        "kernel_size": [3] * levels,
-        "strides": [1] + [2] * (levels - 1),
-        "upsample_kernel_size": [2] * (levels - 1),
+        "kernel_size": kernels,
+        "strides": strides,
+        "upsample_kernel_size": strides[1:],
         "filters": list(config.filters),
         "norm_name": ["INSTANCE", {"affine": True}],
         "res_block": config.architecture == "residual_dynunet",
     }
-
-
-def divisor(config: NetworkConfig) -> int:
-    """What every edge of an image must be a multiple of."""
-    return 2 ** (len(config.filters) - 1)
 
 
 def build(config: NetworkConfig, out_channels: int) -> nn.Module:

@@ -63,7 +63,7 @@ def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.T
     view, x, y, z = voxel_index.unbind(1)
     columns = [finest[view, :, x, y, z]]
     if coarse:
-        corners, weights = _corners(voxel_index[:, 1:], tuple(tuple(level.shape[2:]) for level in coarse))
+        corners, weights = _corners(voxel_index[:, 1:], tuple(tuple(level.shape[2:]) for level in pyramid))
         view, weights = view[:, None], weights.to(finest.dtype)
         for features, (x, y, z), weight in zip(coarse, corners, weights, strict=True):
             columns.append((weight @ features[view, :, x, y, z])[:, 0])
@@ -71,16 +71,18 @@ def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.T
 
 
 def _corners(voxel: torch.Tensor, sizes: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The eight voxels (L, 3, R, 8) int64 around voxels (R, 3) on grids of these sizes, each next one finer by 2, the
-    last by 2 coarser than the voxels' own; and their weights (L, R, 1, 8) float32. Beyond a border its voxels are
-    repeated."""
-    factor = constant(tuple(2.0**-n for n in range(len(sizes), 0, -1)), torch.float32, voxel.device)
+    """The eight voxels (L, 3, R, 8) int64 around voxels (R, 3) on L grids over the same space; and their weights
+    (L, R, 1, 8) float32. `sizes` (L + 1, 3) are those of the grids, and of the voxels' own. Beyond a border its voxels
+    are repeated."""
+    *grids, own = sizes
+    factors = tuple(tuple(edge / fine for edge, fine in zip(grid, own, strict=True)) for grid in grids)
+    factor = constant(factors, torch.float32, voxel.device)
     side = lattice((2, 2, 2), voxel.device).T[:, None]
-    position = ((voxel.T + 0.5) * factor[:, None, None] - 0.5)[..., None]
+    position = ((voxel.T + 0.5) * factor[..., None] - 0.5)[..., None]
     lower = position.floor()
     share = position - lower
     weight = torch.where(side == 1, share, 1 - share).prod(1)
-    last = constant(tuple(tuple(edge - 1 for edge in size) for size in sizes), torch.int64, voxel.device)
+    last = constant(tuple(tuple(edge - 1 for edge in grid) for grid in grids), torch.int64, voxel.device)
     return (lower.long() + side).clamp_min_(0).minimum(last[..., None, None]), weight[:, :, None]
 
 

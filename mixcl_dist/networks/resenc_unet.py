@@ -14,6 +14,7 @@ from torch import nn
 
 from mixcl_dist.config import ConfigError
 from mixcl_dist.networks import backbone
+from mixcl_dist.networks.spacing import divisor, levels
 from mixcl_dist.settings import NetworkConfig
 
 CLASS = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
@@ -29,16 +30,17 @@ CLASSIFIER = {
 
 def arguments(config: NetworkConfig) -> dict[str, Any]:
     """Arguments of ResidualEncoderUNet but `num_classes`, as plain JSON values."""
-    levels = len(config.filters)
+    count = len(config.filters)
+    kernels, strides = levels(config)
     return {
         "input_channels": 1,
-        "n_stages": levels,
+        "n_stages": count,
         "features_per_stage": list(config.filters),
         "conv_op": "torch.nn.Conv3d",
-        "kernel_sizes": [[3, 3, 3]] * levels,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (levels - 1),
-        "n_blocks_per_stage": [1, 3, 4, *[6] * levels][:levels],
-        "n_conv_per_stage_decoder": [1] * (levels - 1),
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "n_blocks_per_stage": [1, 3, 4, *[6] * count][:count],
+        "n_conv_per_stage_decoder": [1] * (count - 1),
         "conv_bias": True,
         "norm_op": "torch.nn.InstanceNorm3d",
         "norm_op_kwargs": {"eps": 1e-5, "affine": True},
@@ -58,11 +60,6 @@ def build(config: NetworkConfig, out_channels: int) -> nn.Module:
     given = arguments(config)
     classes = {name: pydoc.locate(given[name]) for name in IMPORTED}
     return ResidualEncoderUNet(**given | classes, num_classes=out_channels)
-
-
-def divisor(config: NetworkConfig) -> int:
-    """What every edge of an image must be a multiple of."""
-    return 2 ** (len(config.filters) - 1)
 
 
 class Backbone(backbone.Backbone):

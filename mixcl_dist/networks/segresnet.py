@@ -9,6 +9,7 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 from mixcl_dist.networks import backbone
+from mixcl_dist.networks.spacing import divisor
 from mixcl_dist.settings import NetworkConfig
 
 CLASS = "monai.networks.nets.SegResNet"
@@ -38,11 +39,6 @@ def arguments(config: NetworkConfig) -> dict[str, Any]:
 
 def build(config: NetworkConfig, out_channels: int) -> nn.Module:
     return SegResNet(**arguments(config), out_channels=out_channels)
-
-
-def divisor(config: NetworkConfig) -> int:
-    """What every edge of an image must be a multiple of."""
-    return 2 ** (len(config.filters) - 1)
 
 
 class Backbone(backbone.Backbone):

@@ -42,9 +42,9 @@ class _NumbersOnCpu(TorchFunctionMode):
         return func(*args, **given)
 
 
-def divisor(config: NetworkConfig) -> int:
-    """What every edge of an image must be a multiple of."""
-    return 32
+def divisor(config: NetworkConfig) -> tuple[int, int, int]:
+    """What the edges of an image must be multiples of."""
+    return 32, 32, 32
 
 
 class Backbone(backbone.Backbone):

@@ -55,10 +55,10 @@ class Patches:
     case: np.ndarray
     """(N,) number of the scan."""
 
-    def of(self, cases: np.ndarray, divisor: int) -> Patches:
+    def of(self, cases: np.ndarray, divisor: Sequence[int]) -> Patches:
         """Those of some scans, with edges cut off to multiples of `divisor`."""
         chosen = np.isin(self.case, cases)
-        x, y, z = (edge // divisor * divisor for edge in self.hu.shape[1:])
+        x, y, z = (edge // step * step for edge, step in zip(self.hu.shape[1:], divisor, strict=True))
         hu, label = (array[chosen, :x, :y, :z] for array in (self.hu, self.label))
         return Patches(hu, label, self.known[chosen], self.case[chosen])
 

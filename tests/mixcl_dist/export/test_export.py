@@ -286,6 +286,16 @@ def test_nnunet_refuses_residual_blocks_with_the_cure(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nnunet_refuses_kernels_that_its_decoder_has_elsewhere_with_the_cure(pretrained, tmp_path):
+    network = NetworkConfig(filters=FILTERS, kernel_spacing_mm=(1.0, 1.0, 5.0))
+    run = write_run(tmp_path / "run", Backbone(network), "pretrain")
+    change(run, kernel_spacing_mm=[1.0, 1.0, 5.0])
+    with pytest.raises(ExportError, match=r"network\.kernel_spacing_mm; pre-train without it, or export to monai"):
+        export(run, "nnunet", tmp_path / "out")
+    card = (export(run, "monai", tmp_path / "other") / "README.md").read_text()
+    assert "Edges must be multiples of 8 × 8 × 2 voxels, and at least 16 × 16 × 4" in card
+
+
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory) -> tuple[Path, dict[str, str], set[str]]:
     """A fine-tuned run of a tiny network, its text files, and all strings of its bundle's configuration."""

@@ -81,9 +81,9 @@ def test_a_graph_computes_what_torch_computes(architecture, hu, tmp_path):
 
     session = runtime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     told = json.loads((out / "preprocessing.json").read_text())
-    edge = told["edges_multiple_of"]
-    assert (edge is None) == (architecture == "swin_unetr")
-    for size in [(3, *PATCH), *([(1, 2 * edge, 3 * edge, 5 * edge)] if edge else [])]:
+    steps = told["edges_multiple_of"]
+    assert (steps is None) == (architecture == "swin_unetr")
+    for size in [(3, *PATCH), *([(1, *np.multiply(steps, (2, 3, 5)))] if steps else [])]:
         image = torch.rand(size[0], 1, *size[1:])
         with torch.inference_mode():
             agree(session.run(["logits"], {"image": image.numpy()})[0], network(image))
@@ -130,8 +130,8 @@ def test_what_a_program_must_do_before_and_after_stands_beside_the_graph(without
         "classes": CLASSES,
         "patch_size": list(PATCH),
         "sliding_overlap": 0.25,
-        "edges_multiple_of": 4,
-        "smallest_edge": 8,
+        "edges_multiple_of": [4, 4, 4],
+        "smallest_edges": [8, 8, 8],
         "input": "image",
         "output": "logits",
         "opset": onnx.OPSET,

@@ -106,6 +106,14 @@ def test_nnssl_networks_compute_the_same_with_their_axes_turned(tmp_path, name, 
         )
 
 
+def test_kernels_that_were_made_for_the_spacing_are_known(tmp_path):
+    network = NetworkConfig(filters=(4, 6, 8), kernel_spacing_mm=(1.0, 1.0, 5.0), window_hu=(-500.0, 500.0))
+    theirs = perturbed(architectures.architecture(network).build(network, 2))
+    start = open_foreign(saved(tmp_path, theirs.state_dict(), MONAI | {"spacing_mm": [1.0, 1.0, 5.0]}), WINDOW)
+    assert start.network == network and not start.missing
+    assert like(Config(), start.file).network.kernel_spacing_mm == (1.0, 1.0, 5.0)
+
+
 @pytest.fixture
 def segresnet():
     return perturbed(SegResNet(3, 8, in_channels=1, out_channels=2, blocks_down=(1, 2, 4), blocks_up=(1, 1)))

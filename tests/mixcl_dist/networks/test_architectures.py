@@ -23,13 +23,15 @@ from mixcl_dist.settings import NetworkConfig
 from .small_networks import SMALL
 
 
-@pytest.fixture(params=[*list(SMALL)[:-1], pytest.param("swin_unetr", marks=pytest.mark.slow)])
+@pytest.fixture(params=[*list(SMALL)[:-1], "anisotropic", pytest.param("swin_unetr", marks=pytest.mark.slow)])
 def network(request):
     if request.param == "resenc_unet":
         pytest.importorskip(
             "dynamic_network_architectures",
             reason="dynamic-network-architectures is not installed; pip install -e '.[nnunet]'",
         )
+    if request.param == "anisotropic":
+        return NetworkConfig(filters=SMALL["dynunet"], kernel_spacing_mm=(1.0, 1.0, 5.0))
     return NetworkConfig(request.param, SMALL[request.param])
 
 
@@ -40,26 +42,27 @@ def test_it_computes_what_the_public_network_does_with_the_same_weights(network)
         for parameter in public.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     ours.load_state_dict(architectures.named_here(network, public.state_dict()))
-    image = torch.randn(1, 1, *[architectures.divisor(network)] * 2, 2 * architectures.divisor(network))
+    image = torch.randn(1, 1, *np.multiply(architectures.divisor(network), (1, 1, 2)))
     with torch.no_grad():
         torch.testing.assert_close(ours(image), public(image))
 
 
 def test_its_pyramid_has_the_channels_of_the_configuration_each_level_twice_as_fine(network):
     backbone = architectures.build_backbone(network)
-    size = 2 * np.array([architectures.divisor(network)] * 3)
+    size = 2 * np.array(architectures.divisor(network))
     pyramid = backbone(torch.randn(1, 1, *size))
     assert [level.shape[1] for level in pyramid] == list(reversed(network.filters))
-    assert [level.shape[2:] for level in pyramid] == [tuple(size >> n) for n in range(len(pyramid))][::-1]
-    with pytest.raises(ValueError, match="every edge must be a multiple of"):
-        backbone(torch.randn(1, 1, *size[:2], size[2] + 1))
+    halved = np.array([1, 1, 0] if network.kernel_spacing_mm else [1, 1, 1])
+    assert [level.shape[2:] for level in pyramid] == [tuple(size >> n * halved) for n in range(len(pyramid))][::-1]
+    with pytest.raises(ValueError, match=r"must be (a multiple|multiples) of"):
+        backbone(torch.randn(1, 1, size[0] + 1, *size[1:]))
 
 
 def test_every_parameter_is_of_one_level_and_learns(network):
     segmenter = SegmentationNetwork(network, 2)
     levels = [id(weight) for level in segmenter.backbone.levels() for weight in level]
     assert sorted(levels) == sorted(id(weight) for weight in segmenter.backbone.parameters())
-    size = [architectures.divisor(network)] * 2 + [2 * architectures.divisor(network)]
+    size = np.multiply(architectures.divisor(network), (1, 1, 2))
     segmenter(torch.randn(2, 1, *size)).square().mean().backward()
     assert [name for name, weight in segmenter.named_parameters() if weight.grad is None] == []
 
@@ -99,6 +102,7 @@ def sources(tmp_path_factory):
 @pytest.mark.slow
 def test_it_pretrains_fine_tunes_exports_and_predicts(network, sources, tmp_path):
     settings = {"network.architecture": network.architecture, "network.filters": list(network.filters)}
+    settings |= {"network.kernel_spacing_mm": network.kernel_spacing_mm}
     settings |= {"network.voxel_dim": 8, "network.crop_dim": 8, "build.patch_size": [64, 32, 32]}
     settings |= {"views.size": [64, 32, 32], "rows.per_view_pair": 16, "pretrain.batch_size": 2, "pretrain.steps": 1}
     settings |= {"finetune.patch_size": [64, 32, 32], "finetune.steps": 2, "budget.fraction": 1.0}

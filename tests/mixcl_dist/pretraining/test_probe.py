@@ -23,7 +23,7 @@ DEVELOPMENT = ("abdomen_000", "abdomen_001", "renal_000", "renal_001")
 class Oracle(torch.nn.Module):
     """A backbone whose finest features are what the image shows, one channel for each of three grey values."""
 
-    level_divisor = 2
+    level_divisor = (2, 2, 2)
 
     def __init__(self, informative: bool = True, offset: float = 0.0):
         super().__init__()
