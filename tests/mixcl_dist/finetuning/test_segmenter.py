@@ -45,8 +45,8 @@ def test_every_network_s_levels_help(architecture):
     """nnU-Net's networks are of an extra; their pyramid is as wide (`test_architectures`)."""
     of_network = NetworkConfig(architecture=architecture, filters=SMALL[architecture])
     network = LearningNetwork(SegmentationNetwork(of_network, n_classes=2), of_network)
-    edge = 2 * network.backbone.level_divisor
-    assert network(torch.randn(1, 1, edge, edge, edge)).shape == (1, 3, edge, edge, edge)
+    edges = [2 * step for step in network.backbone.level_divisor]
+    assert network(torch.randn(1, 1, *edges)).shape == (1, 3, *edges)
 
 
 def test_the_share_of_the_coarser_levels_scales_what_they_add():
