@@ -53,7 +53,7 @@ from mixcl_dist.seen import KnownScans, Seen, Shared, check_split, told_apart
 from mixcl_dist.settings import FinetuneConfig
 
 GRADIENT_NORM = 1.0
-FITTED_CROPS = 48
+FITTED_CROPS = 16
 """That the classifiers are fitted to before the first step."""
 Watch = Callable[[int, float, LearningNetwork], float | None]
 """Called with the step, the seconds spent on learning, and the network with the average of the weights; returns its
