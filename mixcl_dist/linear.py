@@ -19,7 +19,7 @@ from mixcl_dist.networks.heads import voxels_of
 VOXELS_OF_CLASS, VOXELS_OF_REST = 100, 400
 """Voxels sampled at most of each class in each patch, and of what is no class."""
 FOREGROUND_WEIGHT = 5.0
-"""Of a class's voxel, where one of the background has 1, as in fine-tuning: organs are a few percent of a patch."""
+"""Of a class's voxel, where one of the background has 1, in fine-tuning too: organs are a few percent of a patch."""
 PENALTY = 1e-4
 """On the squared weights of the classifier of standardised features."""
 ITERATIONS = 100

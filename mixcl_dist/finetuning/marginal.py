@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from mixcl_dist.data_shards.catalogue import IGNORED
+from mixcl_dist.linear import FOREGROUND_WEIGHT
 
-FOREGROUND_WEIGHT = 5.0
-"""Of a class's voxel in the cross-entropy, where one of the background has 1: organs are a few percent of a crop."""
 SMOOTHING = 1e-5
 """In numerator and denominator of Dice, as in MONAI's `DiceLoss`."""
 
