@@ -29,7 +29,7 @@ from mixcl_dist.phantom import CLASSES, write_cohort
 pytestmark = pytest.mark.slow
 SMALL = {
     "network.filters": [4, 6, 8],
-    "finetune.steps": 8,
+    "finetune.steps": 150,
     "finetune.learning_rate": 0.02,
     "finetune.patch_size": [24, 24, 24],
     "finetune.spacing_mm": [10.0, 10.0, 10.0],
@@ -131,4 +131,5 @@ def test_a_bundle_run_by_monai_finds_what_mixcl_predict_does(run, data, tmp_path
     (theirs,) = (tmp_path / "segmented").rglob("*.nii.gz")
     ours, there = (np.asarray(nib.load(file).dataobj).squeeze() for file in (label, theirs))
     np.testing.assert_allclose(nib.load(label).affine, nib.load(theirs).affine, atol=1e-4)
-    assert len(np.unique(ours)) > 2 and (ours == there).mean() > 0.999
+    assert (ours > 0).mean() > 0.01, "the network found next to nothing, so there is nothing to compare"
+    assert (ours == there).mean() > 0.999
