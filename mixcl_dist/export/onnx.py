@@ -16,7 +16,7 @@ import torch
 
 from mixcl_dist.export.card import card, times
 from mixcl_dist.export.trained import ExportError, Trained
-from mixcl_dist.networks import architectures, swin_unetr
+from mixcl_dist.networks import architectures
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 20
@@ -25,8 +25,6 @@ TOLERANCE = 1e-4
 logit. What is seen is a hundred times less."""
 INPUT, OUTPUT = "image", "logits"
 FILE, PREPROCESSING = "model.onnx", "preprocessing.json"
-_ONE_SIZE = (swin_unetr.CLASS,)
-"""Networks whose graph is of one size of images: they lay their windows out by it."""
 
 _USE = """\
 In this folder, with `onnxruntime` and `numpy`:
@@ -79,16 +77,11 @@ def _check_packages() -> None:
             raise ExportError(f"--to onnx needs {name}; pip install 'mixcl-dist[onnx]', or export to monai") from None
 
 
-def has_one_size(trained: Trained) -> bool:
-    """Whether the graph takes images of `patch_size` alone, or any that the network takes."""
-    return trained.architecture.CLASS in _ONE_SIZE
-
-
 def _save(network: torch.nn.Module, trained: Trained, file: Path) -> None:
     steps = architectures.divisor(trained.network)
     axes: dict[int, Any] = {0: torch.export.Dim("batch")}
     edges = trained.patch_size
-    if not has_one_size(trained):
+    if not trained.architecture.ONE_SIZE:
         axes |= {2 + n: steps[n] * torch.export.Dim(name, min=2) for n, name in enumerate("xyz")}
         edges = [max(edge, 2 * step) for edge, step in zip(edges, steps, strict=True)]
     given: dict[str, Any] = {
@@ -132,7 +125,7 @@ def _difference(network: torch.nn.Module, trained: Trained, file: Path) -> float
 
 def _preprocessing(trained: Trained, difference: float) -> dict[str, Any]:
     """What a program has to do before and after, as plain JSON values."""
-    steps = None if has_one_size(trained) else architectures.divisor(trained.network)
+    steps = None if trained.architecture.ONE_SIZE else architectures.divisor(trained.network)
     known = trained.description.content()
     told = ("window_hu", "spacing_mm", "classes", "patch_size", "sliding_overlap")
     return {
@@ -153,7 +146,7 @@ def _notes(trained: Trained) -> str:
     size = times(trained.patch_size)
     sizes = (
         f"any number of images of {size} voxels: this network lays its windows out by the size"
-        if has_one_size(trained)
+        if trained.architecture.ONE_SIZE
         else "any number of images of any size that the network takes (see above)"
     )
     return f"""\

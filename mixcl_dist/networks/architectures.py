@@ -3,8 +3,9 @@
 A module here has `CLASS` (the public network's dotted name), `arguments(config)` (its arguments as JSON values, but the
 number of outputs, which is called `OUTPUTS`), `IMPORTED` (those of them that name classes), `build(config, outputs)`
 (the public network), `REQUIRES` (packages beside MONAI), `HEAD` (what the names of its output layers begin with),
-`CLASSIFIER` (names of our output layer → there), `divisor(config)` and `Backbone(config)`, whose parameters carry the
-public network's names.
+`CLASSIFIER` (names of our output layer → there), `divisor(config)`, `DEPTH_SETTING` (what of `network` that depends
+on), `ONE_SIZE` (whether a graph of it takes images of one size alone) and `Backbone(config)`, whose parameters carry
+the public network's names.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def misfit(config: NetworkConfig, size: Sequence[int]) -> str | None:
 def check_size(setting: str, config: NetworkConfig, size: Sequence[int]) -> None:
     """Raise `ConfigError` that names the setting where the network cannot be trained on images of `size` voxels."""
     if problem := misfit(config, size):
-        depth = "architecture" if _has_one_depth(config) else "filters"
+        depth = architecture(config).DEPTH_SETTING
         raise ConfigError(f"{setting} {','.join(map(str, size))}: {problem}, or change network.{depth}")
 
 
@@ -94,13 +95,9 @@ def check_patches(config: NetworkConfig, patch_size: Sequence[int]) -> None:
     step = divisor(config)
     if misfit(config, [edge // least * least for edge, least in zip(patch_size, step, strict=True)]):
         least = " x ".join(str(2 * edge) for edge in step) if len(set(step)) > 1 else str(2 * step[0])
-        cure = "change network.architecture" if _has_one_depth(config) else "give fewer network.filters"
+        depth = architecture(config).DEPTH_SETTING
+        cure = "give fewer network.filters" if depth == "filters" else f"change network.{depth}"
         raise ConfigError(
             f"patches of {' x '.join(map(str, patch_size))} voxels are too small for {config.architecture} of filters "
             f"{','.join(map(str, config.filters))}; build shards with edges of {least} or more, or {cure}"
         )
-
-
-def _has_one_depth(config: NetworkConfig) -> bool:
-    """Whether no filters change what edges must be a multiple of."""
-    return architecture(config) is swin_unetr

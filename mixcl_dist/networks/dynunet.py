@@ -16,6 +16,7 @@ CLASS = "monai.networks.nets.DynUNet"
 IMPORTED: tuple[str, ...] = ()
 REQUIRES: tuple[str, ...] = ()
 OUTPUTS, HEAD = "out_channels", "output_block."
+DEPTH_SETTING, ONE_SIZE = "filters", False
 CLASSIFIER = {
     "classifier.weight": "output_block.conv.conv.weight",
     "classifier.bias": "output_block.conv.conv.bias",

@@ -22,6 +22,7 @@ IMPORTED = ("conv_op", "norm_op", "nonlin")
 """Arguments that are classes; as JSON their names."""
 REQUIRES: tuple[str, ...] = ("dynamic-network-architectures",)
 OUTPUTS, HEAD = "num_classes", "decoder.seg_layers."
+DEPTH_SETTING, ONE_SIZE = "filters", False
 CLASSIFIER = {
     "classifier.weight": "decoder.seg_layers.{last}.weight",
     "classifier.bias": "decoder.seg_layers.{last}.bias",

@@ -16,6 +16,7 @@ CLASS = "monai.networks.nets.SegResNet"
 IMPORTED: tuple[str, ...] = ()
 REQUIRES: tuple[str, ...] = ()
 OUTPUTS, HEAD = "out_channels", "conv_final.2."
+DEPTH_SETTING, ONE_SIZE = "filters", False
 CLASSIFIER = {
     "classifier.weight": "conv_final.2.conv.weight",
     "classifier.bias": "conv_final.2.conv.bias",

@@ -16,6 +16,7 @@ CLASS = "monai.networks.nets.SwinUNETR"
 IMPORTED: tuple[str, ...] = ()
 REQUIRES: tuple[str, ...] = ()
 OUTPUTS, HEAD = "out_channels", "out."
+DEPTH_SETTING, ONE_SIZE = "architecture", True  # a window is laid out by the size of the image
 CLASSIFIER = {
     "classifier.weight": "out.conv.conv.weight",
     "classifier.bias": "out.conv.conv.bias",

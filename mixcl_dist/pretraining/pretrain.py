@@ -393,13 +393,8 @@ def _stream(
 ) -> PatchStream:
     return PatchStream(
         shards,
-        batch_size=config.pretrain.batch_size,
-        seed=config.pretrain.seed,
+        **_selection(config, manifest, label_cases),
         workers=config.data.workers,
-        cases=set(training_cases(manifest.cases, config.budget)),
-        label_cases=set(label_cases),
-        label_classes=config.budget.classes,
-        mixture=Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
         rank=engine.rank,
         world_size=engine.world_size,
         accumulation_steps=config.engine.accumulation_steps,
@@ -408,6 +403,23 @@ def _stream(
         quarantine=run / "quarantine.jsonl",
         max_bad_fraction=config.data.max_bad_fraction,
     )
+
+
+def check_batches(config: Config, shards: Path, manifest: Manifest) -> None:
+    """Raise `StreamError` where these shards do not fill batches of the wanted labelled and other patches."""
+    PatchStream(shards, **_selection(config, manifest, budgeted_labels(manifest, config.budget)), workers=0)
+
+
+def _selection(config: Config, manifest: Manifest, label_cases: list[str]) -> dict[str, Any]:
+    """What the stream shows, and in which order: the same in every process."""
+    return {
+        "batch_size": config.pretrain.batch_size,
+        "seed": config.pretrain.seed,
+        "cases": set(training_cases(manifest.cases, config.budget)),
+        "label_cases": set(label_cases),
+        "label_classes": config.budget.classes,
+        "mixture": Mixture(config.data.labelled_fraction, config.data.class_aware, config.data.upsampling),
+    }
 
 
 def _common(config: Config, manifest: Manifest, seen: Seen, resume: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mixcl_dist.config import Config, from_dict, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.errors import RunError
 from mixcl_dist.jsonfiles import write_atomic
-from mixcl_dist.pretraining.pretrain import check_settings
+from mixcl_dist.pretraining.pretrain import check_batches, check_settings
 from mixcl_dist.records import RunRecord
 from mixcl_dist.studies.ledger import digest_of
 from mixcl_dist.studies.search import SEARCHED
@@ -53,6 +53,7 @@ class Pretrainings:
         digest = digest_of(ROOT, SOURCES["pretrain"], settings, self.manifest.digest)
         if digest not in self.runs:
             check_settings(own, self.manifest)
+            check_batches(own, self.shards, self.manifest)
             self.runs[digest] = own
         return self.study / FOLDER / digest
 

@@ -20,11 +20,12 @@ from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
+from mixcl_dist.data_shards.streaming.stream import StreamError
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.jsonfiles import write_atomic
 from mixcl_dist.networks.architectures import check_size
-from mixcl_dist.pretraining.pretrain import check_settings
+from mixcl_dist.pretraining.pretrain import check_batches, check_settings
 from mixcl_dist.records import DiceRecord, PlannedItem, PlanRecord, ProbeRecord
 from mixcl_dist.run import CONFIG, begin, held, machine, now
 from mixcl_dist.seen import KnownScans, Seen, check_split, likeness, one_patient, shared_scans
@@ -124,7 +125,7 @@ def run_table(
     items = plan(config)
     chosen = _chosen(items, only)
     question = _question(config, data.resolve(), shards.resolve(), manifest.digest)
-    _check_items(config, items, manifest)
+    _check_items(config, items, shards, manifest)
     with held(out, "--out"):
         known = KnownScans(out / "trial")  # where the trials look for it
         task = open_task(data, config)
@@ -177,7 +178,7 @@ def _check_data(config: Config, data: Path, source: Source) -> None:
         raise ConfigError("table.final is false, but budget.development names no scans to score; name some")
 
 
-def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> None:
+def _check_items(config: Config, items: dict[str, Item], shards: Path, manifest: Manifest) -> None:
     """Raise `ConfigError` for what an item would refuse by its settings, once those before it have been run."""
     networks: dict[str, NetworkConfig] = {}
     for item in items.values():  # each after that which it starts from, whose network it takes
@@ -187,9 +188,10 @@ def _check_items(config: Config, items: dict[str, Item], manifest: Manifest) -> 
         try:
             if item.kind == "pretrain":
                 check_settings(own, manifest)
+                check_batches(own, shards, manifest)
             elif item.kind != "probe":  # patches that a view fits into can be probed
                 check_size("finetune.patch_size", own.network, own.finetune.patch_size)
-        except ConfigError as refused:
+        except (ConfigError, StreamError) as refused:
             raise ConfigError(f"{item.name}: {refused}") from None
 
 

@@ -130,6 +130,13 @@ def go(cohort, shards, tmp_path):
     return run
 
 
+@pytest.fixture(scope="module")
+def openkbp_shards(ct, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openkbp") / "shards"
+    build([ct / "openkbp"], folder, load(recipe="few_label").build)
+    return folder
+
+
 def order(tmp_path) -> list[str]:
     file = tmp_path / "table" / "order"
     return file.read_text().split() if file.exists() else []
@@ -327,6 +334,24 @@ def test_a_stage_that_the_shards_cannot_give_is_refused_before_the_table_is_begu
     with pytest.raises(ConfigError, match=r"pretrain/mixcl-n1-s0: views\.size .* larger than the shards' patches"):
         go(small_table(stages=stages), stub())
     assert not (tmp_path / "table").exists()
+
+
+def test_a_stage_that_finds_no_batch_is_refused_before_the_table_is_begun(go, small_table, stub, tmp_path):
+    stages = STAGES | {"identity": {"settings": {"data.labelled_fraction": 0.5}}}
+    with pytest.raises(ConfigError, match=r"pretrain/identity: .* do not fill a batch of \d+: no labels may be read"):
+        go(small_table(stages=stages), stub())
+    assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [(), (Path("benchmarks/few_label/cpu.yaml"),)], ids=["recipe", "cpu"])
+def test_openkbp_gives_all_that_the_recipe_few_label_asks_for(ct, openkbp_shards, stub, tmp_path, config):
+    """Its stages can be begun, the one on other organs too, for which all scans are labelled."""
+    table = load(*config, recipe="few_label")
+    ending = run_table(
+        table, data=ct / "openkbp", shards=openkbp_shards, out=tmp_path / "table", command=stub(), seconds=0
+    )
+    assert ending.planned == 400 and not ending.done
 
 
 def test_shards_that_hold_a_held_out_scan_under_another_name_are_refused_before(small_table, cohort, stub, tmp_path):
