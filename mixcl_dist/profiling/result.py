@@ -64,6 +64,8 @@ class Result(Record):
     quick: bool = False
     """Smallest sizes: it shows that all works here, and is no figure to quote."""
     environment: Environment
+    conditions: dict[str, str] = field(default_factory=dict)
+    """What the figures depend on beside code and machine: settings by name, the shards' digest."""
     figures: Mapping[str, Figure]
     said: str = ""
     """A sentence for people."""

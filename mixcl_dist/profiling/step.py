@@ -27,12 +27,14 @@ from torch.utils.benchmark import timer
 from mixcl_dist.cluster import checkpoint
 from mixcl_dist.cluster.group import described
 from mixcl_dist.config import Config, replace
+from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.streaming.stream import Batch, PatchStream
 from mixcl_dist.errors import RunError
 from mixcl_dist.pretraining.pretrain import Watch, pretrain
 from mixcl_dist.profiling import floors
 from mixcl_dist.profiling.result import Figure, Result, ended, environment
 from mixcl_dist.records import PretrainRecord
+from mixcl_dist.trackers import told_settings
 
 WARM = 2  #: steps, which allocate what later ones use again
 LEAST, MOST = 3, 2000  #: steps that are timed
@@ -106,7 +108,7 @@ class Profile:
             f"Most is lost in {most}: {max(losses[most], 0):.1f} of {step:.1f} ms a step are beyond its floor; "
             f"{CURES[most]} changes it. With one batch over and over a step takes {twin:.1f} ms, so the loader costs "
             f"{max(step - twin, 0) / step:.0%}; it needs {statistics.median(self.decode):.1f} ms of a core a batch, "
-            f"with {config.data.workers} workers."
+            f"and data.workers is {config.data.workers}."
         )
 
 
@@ -128,6 +130,7 @@ def benchmark(
         command=tuple(command),
         quick=seconds == 0,
         environment=ended(here),
+        conditions={"shards": Manifest.load(shards).digest} | {k: str(v) for k, v in told_settings(config).items()},
         figures=found.figures(config),
         said=found.said(config),
     )

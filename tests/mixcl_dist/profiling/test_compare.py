@@ -70,3 +70,30 @@ def test_a_page_says_what_else_differs(made, tmp_path):
     compare.write_page([one, other], ["a.json", "b.json"], 0.05, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "machine: m | &lt;another&gt;" in page and "20 (10 to 30) a unit, 3" in page and "+900.0%" in page
+    assert "b.json against a.json: worse: none; better: f." in page
+
+
+def test_settings_and_shards_that_differ_are_said_first(made, tmp_path):
+    one, other = (
+        dataclasses.replace(
+            made([1, 2, 3]), conditions={"pretrain.batch_size": size, "shards": "9f", "views.size": "8"}
+        )
+        for size in ("4", "8")
+    )
+    assert compare.differing(one, other) == ["pretrain.batch_size: 4 | 8"]
+    assert compare.text([one, other], 0.05).startswith("beside the code there differs pretrain.batch_size: 4 | 8\n")
+    assert compare.differing(made([1, 2, 3]), other) == []  # an earlier result kept no settings: nothing is known
+
+
+def test_a_figure_is_shown_by_the_samples_that_its_change_is_of(made):
+    one, other = made([100, 101, 99, 900], "less"), made([5, 5.5, 4.5], "less")
+    shown = compare.text([one, other], 0.05)
+    assert "100 (99 to 101) a unit, 3 of 4  |  5 (4.5 to 5.5) a unit, 3 -95.0% better" in shown
+    assert shown.endswith("worse: none; better: f")
+
+
+def test_what_too_few_samples_tell_is_not_claimed_and_can_be_told_by_more(made):
+    shown = compare.text([made([1234567.0]), made([2234567.0])], 0.05)
+    assert "1,234,567 a unit  |  2,234,567 a unit +81.0% too few samples" in shown
+    assert shown.endswith("worse: none; better: none")  # what is measured once in a run
+    assert compare.sentence(made([1, 2]), made([3, 4]), 0.05).endswith("; measure for longer to tell more")
