@@ -99,7 +99,9 @@ def _engine_step() -> tuple[bool, str]:
     engine.backward(engine(torch.ones(2, 4, device=engine.device)).square().mean())
     engine.step()
     finite = bool(torch.isfinite(module.weight).all())
-    detail = f"DeepSpeed ZeRO {EngineConfig().zero_stage} on {engine.device}, world size {engine.world_size}"
+    detail = (
+        f"DeepSpeed ZeRO {EngineConfig().stage(engine.world_size)} on {engine.device}, world size {engine.world_size}"
+    )
     engine.close()
     return finite, detail
 

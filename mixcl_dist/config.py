@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -110,7 +111,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         value = "" if isinstance(first["input"], Mapping) else f" = {first['input']!r}"  # a whole section is no value
-        problem = first["msg"].removeprefix("Value error, ")
+        problem = re.sub("^Value error, |^(Tuple|List) | after validation", "", first["msg"])  # a user's words
         raise ConfigError(f"{key}{value}: {problem}" if key else problem) from None
 
 

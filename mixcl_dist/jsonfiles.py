@@ -26,9 +26,10 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 Kind = TypeVar("Kind")
 
 
-def read_json(file: Path, kind_of: Callable[[Mapping[str, Any]], type[Kind]], cure: str) -> Kind:
-    """The value in a file, of the type that `kind_of` makes of its content; raises `RunError` with `cure`."""
-    return _parsed(kind_of, _bytes_of(file), str(file), cure)
+def read_json(file: Path, kind_of: Callable[[Mapping[str, Any]], type[Kind]], cure: str, missing: str) -> Kind:
+    """The value in a file, of the type that `kind_of` makes of its content; raises `RunError` with `cure`, or with
+    `missing` where there is no file."""
+    return _parsed(kind_of, _bytes_of(file, missing), str(file), cure)
 
 
 def read_lines(file: Path, kind: type[Kind], cure: str) -> list[Kind]:
@@ -36,7 +37,7 @@ def read_lines(file: Path, kind: type[Kind], cure: str) -> list[Kind]:
     process, and out. Raises `RunError`."""
     if not file.exists():
         return []
-    *lines, _unfinished = _bytes_of(file).split(b"\n")
+    *lines, _unfinished = _bytes_of(file, cure).split(b"\n")
     return [_parsed(lambda _: kind, line, f"{file}: line {number}", cure) for number, line in enumerate(lines, start=1)]
 
 
@@ -79,11 +80,11 @@ def _named(file: Path) -> Iterator[None]:
         raise RunError(f"{file}: {error.strerror or error}; {cure}") from None
 
 
-def _bytes_of(file: Path) -> bytes:
+def _bytes_of(file: Path, missing: str) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError:
-        raise RunError(f"{file}: no such file; give the folder of a finished run") from None
+        raise RunError(f"{file}: no such file; {missing}") from None
     except OSError as error:
         raise RunError(f"{file}: {error.strerror}; give a folder that you may read") from None
 

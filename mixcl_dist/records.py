@@ -69,6 +69,8 @@ class Record:
 
     FILE: ClassVar[str]
     CURE: ClassVar[str]
+    MISSING: ClassVar[str] = "give the folder of a finished run"
+    """What to do where there is no such file."""
 
     format: Count = FORMAT
 
@@ -90,7 +92,7 @@ class Record:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        return read_json(file, cls._kind_of, cls.CURE)
+        return read_json(file, cls._kind_of, cls.CURE, cls.MISSING)
 
     @classmethod
     def _kind_of(cls, content: Mapping[str, Any]) -> type[Self]:
@@ -140,6 +142,7 @@ class RunPlan(Record):
 
     FILE = "pretraining-plan.json"
     CURE = "plan again"
+    MISSING = "write it first: mixcl plan … --out PLAN.json"
 
     kind: Literal["plan of a run"] = "plan of a run"
     gpus: Count
@@ -452,6 +455,7 @@ class StudyRecord(Record):
 
     FILE = "study.json"
     CURE = "remove it and run mixcl tune again, which keeps finished trials"
+    MISSING = "give the --study of a mixcl tune that has begun"
 
     kind: Literal["study"] = "study"
     name: str

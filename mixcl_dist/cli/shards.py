@@ -73,7 +73,10 @@ def _shards_build(options: argparse.Namespace) -> int:
         print(f"{result.added} cases are new, {result.absent} of the others are in none of these sources and stay")
     if faces := [case.name for case in manifest.cases if case.shows_face]:
         names = ", ".join(faces[:5]) + (", …" if len(faces) > 5 else "")
-        print(f"mixcl: {len(faces)} cases show a face, by which a patient can be known: {names}", file=sys.stderr)
+        cure = "keep the shards where the scans may be, or deface the scans and build anew"
+        print(
+            f"mixcl: {len(faces)} cases show a face, by which a patient can be known: {names}; {cure}", file=sys.stderr
+        )
     for problem in result.quarantined:
         print(f"quarantined: {problem}", file=sys.stderr)
     if result.quarantined:
@@ -133,7 +136,7 @@ def _shards_dedup(options: argparse.Namespace) -> int:
         print(match)
     for problem in scans.problems:
         print(f"not compared: {problem}", file=sys.stderr)
-    print(f"{len(found)} pairs are one scan; {len(ones)} scans held against {len(others)}")
+    print(f"pairs that are one scan: {len(found)}; {len(ones)} scans held against {len(others)}")
     return 1 if found or scans.problems else 0
 
 

@@ -126,9 +126,9 @@ def _probe(options: argparse.Namespace) -> None:
     rows = [(name, linear, found.knn.dice[name]) for name, linear in found.linear.dice.items()]
     for name, *values in [*rows, ("mean", found.linear.mean, found.knn.mean)]:
         print(f"{name:<24} " + "   ".join("  -  " if value is None else f"{value:.3f}" for value in values))
-    print(f"in {found.seconds:.0f} s")
     if out:
         found.write(out)
+    print(f"in {found.seconds:.0f} s{f'; written to {out}' if out else ''}")
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -166,7 +166,8 @@ def _results(trained: Trained) -> str:
     table = "\n".join(["| class | Dice (%) |", "|---|---|", *rows, f"| **mean** | **{100 * dice['mean']:.1f}** |"])
     scored = trained.facts.get("scored", "validation")
     labels = _scans(len(trained.facts.get("label_cases") or []))
-    means = f"Means over the {literal(scored)} cases in which the class was annotated; one run, no interval."
+    scored = f"{len(dice['cases'])} {literal(scored)} cases"
+    means = f"Means over those of the {scored} in which the class was annotated; one run, no interval."
     return f"Learnt from the labels of {labels}:\n\n{table}\n\n{means}"
 
 

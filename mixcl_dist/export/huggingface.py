@@ -11,18 +11,17 @@ import yaml
 from safetensors.torch import save_file
 
 from mixcl_dist.export.card import card
-from mixcl_dist.export.monai import describe
+from mixcl_dist.export.monai import describe, located
 from mixcl_dist.export.trained import Trained
 
 _USE = """\
 ```python
-import inspect, json, pydoc
+import inspect, json
 from {module} import {name}
 from safetensors.torch import load_file
 config = json.load(open("config.json"))
 arguments = {{name: config[name] for name in inspect.signature({name}).parameters if name in config}}
-arguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})
-network = {name}(**arguments{out_channels})
+{located}network = {name}(**arguments{out_channels})
 network.load_state_dict(load_file("model.safetensors"), strict=False)
 ```
 
@@ -51,7 +50,7 @@ def write(trained: Trained, folder: Path) -> None:
     )
     mixin = "" if public.IMPORTED else _MIXIN.format(name=name, out_channels=outputs)
     use = _USE.format(
-        module=module, name=name, imported=public.IMPORTED, out_channels=outputs, why=_ALIASES + random + mixin
+        module=module, name=name, located=located(public.IMPORTED), out_channels=outputs, why=_ALIASES + random + mixin
     )
     text = card(trained, trained.facts["name"], f"In this folder:\n\n{use}")
     (folder / "README.md").write_text(_front_matter(trained) + text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +14,11 @@ from mixcl_dist.networks.architectures import weights_file
 
 _PRETRAINED = """\
 ```python
-import json, pydoc, torch
+import json, torch
 from {module} import {name}
 description = json.load(open("network.json"))
 arguments = description["arguments"]
-arguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})
-network = {name}(**arguments, {outputs}=4)  # background and your classes
+{located}network = {name}(**arguments, {outputs}=4)  # background and your classes
 weights = torch.load("{file}", weights_only=True)
 missing, unexpected = network.load_state_dict(weights, strict=False)
 assert not unexpected and all(name.startswith("{head}") for name in missing)
@@ -28,12 +28,11 @@ Only the output layer starts from random weights: it belongs to your classes."""
 
 _SEGMENTATION = """\
 ```python
-import json, pydoc, torch
+import json, torch
 from {module} import {name}
 description = json.load(open("network.json"))
 arguments = description["arguments"]
-arguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})
-network = {name}(**arguments).eval()
+{located}network = {name}(**arguments).eval()
 network.load_state_dict(torch.load("{file}", weights_only=True))
 ```"""
 
@@ -46,9 +45,16 @@ def write(trained: Trained, folder: Path) -> None:
     public = trained.architecture
     module, _, name = public.CLASS.rpartition(".")
     use = (_SEGMENTATION if trained.is_segmentation else _PRETRAINED).format(
-        module=module, name=name, file=file, imported=public.IMPORTED, outputs=public.OUTPUTS, head=public.HEAD
+        module=module, name=name, file=file, located=located(public.IMPORTED), outputs=public.OUTPUTS, head=public.HEAD
     )
     (folder / "README.md").write_text(card(trained, trained.facts["name"], f"In this folder:\n\n{use}"))
+
+
+def located(imported: Sequence[str]) -> str:
+    """Lines of a card's code that turn those arguments which name classes into classes; none where none does."""
+    if not imported:
+        return ""
+    return f"import pydoc\narguments.update({{name: pydoc.locate(arguments[name]) for name in {imported}}})\n"
 
 
 def describe(trained: Trained) -> dict:

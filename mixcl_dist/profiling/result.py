@@ -58,6 +58,7 @@ class Result(Record):
 
     FILE: ClassVar[str] = "result.json"
     CURE: ClassVar[str] = "measure again"
+    MISSING: ClassVar[str] = "measure first, with --out"
 
     benchmark: str
     command: tuple[str, ...]

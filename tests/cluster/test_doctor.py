@@ -12,6 +12,7 @@ from mixcl_dist.cluster import doctor
 def test_a_machine_that_runs_these_tests_is_fit():
     findings = {finding.name: finding for finding in doctor.examine()}
     assert findings["engine step"].fit, findings["engine step"].detail
+    assert findings["engine step"].detail.startswith("DeepSpeed ZeRO 0 on ")
     assert findings["ray"].fit, findings["ray"].detail
     assert "torch" in findings["packages"].detail
 

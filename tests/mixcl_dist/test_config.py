@@ -243,6 +243,7 @@ def test_every_accepted_configuration_is_read_back_from_its_file(tree, tmp_path_
         ("study.seeds", "3,3", "3 comes twice"),
         ("budget.development", "a,b,a", "a comes twice"),
         ("pretrain.steps", "yes", "pretrain.steps = True"),
+        ("network.filters", "8,16", "network.filters = [8, 16]: should have at least 3 items, not 2"),
     ],
 )
 def test_values_that_would_only_fail_later_are_refused(key, value, said):

@@ -32,6 +32,7 @@ from mixcl_dist.records import (
     ProbeRecord,
     ProbeScans,
     ProbeScores,
+    RunPlan,
     RunRecord,
     Scores,
     StudyRecord,
@@ -404,3 +405,16 @@ def test_a_table_is_mended_as_it_is_said_and_comes_to_its_end(
     )
     assert (ending.done, ending.failed) == (ending.planned, ())
     assert write_report(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [
+        (RunRecord, "give the folder of a finished run"),
+        (StudyRecord, "give the --study of a mixcl tune that has begun"),
+        (RunPlan, "write it first: mixcl plan … --out PLAN.json"),
+    ],
+)
+def test_a_file_that_is_not_there_is_refused_with_what_makes_it(tmp_path, kind, cure):
+    with pytest.raises(RunError, match=f"no such file; {re.escape(cure)}$"):
+        kind.read(tmp_path / "absent.json")

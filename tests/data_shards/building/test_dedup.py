@@ -172,7 +172,7 @@ def test_the_verb_lists_pairs_and_its_exit_code_says_whether_there_are_any(
     assert main(["shards", "dedup", str(one), "--against", str(test_set)]) == 1
     output = capsys.readouterr().out
     assert pairs(output) == {(names["b"], names["one"], True), (names["a"], names["two"], False)}
-    assert "2 pairs are one scan; 3 scans held against 3" in output
+    assert "pairs that are one scan: 2; 3 scans held against 3" in output
     for name in ("one", "two"):
         (test_set / f"{name}.nii.gz").unlink()
     assert main(["shards", "dedup", str(one), "--against", str(test_set)]) == 0
