@@ -126,6 +126,13 @@ def test_one_that_there_is_not_would_be_found(line):
         check(shlex.split(line), {})
 
 
+def test_what_a_page_shows_of_a_file_is_included_from_one_that_is_there():
+    lines = [line.strip() for page in PAGES for line in page.read_text().splitlines() if re.match(r"\s*--\s*8", line)]
+    included = [re.fullmatch(r'--8<-- "(.+)"', line) for line in lines]
+    assert len(included) > 3 and all(included), lines
+    assert [found[1] for found in included if found and not (ROOT / found[1]).is_file()] == []
+
+
 def test_the_guides_have_commands():
     guides = [page for page in PAGES if page.parent == ROOT / "docs" and page.stem not in ("wrong",)]
     assert len(guides) >= 8 and [page.name for page in guides if not commands(page)] == []
