@@ -296,6 +296,11 @@ def loss_curves(metrics: list[dict[str, float]], name: str, chance: Mapping[str,
     return _panels(f"loss-{name}", metrics, TERMS, chance)
 
 
+def dice_curve(curve: list[dict[str, float]], name: str) -> list[Markup]:
+    """Mean Dice on development scans by step; none without a point."""
+    return _panels(f"curve-{name}", curve, {"dice": "Dice on development scans (%)"}, {})
+
+
 def rate_curves(metrics: list[dict[str, float]], name: str) -> list[Markup]:
     """Learning rate, gradient norm and throughput by step, each a figure."""
     return _panels(f"rate-{name}", metrics, RATES, {})

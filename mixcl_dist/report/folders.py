@@ -55,6 +55,8 @@ class RunFolder:
     facts: dict[str, Any]
     config: str
     metrics: list[dict[str, float]]
+    curve: list[dict[str, float]]
+    """Mean Dice, 0 to 100, on development scans, by step, where a trial has such scans."""
     dice: dict[str, Any] | None
     samples: Arrays | None
     overlays: Arrays | None
@@ -183,6 +185,7 @@ def open_run(path: Path) -> RunFolder:
         facts=told(RunRecord.load(path)),
         config=_config(path),
         metrics=read_metrics(path / METRICS),
+        curve=[{"step": at.step, "dice": 100 * at.mean} for at in read_curve(path / CURVE) if at.mean is not None],
         dice=dice.content() if dice else None,
         samples=_read_arrays(path / "samples.npz", ("clean",)),
         overlays=_read_arrays(path / "overlays.npz", OVERLAY_ARRAYS),

@@ -199,10 +199,13 @@ def finetuning_section(run: RunFolder) -> dict[str, Any]:
     for i, case in enumerate(overlays["cases"].tolist() if overlays else []):
         rows.append(PictureRow(case, _overlay_pictures(run, i, [("Prediction", run)])))
     found = slices.labels_in(overlays["truth"], overlays["prediction"]) if overlays else ()
+    means = (run.dice or {}).get("class_mean", {}).items()
     return {
         "dice": run.dice,
+        "in_mean": [name for name, of in means if of is not None and name not in run.facts.get("unshown_classes", ())],
         "warnings": _warnings(run),
         "losses": figures.loss_curves(run.metrics, "finetune", {}),
+        "curve": figures.dice_curve(run.curve, "finetune"),
         "overlays": rows,
         "legend": _legend(found, run.facts.get("classes", [])),
     }

@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 from mixcl_dist.errors import RunError
+from mixcl_dist.jsonfiles import write_lines
 from mixcl_dist.report import figures, slices, write_report
 from mixcl_dist.report.folders import open_study
 from mixcl_dist.report.results import points, study_results
@@ -276,6 +277,27 @@ def test_finetuning_run_has_its_table_by_class_and_case(study):
     assert "Mean Dice 50.0 % over 2 classes on 2 validation cases" in page.text
     rows = list(csv.DictReader((run / "report" / "report.csv").open()))
     assert rows[-1] == {"case": "v1", "class": "left_kidney", "dice": ""}
+
+
+def test_a_finetuning_runs_headline_counts_the_classes_that_its_mean_is_of(study):
+    run = study / "trials" / "mixcl-0.05-0"
+    facts, dice = (json.loads((run / name).read_text()) for name in ("run.json", "dice.json"))
+    write(run / "run.json", facts | {"unshown_classes": ["left_kidney"]})
+    assert "Mean Dice 50.0 % over 1 class on" in Page(write_report(run)).text
+    write(run / "run.json", facts)
+    write(run / "dice.json", dice | {"class_mean": {"liver": 0.5, "left_kidney": None}})  # annotated in no scored case
+    assert "Mean Dice 50.0 % over 1 class on" in Page(write_report(run)).text
+
+
+def test_a_finetuning_run_shows_its_dice_by_step_where_it_has_development_scans(study):
+    run = study / "trials" / "mixcl-0.05-0"
+    write_lines(run / "metrics.jsonl", [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 1.5}])
+    assert "Dice on development scans" not in write_report(run).read_text()
+    write_lines(
+        run / "curve.jsonl", [{"step": 10, "mean": 0.25}, {"step": 20, "mean": None}, {"step": 30, "mean": 0.5}]
+    )
+    page = write_report(run).read_text()
+    assert "Dice on development scans (%) by step" in page and "give more finetune.steps" in page
 
 
 def test_pretraining_run_has_its_page_and_metrics_as_csv(study):
