@@ -20,6 +20,8 @@ from types import FrameType
 from typing import Any
 
 BEAT_S = 1.0
+LOOK_S = 0.1
+"""The same once this rank is about to end."""
 LOST_S = 18.0
 """Silence after which a rank is lost: its process may hold the interpreter for some seconds, a network may stumble."""
 ASKED_S = 3.0
@@ -85,11 +87,14 @@ class Watchdog:
     def blame(self, problem: str) -> str:
         """Who is to blame for `problem`, by which a word with the others failed, in one line; takes some seconds."""
         self._leaving.set()
-        end = self._lived + 2 * ASKED_S
-        line = None
-        while line is None and self._lived < end and not self._unreachable:
-            time.sleep(BEAT_S / 10)
+        exchanges, line = self._exchanges, None
+        for _ in range(round(2 * ASKED_S / LOOK_S)):  # not until some `_lived`, which stands still where beats do
+            time.sleep(LOOK_S)
             line = self._ended(ASKED_S)
+            if line or self._unreachable:
+                break
+        else:
+            line = self._apart() if self._exchanges == exchanges else None
         return f"{line or problem}; {CURE}"
 
     def claim(self) -> bool:
@@ -118,7 +123,7 @@ class Watchdog:
                     return
                 # Where C code holds the interpreter, no thread can beat, and the others take this rank for lost.
                 faulthandler.dump_traceback_later(LOST_S)
-                time.sleep(BEAT_S / 10) if self._leaving.is_set() else self._leaving.wait(BEAT_S)
+                time.sleep(LOOK_S) if self._leaving.is_set() else self._leaving.wait(BEAT_S)
                 now = time.monotonic()
                 self._lived += min(now - before, 2 * BEAT_S)
                 before = now
@@ -159,10 +164,15 @@ class Watchdog:
                 self._end(found)
             line = self._ended(LOST_S)
             if self._unreachable or stuck >= LOST_S:
-                line = f"rank 0, at which all ranks meet, cannot be reached from {self._host}"
+                line = self._apart()
             sure = sure + BEAT_S if line else 0.0
             if line and sure >= ASKED_S:  # else the main thread has heard of it, too, and ends in order
                 self._end(line)
+
+    def _apart(self) -> str:
+        """Where rank 0 is silent but its machine has not closed the connection, each word with the store would wait."""
+        self._unreachable = True
+        return f"rank 0, at which all ranks meet, cannot be reached from {self._host}"
 
     def _ended(self, silence_s: float) -> str | None:
         """The first rank that has left by itself, or is silent."""

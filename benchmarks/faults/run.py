@@ -95,15 +95,13 @@ def measured(hosts: Machines, folder: Path, rounds: int) -> Iterator[Seconds]:
 @contextmanager
 def running(hosts: Machines, folder: Path) -> Iterator[Path]:
     """The folder of a pre-training on all hosts, which goes on as long as the block."""
-    cohort = write_cohort(folder / "cohort", training=4, validation=0, unlabelled=2, size=(40, 34, 40), spacing_mm=9.0)
-    build(cohort, folder / "shards", load(overrides=[("build.patch_size", "24,24,24")]).build)
-    settings = [word for key, value in SMALL.items() for word in (f"--{key}", value)]
+    shards = made_shards(folder)
     launch = [sys.executable, "-m", "mixcl_dist", "launch", "hosts", "--hosts", ",".join(hosts.names), "--failures=99"]
-    pretrain = ["pretrain", "--data", folder / "shards", "--run", folder / "run", *settings]
+    pretrain = ["pretrain", "--data", shards, "--run", folder / "run", *words(SMALL)]
     with (folder / "log").open("wb") as log:
         job = subprocess.Popen([*launch, "--", *pretrain], env=hosts.environment, stdout=log, stderr=log)
         try:
-            _wait(lambda: job.poll() is not None or last_step(folder / "run") > 0, "no step was taken")
+            wait(lambda: job.poll() is not None or last_step(folder / "run") > 0, "no step was taken")
             if job.returncode is not None:
                 raise TimeoutError(f"the job ended with {job.returncode}")
             yield folder / "run"
@@ -115,10 +113,21 @@ def running(hosts: Machines, folder: Path) -> Iterator[Path]:
             job.wait()
 
 
+def made_shards(folder: Path) -> Path:
+    cohort = write_cohort(folder / "cohort", training=4, validation=0, unlabelled=2, size=(40, 34, 40), spacing_mm=9.0)
+    build(cohort, folder / "shards", load(overrides=[("build.patch_size", "24,24,24")]).build)
+    return folder / "shards"
+
+
+def words(settings: dict[str, str]) -> list[str]:
+    """As they are given on a command line."""
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
 def wait_for_turn(run: Path, ranks: int) -> None:
     """Wait until another turn of the job has begun, by so many ranks, and has logged a step."""
     before = _log_file(run)
-    _wait(
+    wait(
         lambda: _log_file(run) != before and _ranks(run) == ranks and last_step(run) > newest_checkpoint(run),
         f"no turn of {ranks} ranks took a step",
     )
@@ -126,10 +135,10 @@ def wait_for_turn(run: Path, ranks: int) -> None:
 
 def wait_for_steps(run: Path, steps: int) -> None:
     goal = last_step(run) + steps
-    _wait(lambda: last_step(run) >= goal, f"step {goal} was not taken")
+    wait(lambda: last_step(run) >= goal, f"step {goal} was not taken")
 
 
-def _wait(reached: Callable[[], bool], otherwise: str) -> None:
+def wait(reached: Callable[[], bool], otherwise: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not reached():
         if time.monotonic() > end:
@@ -169,15 +178,15 @@ def tabulated(found: list[Seconds]) -> str:
     ]
     for fault in dict.fromkeys(one.fault for one in found):
         of = [one for one in found if one.fault == fault]
-        to_next, back = _spread([one.to_next_step for one in of]), _spread([one.back_to_all for one in of])
-        again = _spread([one.done_again for one in of])
+        to_next, back = spread([one.to_next_step for one in of]), spread([one.back_to_all for one in of])
+        again = spread([one.done_again for one in of])
         lines.append(f"{fault:<10} {len(of):>6}  {to_next:<22}  {back:<26}  {again}")
     median = statistics.median(one.to_next_step for one in found)
     lines += ["", f"median of all {median:.0f} s: {'within' if median <= BAR_S else 'ABOVE'} the bar of {BAR_S:g} s"]
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 

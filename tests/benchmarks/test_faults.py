@@ -17,7 +17,7 @@ def faults(monkeypatch):
     """Imports a module of the benchmark as its program would."""
     monkeypatch.syspath_prepend(FOLDER)
     yield import_module
-    for name in ("machines", "run"):
+    for name in ("machines", "run", "rank"):
         sys.modules.pop(name, None)
 
 
@@ -29,6 +29,13 @@ def test_the_table_has_the_median_and_the_spread_of_each_fault(faults):
     assert any(line.startswith("cut off") and "34 (30 to 50)" in line and "7 (7 to 7)" in line for line in lines)
     assert any(line.startswith("killed") and "22 (20 to 90)" in line for line in lines)
     assert lines[-1] == "median of all 32 s: within the bar of 60 s"
+
+
+@pytest.mark.parametrize(("longest", "said"), [(21.0, "within"), (31.0, "ABOVE")])
+def test_the_table_of_lost_ranks_judges_the_longest(faults, longest, said):
+    lines = faults("rank").tabulated({"killed": [2.0, 3.0, 4.0], "frozen": [19.0, longest]}).splitlines()
+    assert any(line.startswith("killed") and "3 (2 to 4)" in line for line in lines)
+    assert lines[-1] == f"longest {longest:.0f} s: {said} the bar of 30 s"
 
 
 @pytest.mark.cluster

@@ -168,7 +168,7 @@ from mixcl_dist.cluster.engine import EngineConfig, EngineError, _import_deepspe
 from mixcl_dist.cluster.group import ToldError
 
 _import_deepspeed()
-rank, what, stacks = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2])
+rank, what, stacks, lost = int(os.environ["RANK"]), sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 if what == "missing" and rank == 1:
     sys.exit(3)
 stacks.with_name(f"there {rank}").touch()
@@ -184,7 +184,7 @@ def fail():
         os._exit(3)
     if what == "raises":
         raise EngineError("of its own")
-    if what == "frozen":
+    if what in ("frozen", "frozen early"):
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(600)
 
@@ -196,7 +196,7 @@ try:
         functools.partial(torch.optim.AdamW, lr=0.02),
         functools.partial(LambdaLR, lr_lambda=lambda step: 1.0),
         micro_batch_size=2,
-        config=EngineConfig(zero_stage=1, timeout_s={"missing": 5, "hung": 10}.get(what, 300)),
+        config=EngineConfig(zero_stage=1, timeout_s={"missing": 5, "hung": 10, "frozen early": 10}.get(what, 300)),
         common=common,
         stacks=stacks,
     )
@@ -204,7 +204,7 @@ try:
     with engine.together():
         for step in range(1000):
             engine.doing(f"step {step}")
-            if step == 3 and rank == 1:
+            if step == 3 and rank == lost:
                 fail()
             engine.backward(engine(torch.ones(2, 6)).square().mean())
             engine.step()
@@ -216,17 +216,17 @@ except ToldError:
 """
 
 
-def told(tmp_path, what, ranks):
-    """Exit codes, the lines that were said for people, and the output of rank 0."""
+def told(tmp_path, what, ranks, lost=1):
+    """Exit codes, the lines that were said for people, and the output of the first rank that is left."""
     program = tmp_path / "program.py"
     program.write_text(APART)
-    processes = start([program, what, tmp_path / "stacks"], ranks)
+    processes = start([program, what, tmp_path / "stacks", lost], ranks)
     try:
-        others = [process.communicate(timeout=250) for rank, process in enumerate(processes) if rank != 1]
+        others = [process.communicate(timeout=250) for rank, process in enumerate(processes) if rank != lost]
     finally:
-        if what == "frozen":
-            processes[1].kill()
-        failed = processes[1].communicate(timeout=250)
+        if what.startswith("frozen"):
+            processes[lost].kill()
+        failed = processes[lost].communicate(timeout=250)
     said = [error for _, error in [*others, failed]]
     lines = [line for text in said for line in text.splitlines() if line.startswith("mixcl:")]
     return [process.returncode for process in processes], lines, others[0][0]
@@ -270,6 +270,16 @@ def test_a_rank_that_is_missing_or_different_ends_all_with_one_line(tmp_path, wh
     if what == "hung":
         stacks = [(tmp_path / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in range(ranks)]
         assert "in fail" in stacks[1] and all("distributed" in stacks[rank] for rank in (0, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["frozen", "frozen early"])
+def test_the_others_end_where_rank_0_is_silent_but_its_connections_are_open(tmp_path, what):
+    """No word with the store at which all met is answered then; a collective gives up before the watchdog, or after."""
+    ended, lines, _ = told(tmp_path, what, 2, lost=0)
+    assert ended == [-9, 2], lines
+    (line,) = lines
+    assert re.match(r"mixcl: rank 0, at which all ranks meet, cannot be reached from \S+; start all ranks again", line)
 
 
 def test_all_have_ended_half_a_minute_after_one_was_lost():
