@@ -25,13 +25,13 @@ VOLUMES = {0: 2, 1: 2, 2: 2, 3: 3}
 """Times that ZeRO sends a rank's share of all parameters: reduce and gather, at stage 3 gathered twice."""
 
 CURES = {
-    "sweeps": "every row meets every other row, so that a rank's work grows with their number; contrast within groups "
-    "of ranks, or with a sample of the columns, would keep it constant",
+    "sweeps": "every row meets every other row, so that a rank's work grows with their number; objective.contrast "
+    "rank, each rank's own rows alone, keeps it constant",
     "embeddings": "all embeddings reach every rank; the ring hides this behind the sweeps where those take longer, "
     "8-bit embeddings would halve it",
     "integers": "identities and sets of all rows reach every rank; 8 bytes a row would do",
-    "gradients": "all gradients cross the network in float32, after the backward; bfloat16 would halve it, sending "
-    "them beside the backward hide it, and engine.accumulation_steps divides it",
+    "gradients": "all gradients cross the network in float32, after the backward; engine.communication_dtype bfloat16 "
+    "halves it, sending them beside the backward would hide it, and engine.accumulation_steps divides it",
     "words": "many small collectives wait for the farthest rank; fewer would do",
     "reading": "the store of the shards is at its end; data.cache on local disks after the first epoch, or a faster "
     "store",
