@@ -203,11 +203,11 @@ def parallel_coordinates(search: SearchResults) -> Markup | None:
                 at, marks = position([judged[number].params[key] for number in there])
                 lines[there, column] = at
                 for height, text in marks:
-                    axes.annotate(_shown(text), (column, height), (4, 4), textcoords="offset points", fontsize=7)
+                    axes.annotate(_shown(text), (column, height), (4, 4), textcoords="offset points", fontsize=9)
         lines[:, -1] = [(one.dice - low) / (high - low or 1) for one in judged]
         for height, dice in ((0, low), (1, high)):
             axes.annotate(
-                f"{100 * dice:.1f}", (len(search.keys), height), (4, 4), textcoords="offset points", fontsize=8
+                f"{100 * dice:.1f}", (len(search.keys), height), (4, 4), textcoords="offset points", fontsize=9
             )
         for line in lines:
             axes.plot(line, color=ARM_COLOURS[1], linewidth=1.2, alpha=0.12 + 0.78 * line[-1])
@@ -218,7 +218,8 @@ def parallel_coordinates(search: SearchResults) -> Markup | None:
         axes.set_xlim(-0.15, len(names) + 0.35)
         axes.grid(axis="y", visible=False)
 
-    return _figure("searched", (6.2, 3.7), draw, "Settings and Dice of every trial")
+    width = max(5.2, 1.2 * (len(search.keys) + 1))
+    return _figure("searched", (width, 3.7), draw, "Settings and Dice of every trial")
 
 
 def setting_shares(search: SearchResults) -> Markup | None:

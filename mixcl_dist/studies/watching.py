@@ -47,6 +47,10 @@ class Standing:
         return {status: count for status, count in found.items() if count}
 
     @property
+    def ended(self) -> bool:
+        return not {"pending", "running"} & self.counts.keys()
+
+    @property
     def best(self) -> list[TrialRecord]:
         """Finished trials, the best first."""
         scored = [row for row in self.rows if row.status == "done" and row.mean is not None]
@@ -104,8 +108,12 @@ def _driver(study: Path) -> str | None:
 def text(now: Standing) -> str:
     """A few lines for a terminal."""
     counts = ", ".join(f"{count} {status}" for status, count in now.counts.items())
-    left = "" if now.seconds_left is None else f"; {tqdm.format_interval(now.seconds_left)} left"
-    lines = [f"{now.name}: {counts} of {now.planned} trials{left}", f"  {now.driver or 'nobody'} runs it"]
+    left = f"; {tqdm.format_interval(now.seconds_left)} left" if now.seconds_left else ""
+    if now.driver is None and now.ended:
+        by = "all have ended; mixcl report makes a page of them"
+    else:
+        by = f"{now.driver} runs it" if now.driver else "nobody runs it; the same mixcl tune command goes on"
+    lines = [f"{now.name}: {counts} of {now.planned} trials{left}", f"  {by}"]
     if now.gpus:
         lines[1] += f", {now.gpus:g} GPUs in use"
     for row in now.best[:SHOWN]:
@@ -127,6 +135,6 @@ def watch(study: Path) -> None:
         now = standing(study)
         on_terminal = sys.stdout.isatty()
         print(("\033[H\033[J" if on_terminal else "") + text(now), flush=True)
-        if not on_terminal or now.driver is None or not {"pending", "running"} & now.counts.keys():
+        if not on_terminal or now.driver is None or now.ended:
             return
         time.sleep(max(LOOK_EVERY_S, REST * (time.monotonic() - begin)))

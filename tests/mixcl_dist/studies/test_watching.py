@@ -51,11 +51,18 @@ def test_it_tells_of_states_rate_best_and_failures(study, capsys):
     assert now.counts == {"done": 4, "stopped": 4, "failed": 1, "running": 1, "pending": 10}
     assert now.seconds_left == 11 * 60 and now.gpus == 0.5 and now.driver is None
     assert [row.id for row in now.best] == ["p3", "p2", "p1", "p0"]
+    assert "nobody runs it; the same mixcl tune command goes on" in text(now)
     (study / ".lock").write_text("node7 4711")
     assert "process 4711 of node7 runs it, 0.5 GPUs in use" in text(standing(study))
     assert main(["tune", "--watch", str(study)]) == 0
     shown = capsys.readouterr().out
     assert "11:00 left" in shown and "Dice 0.800  p3" in shown and "p8: ValueError: no" in shown
+
+
+def test_of_one_that_has_ended_it_says_so_and_names_what_is_next(study):
+    rows = tuple(row for row in standing(study).rows if row.status != "running")
+    ended = dataclasses.replace(standing(study), rows=rows, planned=len(rows), seconds_left=0.0, gpus=0.0)
+    assert "of 9 trials\n  all have ended; mixcl report makes a page of them\n" in text(ended)
 
 
 def test_without_a_study_or_what_it_needs_it_says_so(tmp_path, capsys):
@@ -73,6 +80,13 @@ def test_the_page_of_a_running_search_says_what_was_searched_and_saved(study):
     assert "What was searched?" in page and "10 pending" in page and "about 11 min 00 s left" in page
     assert "The best of 4 finished trials of 20 has a Dice of 80.0 %" in page
     assert "saved 37.5 % of the steps" in page
+
+
+def test_a_search_from_scratch_alone_has_no_column_of_differences(study):
+    write_report(study)
+    page = (study / "report" / "index.html").read_text()
+    assert ">Difference<" not in page and "difference from scratch" not in page
+    assert "finetune.learning_rate 0.0001778<br>" in page  # four digits; the whole is in report.json
 
 
 def test_a_setting_that_does_not_matter_has_no_share_and_one_that_bends_has():
