@@ -113,4 +113,4 @@ def _inline(text: str) -> str:
 
 
 def _short(file: str) -> str:
-    return file.removeprefix(PYTHON).removesuffix(".py")
+    return file.removeprefix(PYTHON).removesuffix(".py").removesuffix("/__init__")  # whose _ would be markup
