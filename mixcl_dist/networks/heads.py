@@ -64,7 +64,8 @@ def voxels_of(pyramid: list[torch.Tensor], voxel_index: torch.Tensor) -> torch.T
     columns = [finest[view, :, x, y, z]]
     if coarse:
         corners, weights = _corners(voxel_index[:, 1:], tuple(tuple(level.shape[2:]) for level in pyramid))
-        view, weights = view[:, None], weights.to(finest.dtype)
+        # The finest level may have other numbers: a GPU's autocast normalises groups in float32, as SegResNet's ends.
+        view, weights = view[:, None], weights.to(coarse[0].dtype)
         for features, (x, y, z), weight in zip(coarse, corners, weights, strict=True):
             columns.append((weight @ features[view, :, x, y, z])[:, 0])
     return torch.cat(columns, dim=1)

@@ -76,6 +76,16 @@ def test_a_row_is_the_head_at_its_own_voxel_of_every_level():
     torch.testing.assert_close(rows, F.normalize(expected, dim=1), atol=1e-5, rtol=1e-4)
 
 
+def test_levels_may_differ_in_their_numbers():
+    """On a GPU autocast leaves SegResNet's last level in float32, as it ends in a group normalisation."""
+    pyramid = [torch.randn(2, channels, edge, edge, edge) for channels, edge in ((6, 2), (4, 4), (3, 8))]
+    mixed = [level.bfloat16() for level in pyramid[:-1]] + pyramid[-1:]
+    index = voxels()
+    found = heads.voxels_of(mixed, index)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, heads.voxels_of(pyramid, index), rtol=0.02, atol=0.05)
+
+
 def test_no_rows_are_allowed():
     output = PretrainNetwork(config())(torch.randn(2, 1, 8, 8, 8), torch.zeros(0, 4, dtype=torch.int64))
     assert output.voxel.shape == (0, 12)
