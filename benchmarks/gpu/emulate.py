@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ sys.path.insert(0, str(pack.ROOT))
 
 # isort: split
 from mixcl_dist.studies import ledger
+from mixcl_dist.studies.table import programs
 
 CUT_AFTER = 4  #: items, which is within the third stage
 
@@ -64,7 +64,7 @@ def cut(command: list[str], root: Path, recorded: Path) -> list[dict]:
     process = subprocess.Popen(command, cwd=root, env=environment(), start_new_session=True)
     while process.poll() is None and len(list(ledger.read(recorded))) < CUT_AFTER:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
+    programs.kill(process)
     process.wait()
     return list(ledger.read(recorded))
 

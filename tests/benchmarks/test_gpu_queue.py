@@ -36,7 +36,7 @@ def load(name: str):
 
 
 def test_stages_share_the_time_and_pass_on_what_they_leave():
-    shares = load("run").Shares(100, {"a": 1, "b": 1, "c": 2})
+    shares = load("work_queue").Shares(100, {"a": 1, "b": 1, "c": 2})
     assert shares.deadline("a") - time.monotonic() == pytest.approx(25, abs=4)
     assert shares.deadline("b") - time.monotonic() == pytest.approx(100 / 3, abs=4)  # the first took no time
     assert shares.deadline("c") - time.monotonic() == pytest.approx(100, abs=4)
@@ -45,7 +45,7 @@ def test_stages_share_the_time_and_pass_on_what_they_leave():
 def test_a_wave_weighs_as_much_as_its_longest_job():
     stages = load("stages")
     jobs = [stages.Job("p", (str(k),), limit, (), wave=k // 2) for k, limit in enumerate((10, 30, 5, 5))]
-    assert load("run").weight(jobs) == 35
+    assert load("work_queue").weight(jobs) == 35
 
 
 # Running jobs
@@ -54,9 +54,9 @@ def test_a_wave_weighs_as_much_as_its_longest_job():
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     """A queue whose programs are those that a test writes into its folder."""
-    run = load("run")
-    monkeypatch.setattr(run, "LEAST", 0.0)
-    return run.Queue(
+    module = load("work_queue")
+    monkeypatch.setattr(module, "LEAST", 0.0)
+    return module.Queue(
         Ledger(tmp_path / "out" / "ledger.jsonl", "a card"),
         tmp_path,
         tmp_path / "out",
@@ -175,10 +175,11 @@ def test_a_killed_run_leaves_no_program_behind(queue, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
         f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
-        "import run, stages, pathlib, time\n"
+        "import work_queue, stages, pathlib, time\n"
         "from mixcl_dist.studies import ledger\n"
         f"here = pathlib.Path({str(tmp_path)!r})\n"
-        "queue = run.Queue(ledger.Ledger(here / 'o' / 'l', 'c'), here, here / 'o', False, root=here, folder=here)\n"
+        "kept = ledger.Ledger(here / 'o' / 'l', 'c')\n"
+        "queue = work_queue.Queue(kept, here, here / 'o', False, root=here, folder=here)\n"
         f"queue.run_stage([stages.Job({one.program!r}, ('x/a',), 60, ())], time.monotonic() + 60)\n"
     )
     process = subprocess.Popen([sys.executable, driver])
@@ -194,6 +195,28 @@ def until(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# A bare machine
+
+
+def begun_without_packages(*words: str) -> subprocess.CompletedProcess:
+    """The command as a Python begins it that has nothing but its own library."""
+    return subprocess.run([sys.executable, "-S", FOLDER / "run.py", *words], capture_output=True, text=True)
+
+
+def test_the_command_begins_without_any_package():
+    assert begun_without_packages("--help").returncode == 0
+
+
+def test_the_pack_is_laid_out_before_what_it_holds_is_needed(tmp_path):
+    pack, folder = load("pack"), tmp_path / "pack"
+    folder.mkdir()
+    content = [(b"raise SystemExit('found in the pack')", f"site/{name}.py") for name in ("numpy", "torch", "pydantic")]
+    pack.make_part(folder, "site", "1", lambda: pack.write_archive(folder / "site.tar.xz", content))
+    paths = [str(word) for name in ("pack", "work", "out") for word in (f"--{name}", tmp_path / name)]
+    done = begun_without_packages("check", *paths, "--seconds", "60")
+    assert done.stderr.strip() == "found in the pack"
 
 
 # The plan and the summary

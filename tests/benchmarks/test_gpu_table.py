@@ -131,17 +131,17 @@ def test_a_table_is_partial_until_every_trial_is_done_or_barred(measured, folder
 
 
 def test_the_committed_table_of_the_same_card_is_gone_on_with(benchmark, tmp_path):
-    run, kept = benchmark("run"), benchmark("stages").KEPT_TABLE
+    queue, kept = benchmark("work_queue"), benchmark("stages").KEPT_TABLE
     out = tmp_path / "out"
     out.mkdir()
     for card in ("H100", "H200"):
         Ledger(tmp_path / card / "ledger.jsonl", card).add("x/a", "0", "done")
         (tmp_path / card / kept).write_text(card)
     earlier = sorted(tmp_path.glob("H*/ledger.jsonl"))
-    run.bring_table(earlier, "A100", out)
+    queue.bring_table(earlier, "A100", out)
     assert not list(out.iterdir())
-    run.bring_table(earlier, "H200", out)
+    queue.bring_table(earlier, "H200", out)
     assert (out / kept).read_text() == "H200"
     (out / kept).write_text("newer")
-    run.bring_table(earlier, "H200", out)
+    queue.bring_table(earlier, "H200", out)
     assert (out / kept).read_text() == "newer"
