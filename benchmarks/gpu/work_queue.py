@@ -122,7 +122,9 @@ class Queue:
         limit.cancel()
         if out_of_time:
             return known, f"not done within {seconds:.0f} s" if seconds >= job.limit - 1 else ""
-        if code == 0 and not known and len(items) == 1:  # such as the sanitizer's, which tells by its exit code
+        if code and job.launcher:  # the sanitizer's, which tells by its exit code, whatever the program reported
+            known = set()
+        if code == 0 and not known and len(items) == 1:
             self.record(job, {"item": items[0], "text": last}, time.monotonic() - begin)
             return set(items), ""
         return known, f"exit code {code}: {last}" if code else "ended without a report"

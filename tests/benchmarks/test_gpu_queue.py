@@ -283,6 +283,14 @@ def test_a_program_that_cannot_be_started_is_a_failure_like_others(queue):
     assert queue.wrong == ["x/a"]
 
 
+def test_what_a_sanitizer_finds_is_a_failure_whatever_the_program_reports(queue):
+    launcher = ("bash", "-c", '"$@"; echo "$0 1 error"; exit 9', "sanitizer:")
+    one = job(queue, "tell(text='right')", "x/a", launcher=launcher)
+    queue.run_stage([one], soon())
+    assert states(queue, one) == {"x/a": "failed"} and queue.wrong == ["x/a"]
+    assert "exit code 9: sanitizer: 1 error" in queue.ledger.records["x/a"]["text"]
+
+
 def test_a_program_without_reports_tells_by_its_exit_code(queue):
     fine, bad = job(queue, "print('0 errors')", "x/fine"), job(queue, "sys.exit('1 error')", "x/bad")
     queue.run_stage([fine, bad], soon())
