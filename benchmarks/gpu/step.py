@@ -56,6 +56,7 @@ def settings(edge: int, variant: str, steps: int, tiny: bool) -> Config:
     values = {"views.size": [edge] * 3, "network.filters": TINY_FILTERS if tiny else FILTERS}
     values |= {"pretrain.steps": steps, "pretrain.log_every": 1 if tiny else 10, "budget.fraction": 0.05}
     values |= {"pretrain.gradient_norms_every": 0}  # of a plain step
+    values |= {"budget.development": []} if tiny else {}  # there are few cases
     values |= SETTINGS[edge] | VARIANTS[variant]
     return load(recipe="few_label", overrides=[(key, str(value)) for key, value in values.items()])
 
