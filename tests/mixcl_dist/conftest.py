@@ -104,13 +104,13 @@ def again(runs, shards, data):
 def imagined_gpu():
     """Within it tensors are shapes on a device, "cuda:0" too: operands on two devices raise, and so does every operator
     whose result has a size or a value that the host would have to wait for. Without gradients."""
-    _forget_constants()
+    forget_constants()
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _IndexedByOperators():
         yield torch.device("cuda:0")
-    _forget_constants()
+    forget_constants()
 
 
-def _forget_constants() -> None:
+def forget_constants() -> None:
     """A shape that was kept as a constant would be met by other tests."""
     for module in (constants, objective, rows, views):
         for value in vars(module).values():
