@@ -237,6 +237,17 @@ def test_every_stage_has_a_plan_whose_names_are_its_own():
             assert all(any(root.glob(pattern)) for job in jobs for pattern in job.sources if "yaml" not in pattern)
 
 
+def test_the_sanitizer_sees_each_tensor_by_itself(tmp_path, monkeypatch):
+    """Not the large pieces of memory that torch cuts them from, within which it would miss what is written beyond."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    *_, last = load("stages").plan("check", ["bf16-128"], False)
+    done = subprocess.run([*last.launcher, "program"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "--tool", "memcheck", "--error-exitcode", "9", "program"]
+
+
 def test_timing_waits_for_the_gate_of_every_entry():
     stages = load("stages")
     for stage in ("kernel", "step", "tiles"):
