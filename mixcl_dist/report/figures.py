@@ -426,10 +426,11 @@ def _series(metrics: list[dict[str, float]], key: str) -> tuple[np.ndarray, np.n
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred running mean over a twentieth of the points; shorter at both ends."""
     half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    first = values[0]  # sums of differences from it: a curve that does not move stays so, to the last digit
+    total = np.concatenate([[0.0], np.cumsum(values - first)])
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    return first + (total[high] - total[low]) / (high - low)
 
 
 def _is_number(value: object) -> bool:

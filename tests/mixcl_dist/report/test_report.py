@@ -382,6 +382,12 @@ def test_what_was_measured_once_is_drawn_and_what_never_was_is_not_named():
     assert re.search(r"<g clip-path[^>]*>\s*<use ", alignment), "a point, as a line of one has no length"
 
 
+def test_a_curve_that_does_not_move_has_an_axis_that_can_be_read():
+    drawn = figures.rate_curves([{"step": step, "data_wait_share": 0.02} for step in range(1, 60)], "still")[0]
+    marks = re.findall(r">([0-9.]+)</text>", drawn)
+    assert len(set(marks)) == len(marks) > 4, marks
+
+
 def test_every_title_has_room_above_its_panel():
     titles = [*figures.TERMS.values(), *figures.RATES.values(), *(one.title for one in figures.DIAGNOSTICS.values())]
     assert max(map(len, titles)) <= len(figures.TERM_GRADIENTS.title) == 37, "which just fits"
