@@ -40,7 +40,7 @@ LOOK_EVERY_S = 0.5
 def demo(config: Config, out: Path) -> None:
     """Run every stage in the folder `out`, print the Dice table, what was found, and where the report is."""
     if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out}: is not empty; remove it, or give another --out")
+        raise RunError(f"{out}: is not empty; give another --out, or remove it")
     check_sizes(config, config.build.patch_size)
     check_size("finetune.patch_size", config.network, config.finetune.patch_size)
     for name, value in ENVIRONMENT.items():

@@ -130,7 +130,7 @@ def test_a_browser_shows_the_page_without_a_network(made, tmp_path):
 
 def test_it_never_overwrites(tmp_path):
     (tmp_path / "mine").touch()
-    with pytest.raises(RunError, match=r"is not empty; remove it, or give another --out"):
+    with pytest.raises(RunError, match=r"is not empty; give another --out, or remove it"):
         demo(load(recipe="demo"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
