@@ -77,7 +77,9 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mixcl_dist.export import export
 
-    print(export(options.run, options.to, options.out, licence=options.licence, table=options.table))
+    folder = export(options.run, options.to, options.out, licence=options.licence, table=options.table)
+    card = next(folder.rglob("README.md"))  # a bundle's lies in docs/
+    print(f"{folder}; how to use it stands in {card}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -29,8 +29,8 @@ def export(
 ) -> Path:
     """Write the network of a finished RUN folder to the new folder `out` and return it.
 
-    monai: DynUNet weights and arguments; bundle: a MONAI bundle that segments; hf: a Hugging Face model folder;
-    nnunet: a checkpoint that nnU-Net fine-tunes from; onnx: a graph that segments, for any runtime. Each has a
+    monai: weights and arguments of the public network; bundle: a MONAI bundle that segments; hf: a Hugging Face model
+    folder; nnunet: a checkpoint that nnU-Net fine-tunes from; onnx: a graph that segments, for any runtime. Each has a
     README.md with data, protocol and limits, with the `licence` of the weights where it is known, and with what was
     found by the few-label table or study in `table`, or in which the run lies.
     The folder appears whole or not at all. Raises `ExportError` or `RunError`, each one line with the cure.

@@ -22,6 +22,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
 from safetensors.torch import load_file
 
+from mixcl_dist.cli import main
 from mixcl_dist.data_shards.volume import Volume
 from mixcl_dist.export import ExportError, export
 from mixcl_dist.finetuning import scoring
@@ -238,6 +239,13 @@ def network_from_plan(architecture: dict) -> torch.nn.Module:
     module, _, name = architecture["arch_class_name"].rpartition(".")
     network = getattr(importlib.import_module(module), name)
     return network(input_channels=1, num_classes=3, deep_supervision=False, **arguments).eval()
+
+
+@pytest.mark.parametrize(("to", "card"), [("monai", "README.md"), ("bundle", "docs/README.md")])
+def test_the_command_names_the_card_that_says_how_to_use_it(finetuned, tmp_path, capsys, to, card):
+    out = tmp_path / "out"
+    assert main(["export", str(finetuned), "--to", to, "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}; how to use it stands in {out / card}\n"
 
 
 def test_existing_folder_is_refused_and_left_alone(pretrained, tmp_path):
