@@ -117,6 +117,7 @@ def test_a_step_of_a_phantom_is_measured_and_compared(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     read = Result.read(out)
     assert read.benchmark == "step" and read.quick and len(read.figures["forward"].samples) == 3
+    assert {"shards", "views.size", "pretrain.batch_size"} <= read.conditions.keys()
     assert "Most is lost in" in read.said and out.with_suffix(".html").exists()
     again = front_door("compare", str(out), str(out))
     assert again.returncode == 0 and "worse: none" in again.stdout
