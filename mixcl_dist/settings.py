@@ -269,7 +269,8 @@ class FinetuneConfig:
     steps: Steps = 300
     """Optimizer steps."""
     batch_size: Count = 2
-    """Crops of a step."""
+    """Crops of a step. On a CPU without bfloat16 a step of one takes longer than a step of two: torch has no quick
+    convolution for it."""
     patch_size: Size3 = (48, 48, 48)
     """Voxels of a training crop, and of a window of the sliding inference."""
     spacing_mm: tuple[SpacingMm, SpacingMm, SpacingMm] | None = None
