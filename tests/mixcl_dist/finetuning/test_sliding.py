@@ -90,9 +90,9 @@ def found(shape, spacing_mm):
     settings = dict(window_hu=(-1000, 1000), patch_size=(24, 24, 24), overlap=0.25, device=torch.device("cpu"))
     segment(Many(), volume, spacing_mm=spacing_mm, **settings)
 
-found((80, 96, 60), {spacing_mm})
+found((48, 56, 120), {spacing_mm})
 before = peak()
-found((80, 96, 240), {spacing_mm})
+found((48, 56, 960), {spacing_mm})
 print(peak() - before)
 """
 
@@ -100,8 +100,11 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing_mm", ["None", "(1.25, 1.25, 1.25)"])
 def test_logits_of_all_classes_are_never_whole_in_memory(spacing_mm):
-    """A CT four times as long takes more memory for its own voxels and its label, not for logits of 96 classes."""
+    """A CT eight times as long takes more memory for its own voxels and its label, not for logits of 96 classes.
+
+    Its planes are the same, so is what is held of their logits; the rest is what the allocator makes of it.
+    """
     code = LARGE.replace("{spacing_mm}", spacing_mm)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    grown, voxels = int(done.stdout), 80 * 96 * 240
-    assert grown < 40 * voxels, f"{grown / voxels:.1f} bytes a voxel, of 384 for all logits"
+    grown, voxels = int(done.stdout), 48 * 56 * 960
+    assert grown < 100 * voxels, f"{grown / voxels:.1f} bytes a voxel, of 384 for all logits"
