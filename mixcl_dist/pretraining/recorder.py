@@ -221,7 +221,8 @@ class Recorder:
         shown, (width, height, depth) = len(image), image.shape[2:]
         index = _slice_index(shown, width, height, depth // 2, image.device)
         self._engine.module.eval()
-        with torch.no_grad():
+        # Images are fewer than a step's: what is compiled would be compiled anew for them, which takes minutes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = self._engine(image, index)
         self._engine.module.train()
         if not self._run:

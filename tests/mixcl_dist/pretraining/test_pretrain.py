@@ -104,6 +104,21 @@ def test_activations_that_are_computed_again_change_no_bit_of_the_weights(shards
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
 
 
+def test_pictures_have_nothing_compiled_anew(shards, small_config, tmp_path, monkeypatch):
+    """They are of one view of each patch, where a step has two, and a graph of another size takes minutes."""
+    sizes, view, compile_module = [], small_config.views.size, torch.nn.Module.compile
+
+    def compiler(graph, inputs):
+        sizes.extend(len(tensor) for tensor in inputs if tensor.dim() == 5 and tensor.shape[2:] == view)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compile_module(module, backend=compiler))
+    settings = {"pretrain.steps": 1, "engine.compile": True, "pretrain.gradient_norms_every": 0}
+    pretrain(replace(small_config, settings), shards=shards, run=tmp_path / "run")
+    assert (tmp_path / "run" / "samples.npz").exists()
+    assert set(sizes) == {2 * small_config.pretrain.batch_size}
+
+
 def test_scattered_parameters_have_no_gradient_of_single_terms_which_is_said_once(
     shards, small_config, tmp_path, capsys
 ):
