@@ -204,13 +204,13 @@ def _measure(options: argparse.Namespace, own: list[str]) -> int:
         if code:
             raise ValueError(f"{benchmark.program} ended with exit code {code}; see what it said above")
         figures, sentence = benchmark.figures(Path(folder)), benchmark.said(Path(folder))
-        own = Result.load_if_there(Path(folder))
+        kept = Result.load_if_there(Path(folder))
     result = Result(
         benchmark=options.verb,
         command=tuple("OUT" if word == folder else word for word in command),
         quick=options.quick,
         environment=ended(here),
-        conditions=own.conditions if own else {},
+        conditions=kept.conditions if kept else {},
         figures=figures,
         said=sentence,
     )

@@ -1,6 +1,6 @@
 """Seconds from the death of one of two ranks to the end of the other, which nothing but its watchdog tells.
 
-python benchmarks/faults/rank.py                   the table, a minute
+python benchmarks/faults/rank.py                   the table, a few minutes
 python benchmarks/faults/rank.py --out FILE        and into FILE
 
 Two processes of `mixcl pretrain` on a phantom, over gloo and without a launcher, which would end both. Rank 1 and rank

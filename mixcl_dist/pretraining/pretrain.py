@@ -28,7 +28,7 @@ from mixcl_dist.cluster.stopping import stop_requests
 from mixcl_dist.config import PRETRAINING, Config, ConfigError, differences, from_dict, replace, to_dict
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
-from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream
+from mixcl_dist.data_shards.streaming.stream import Batch, Mixture, PatchStream, StreamError
 from mixcl_dist.errors import RunError
 from mixcl_dist.networks.architectures import check_size
 from mixcl_dist.networks.heads import PretrainNetwork
@@ -406,8 +406,11 @@ def _stream(
 
 
 def check_batches(config: Config, shards: Path, manifest: Manifest) -> None:
-    """Raise `StreamError` where these shards do not fill batches of the wanted labelled and other patches."""
-    PatchStream(shards, **_selection(config, manifest, budgeted_labels(manifest, config.budget)), workers=0)
+    """Raise `ConfigError` where these shards do not fill batches of the wanted labelled and other patches."""
+    try:
+        PatchStream(shards, **_selection(config, manifest, budgeted_labels(manifest, config.budget)), workers=0)
+    except StreamError as refused:
+        raise ConfigError(str(refused)) from None
 
 
 def _selection(config: Config, manifest: Manifest, label_cases: list[str]) -> dict[str, Any]:

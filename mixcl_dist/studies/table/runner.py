@@ -20,7 +20,6 @@ from mixcl_dist.config import Config, ConfigError, replace, to_dict, to_yaml
 from mixcl_dist.data_shards.building.dedup import scans_of_shards
 from mixcl_dist.data_shards.format.manifest import Manifest
 from mixcl_dist.data_shards.sources import Source, open_source
-from mixcl_dist.data_shards.streaming.stream import StreamError
 from mixcl_dist.errors import RunError
 from mixcl_dist.finetuning.task import Task, budgeted, open_task
 from mixcl_dist.jsonfiles import write_atomic
@@ -191,7 +190,7 @@ def _check_items(config: Config, items: dict[str, Item], shards: Path, manifest:
                 check_batches(own, shards, manifest)
             elif item.kind != "probe":  # patches that a view fits into can be probed
                 check_size("finetune.patch_size", own.network, own.finetune.patch_size)
-        except (ConfigError, StreamError) as refused:
+        except ConfigError as refused:
             raise ConfigError(f"{item.name}: {refused}") from None
 
 
